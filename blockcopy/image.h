@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Disk images behind one small interface. What is read and written is what the guest sees: the
+// same bytes for a raw file, a block device or a qcow2 image.
+//
+//   DROVER_ASSIGN(auto reader, open_raw_reader(loop, {.path = "/srv/web1.raw"}));
+//   reader->read(extent, buffer, [](Status status) { ... });
+//
+// Threads: a reader or writer belongs to the thread of the Loop it was opened with; every call and
+// every callback is on that thread. A TargetImage belongs to one thread too (the receiver's control
+// thread); its calls block.
+//
+// Buffers must stay valid until the callback has run. Destroy a reader or writer only when no
+// request is outstanding (checked). Callbacks never run from inside the call that issued them.
+//
+// Errors: Io with the image's name, the extent and the system's reason; NoSpace when a write finds
+// no room. After an error the image is still usable; the extent's content is undefined.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/loop.h"
+#include "base/result.h"
+#include "base/units.h"
+
+namespace drover::blockcopy {
+
+using Done = std::function<void(Status)>;
+
+// A run of a disk: `data` false means that it reads as zeroes and takes no space worth copying.
+struct MappedExtent {
+  Extent extent;
+  bool data = true;
+  bool operator==(const MappedExtent&) const = default;
+};
+using ExtentsDone = std::function<void(Result<std::vector<MappedExtent>>)>;
+
+// What a copier reads from. Never writes to the image (invariant 3).
+class ImageReader {
+ public:
+  virtual ~ImageReader() = default;
+  [[nodiscard]] virtual Length size() const = 0;
+  // Reads need not be aligned, but aligned ones (offset, length and memory) are faster.
+  [[nodiscard]] virtual Length alignment() const = 0;
+  // Fills all of `buffer` from `offset` on; the range lies within size().
+  virtual void read(Offset offset, std::span<std::byte> buffer, Done done) = 0;
+  // How `range` is mapped, from its start on, without gaps or overlap, in order; may stop early
+  // (never empty) where the source limits one answer. What a write changes after this call was
+  // issued may or may not be seen.
+  virtual void extents(Extent range, ExtentsDone done) = 0;
+};
+
+// What a receiver writes to. Requests may complete in any order; of two that overlap after
+// widening to alignment(), issue the second only when the first is done.
+class ImageWriter {
+ public:
+  virtual ~ImageWriter() = default;
+  [[nodiscard]] virtual Length size() const = 0;
+  [[nodiscard]] virtual Length alignment() const = 0;
+  virtual void write(Offset offset, std::span<const std::byte> buffer, Done done) = 0;
+  // The extent reads as zeroes afterwards; its space is given back where the image can.
+  virtual void write_zeroes(Extent extent, Done done) = 0;
+};
+
+struct RawSource {
+  std::string path;  // a regular file or a block device
+  Length size;       // of the disk as QEMU reports it; zero: the file's
+};
+// O_DIRECT where the filesystem takes it, buffered otherwise; takes no image lock, opens read-only.
+Result<std::unique_ptr<ImageReader>> open_raw_reader(Loop& loop, const RawSource& source);
+
+struct NbdSource {
+  std::string unix_socket;  // where QEMU's own NBD server listens
+  std::string export_name;
+  unsigned connections = 4;
+};
+// Any format that QEMU reads, through its NBD export (base:allocation for extents).
+// Blocks while it connects (10 s at most).
+Result<std::unique_ptr<ImageReader>> open_nbd_reader(Loop& loop, const NbdSource& source);
+
+enum class Format { Raw, Qcow2 };
+
+struct TargetSpec {
+  std::string path;    // absolute
+  Format format = Format::Raw;
+  bool block_device = false;  // an existing device is written over; never created or removed
+  Length size;                // of the disk, as the guest sees it
+  Length cluster_size;        // qcow2 only; zero: qemu-img's default
+  std::string work_directory;  // for the sockets of qemu-storage-daemon; exists, mode 0700
+};
+
+// A target disk, from its creation to the moment QEMU takes over. Order of life: create() ->
+// open_writer() for each thread that writes -> (writers destroyed) -> flush() -> release().
+class TargetImage {
+ public:
+  virtual ~TargetImage() = default;  // releases if release() was not called; removes nothing
+  [[nodiscard]] virtual const TargetSpec& spec() const = 0;
+  // True for images that create() made: all that was never written reads as zeroes.
+  [[nodiscard]] virtual bool initially_zero() const = 0;
+  // Every lane has a writer of its own.
+  virtual Result<std::unique_ptr<ImageWriter>> open_writer(Loop& loop) = 0;
+  // Everything whose write was completed before is on stable storage afterwards.
+  virtual Status flush() = 0;
+  // flush(), then lets go of the image: no lock, no process, no open descriptor is left. Every
+  // writer must be gone.
+  virtual Status release() = 0;
+  // For a failed move: releases, and deletes the file that create() made. Devices stay.
+  virtual Status remove() = 0;
+};
+
+// Creates the image exclusively (AlreadyExists if anything is there: invariant 8), thin, of the
+// disk's size. For a block device: checks that it is large enough and nobody else has it open.
+Result<std::unique_ptr<TargetImage>> create_target(const TargetSpec& spec);
+
+}  // namespace drover::blockcopy

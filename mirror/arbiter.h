@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The arbiter: for one disk, the order between the background copy and the guest's mirrored writes.
+// A pure state machine: events in, actions out; no I/O, no clock, no thread of its own.
+//
+// The disk is divided into chunks. A chunk is
+//
+//   Pending   its content on the source must still be read and sent. A guest's write to it is
+//             acknowledged at once and not sent: the copier will read it later.
+//   Reading   the copier's read has been issued. It may or may not see a write that arrives now, so
+//             the write waits until the read is done, then goes behind the chunk's frame.
+//   Sending   the chunk's frame is queued on its lane and not yet acknowledged. Writes go behind it.
+//   Copied    the target has it. Writes are forwarded.
+//
+// Why this is right: QEMU completes a write on the source before it sends it to the mirror (QEMU
+// 7.2 and later, block/mirror.c, bdrv_mirror_top_do_write), so a read issued after a mirrored
+// write arrived sees that write. And a chunk's frames always travel on one lane, which the target
+// applies in order.
+//
+// The guest is never held up for longer than `guest_delay`: a write that waits longer is
+// acknowledged, and its chunk becomes Pending (again), now or when the copy in flight is done. In
+// strict mode (the handover) there is no such bound: writes wait for the target, so the number of
+// Pending chunks only falls.
+//
+// A discard says nothing about what the source reads afterwards (it may be ignored, or only done in
+// part), so it is never repeated: its chunks become Pending. In strict mode the discard is answered
+// when the chunk has been copied again.
+//
+// Threads: none; use from one. Every call appends its actions; carry them out in that order.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <optional>
+#include <unordered_map>
+#include <vector>
+
+#include "base/clock.h"
+#include "base/units.h"
+#include "mirror/chunk_set.h"
+
+namespace drover::mirror {
+
+using ChunkIndex = std::uint64_t;
+using LaneIndex = std::uint32_t;  // a data connection of the link
+using WriteId = std::uint64_t;    // one request of QEMU's; the caller's name for it
+using PieceId = std::uint64_t;    // the part of a write that falls into one chunk
+using TicketId = std::uint64_t;   // one copy of one chunk
+
+enum class WriteKind { Data, Zero, Discard };
+
+struct Action {
+  enum class Kind {
+    // The write is done as far as QEMU is concerned: answer it. Once per write.
+    Acknowledge,
+    // Queue the piece on its lane, behind everything queued there before. Then call
+    // piece_acked() when the target has applied it.
+    Forward,
+    // The guest no longer waits for this piece and its chunk will be copied again: if it is still in
+    // the lane's queue it may be dropped. Not an obligation.
+    Abandon,
+  };
+  Kind kind = Kind::Acknowledge;
+  WriteId write = 0;
+  PieceId piece = 0;   // Forward, Abandon
+  Extent extent;       // Forward: of the piece
+  LaneIndex lane = 0;  // Forward, Abandon
+};
+using Actions = std::vector<Action>;
+
+struct CopyTicket {
+  TicketId id = 0;
+  ChunkIndex chunk = 0;
+  Extent extent;
+  LaneIndex lane = 0;
+  bool fresh = false;  // nothing was ever sent for this chunk
+};
+
+class Arbiter {
+ public:
+  struct Options {
+    Length disk_size;
+    Length chunk_size = Length(std::uint64_t{1} << 20);
+    LaneIndex lanes = 1;
+    LaneIndex first_lane = 0;  // chunk c travels on lane (c + first_lane) % lanes
+    Duration guest_delay = std::chrono::milliseconds(20);
+    // Bytes of forwarded pieces that may be on their way at once outside strict mode; a write beyond
+    // that is acknowledged and its chunk becomes Pending.
+    Length max_forwarded = Length(std::uint64_t{16} << 20);
+    // For the test that the simulation notices each missing rule; see tests/sim.
+    struct Mutation {
+      bool forward_during_read = false;      // a write to a Reading chunk is forwarded at once
+      bool forget_redo = false;              // a write answered during a copy is not copied again
+      bool ignore_write_during_scan = false; // a hole found by a scan hides a write that came meanwhile
+      bool repeat_discard = false;           // a discard is forwarded as zeroes
+      bool drop_expired = false;             // a late write is answered, its chunk stays Copied
+      bool keep_copied_on_loss = false;      // a lost lane leaves what was in flight as Copied
+      bool wrong_lane = false;               // a write travels on another lane than its chunk
+    } mutation;
+  };
+
+  // Every chunk is Pending, every lane is up.
+  explicit Arbiter(const Options& options);
+
+  // --- the guest (through QEMU's mirror) ---
+  // The extent lies within the disk and is not empty. `id` is new.
+  void guest_write(WriteId id, WriteKind kind, Extent extent, Instant now, Actions& out);
+
+  // --- the copier ---
+  // The next Pending chunk whose lane is up, in ascending order from where the last one was; it is
+  // Reading now. Nothing if there is none. Issue the read after this call.
+  std::optional<CopyTicket> start_copy();
+  // The read is done. Queue the chunk's frame on the ticket's lane first, then carry out the actions.
+  void copy_read(TicketId id, Instant now, Actions& out);
+  // The read failed or was not wanted after all: the chunk is Pending again; waiting writes are
+  // answered.
+  void copy_abandoned(TicketId id, Actions& out);
+  // The target has applied the chunk. Unknown tickets (from before a lane was lost) are ignored.
+  void copy_acked(TicketId id, Actions& out);
+
+  // Finding holes: scan_begin() before the source is asked how `range` is mapped, scan_hole() for
+  // each run that reads as zeroes. Chunks that lie wholly in a hole, are Pending and saw no write
+  // since scan_begin() become Copied without being sent. Only for a target that reads as zeroes where
+  // nothing was written; only chunks to which nothing was ever sent are skipped.
+  void scan_begin(Extent range);
+  void scan_hole(Extent hole);
+
+  // --- the link ---
+  void piece_acked(PieceId id, Actions& out);  // unknown ones are ignored
+  // What was in flight on the lane may or may not have arrived: its chunks become Pending, waiting
+  // writes are answered, strict mode ends.
+  void lane_lost(LaneIndex lane, Instant now, Actions& out);
+  void lane_up(LaneIndex lane);
+
+  // --- time ---
+  // When tick() should be called next, if ever.
+  [[nodiscard]] std::optional<Instant> next_deadline() const;
+  void tick(Instant now, Actions& out);
+
+  // --- the handover ---
+  void enter_strict();
+  // Also ends by itself when a lane is lost. Waiting writes get the bound from now on.
+  void leave_strict(Instant now);
+  [[nodiscard]] bool strict() const { return strict_; }
+
+  // Mark as to be copied (again): what a dirty bitmap or a journal says.
+  void mark_pending(Extent range);
+
+  // --- what is known ---
+  struct Summary {
+    std::uint64_t chunks = 0;
+    std::uint64_t pending = 0;   // chunks that are Pending
+    std::uint64_t copying = 0;   // Reading or Sending
+    std::uint64_t waiting = 0;   // writes not yet acknowledged
+    std::uint64_t forwarded = 0; // pieces on their way (also those no longer waited for: no)
+    std::uint64_t expired = 0;   // writes acknowledged because the bound was reached, ever
+    Length copied;               // bytes of chunks that are Copied
+  };
+  [[nodiscard]] Summary summary() const;
+  // Nothing Pending, nothing being copied, no write waiting: the target has all that was acknowledged.
+  [[nodiscard]] bool synchronised() const;
+  [[nodiscard]] const Options& options() const { return options_; }
+  [[nodiscard]] bool is_copied(ChunkIndex chunk) const;
+
+ private:
+  enum class CopyState { Reading, Sending };
+  struct Copy {
+    TicketId ticket = 0;
+    ChunkIndex chunk = 0;
+    CopyState state = CopyState::Reading;
+    bool redo = false;                    // becomes Pending, not Copied, once acknowledged
+    std::vector<PieceId> waiting;         // Reading: forwarded when the read is done
+    std::vector<PieceId> discards;        // strict: those that the copy in flight may have missed
+  };
+  struct Piece {
+    WriteId write = 0;
+    ChunkIndex chunk = 0;
+    WriteKind kind = WriteKind::Data;
+    Extent extent;
+    bool forwarded = false;
+    Instant arrived;
+  };
+
+  [[nodiscard]] LaneIndex lane_of(ChunkIndex chunk) const;
+  [[nodiscard]] Extent chunk_extent(ChunkIndex chunk) const;
+  void take_piece(const Piece& piece, Instant now, Actions& out);
+  void take_discard(const Piece& piece, Actions& out);
+  void forward(PieceId id, Piece& piece, Actions& out);
+  PieceId add_piece(const Piece& piece);
+  void finish_piece(PieceId id, Actions& out);
+  void finish_write_part(WriteId write, Actions& out);
+  void make_pending(ChunkIndex chunk);
+  void expire(PieceId id, Actions& out);
+
+  Options options_;
+  std::uint64_t chunks_ = 0;
+  bool strict_ = false;
+  ChunkSet pending_;
+  ChunkSet written_since_scan_;
+  ChunkSet sent_;
+  ChunkIndex cursor_ = 0;
+  std::vector<bool> lane_down_;
+  std::map<TicketId, Copy> copies_;
+  std::unordered_map<ChunkIndex, TicketId> copying_;  // look-ups only, never iterated
+  std::map<PieceId, Piece> pieces_;                   // unanswered pieces, oldest first
+  std::unordered_map<WriteId, std::uint32_t> writes_; // pieces still to finish; never iterated
+  std::map<ChunkIndex, std::vector<PieceId>> pending_discards_;  // strict: wait for the next copy
+  Length forwarded_bytes_;
+  std::uint64_t forwarded_ = 0;
+  std::uint64_t expired_ = 0;
+  TicketId next_ticket_ = 1;
+  PieceId next_piece_ = 1;
+};
+
+}  // namespace drover::mirror

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The seam between the disks' mirrors (one thread, pure decisions) and the link (threads, sockets,
+// TLS): what the source hands to a data connection, and what comes back. The link implements Lanes;
+// the simulation has an implementation of its own.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "base/buffer.h"
+#include "mirror/frame.h"
+
+namespace drover::mirror {
+
+// One frame to send. The link fills in encoding, checksum, payload length and sequence.
+struct OutFrame {
+  FrameType type = FrameType::Write;  // Copy, Write or Zero
+  std::uint16_t disk = 0;
+  Extent extent;
+  bool fresh = false;                    // Copy: see kFlagFresh
+  Buffer buffer;                         // keeps `content` alive; released once it is sent
+  std::span<const std::byte> content;    // the extent's bytes; empty for Zero
+  std::uint64_t token = 0;               // the sender's name for this frame; comes back in the answer
+};
+
+// Threads: used on the engine's thread only; answers come on it too (Answers, below).
+class Lanes {
+ public:
+  virtual ~Lanes() = default;
+  [[nodiscard]] virtual std::uint32_t count() const = 0;
+  // Queues behind everything queued on this lane before. Never blocks; the sender bounds what it
+  // queues (buffers, Arbiter::Options::max_forwarded). Frames for a lane that is lost are dropped.
+  virtual void send(std::uint32_t lane, OutFrame frame) = 0;
+  // Drops a queued frame that was not begun yet; no answer will come for it. False: too late.
+  virtual bool abandon(std::uint32_t lane, std::uint64_t token) = 0;
+};
+
+class Answers {
+ public:
+  virtual ~Answers() = default;
+  // The target applied the frame (its page cache or device has it; stable only after a flush).
+  virtual void applied(std::uint32_t lane, std::uint16_t disk, std::uint64_t token) = 0;
+  // The target could not: disk error, no space. The frame's extent is undefined there.
+  virtual void refused(std::uint32_t lane, std::uint16_t disk, std::uint64_t token,
+                       const Error& error) = 0;
+  // The connection is gone; no answer comes for anything sent on it before.
+  virtual void lane_lost(std::uint32_t lane, const Error& error) = 0;
+};
+
+}  // namespace drover::mirror
