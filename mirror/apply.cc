@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "mirror/apply.h"
+
+#include <utility>
+
+#include "base/check.h"
+
+namespace drover::mirror {
+
+Applier::Applier(std::vector<blockcopy::ImageWriter*> writers, Answer answer)
+    : Applier(std::move(writers), std::move(answer), Options()) {}
+
+Applier::Applier(std::vector<blockcopy::ImageWriter*> writers, Answer answer, Options options)
+    : writers_(std::move(writers)), answer_(std::move(answer)), options_(options) {
+  for (const blockcopy::ImageWriter* writer : writers_) {
+    CHECK(writer->alignment() <= kBlock, "the runs of one frame must not share a block");
+  }
+}
+
+Applier::~Applier() { CHECK(frames_.empty(), "an applier is drained before it goes"); }
+
+void Applier::apply(const FrameHeader& header, Buffer buffer, const std::vector<Run>& runs) {
+  CHECK(header.disk < writers_.size(), "headers are checked before they get here");
+  Frame& frame = frames_.emplace_back();
+  frame.header = header;
+  frame.buffer = std::move(buffer);
+  frame.runs = runs;
+  frame.blocks = widen(header.extent, writers_[header.disk]->alignment());
+  for (auto earlier = frames_.begin(); &*earlier != &frame; ++earlier) {
+    if (earlier->header.disk == header.disk && overlap(earlier->blocks, frame.blocks)) {
+      ++frame.blocked_by;
+    }
+  }
+  if (frame.blocked_by == 0 || options_.mutation_ignore_overlap) start(std::prev(frames_.end()));
+}
+
+void Applier::start(std::list<Frame>::iterator frame) {
+  blockcopy::ImageWriter& writer = *writers_[frame->header.disk];
+  const bool fresh = (frame->header.flags & kFlagFresh) != 0;
+  frame->started = true;
+  frame->outstanding = 1;  // held until all runs are issued
+  for (const Run& run : frame->runs) {
+    if (run.bytes.empty() && fresh) continue;
+    ++frame->outstanding;
+    auto done = [this, frame](Status status) {
+      if (!status && frame->status) frame->status = std::move(status);
+      if (--frame->outstanding == 0) finish(frame);
+    };
+    if (run.bytes.empty()) {
+      writer.write_zeroes(run.extent, std::move(done));
+    } else {
+      writer.write(run.extent.offset, run.bytes, std::move(done));
+    }
+  }
+  if (--frame->outstanding == 0) finish(frame);
+}
+
+void Applier::finish(std::list<Frame>::iterator frame) {
+  std::list<Frame> finished;
+  const auto next = std::next(frame);
+  finished.splice(finished.begin(), frames_, frame);
+  for (auto later = next; later != frames_.end();) {
+    const auto candidate = later++;
+    if (candidate->header.disk != frame->header.disk ||
+        !overlap(candidate->blocks, frame->blocks)) {
+      continue;
+    }
+    --candidate->blocked_by;
+    // A frame without anything to write finishes inside start(), and takes others with it: those
+    // come after it in the list, so `later` may be gone. Start it last.
+    if (candidate->blocked_by == 0 && !candidate->started) ready_.push_back(candidate);
+  }
+  answer_(frame->header.sequence, frame->header.disk, std::move(frame->status));
+  finished.clear();  // gives the buffer back
+  while (!ready_.empty()) {
+    const auto first = ready_.front();
+    ready_.pop_front();
+    start(first);
+  }
+  if (frames_.empty() && idle_) std::exchange(idle_, nullptr)();
+}
+
+void Applier::when_idle(std::function<void()> idle) {
+  if (frames_.empty()) return idle();
+  idle_ = std::move(idle);
+}
+
+}  // namespace drover::mirror

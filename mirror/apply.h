@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <list>
 #include <memory>
@@ -43,9 +44,6 @@ class Applier {
   // Calls back (once) when nothing is in flight any more; at once if nothing is.
   void when_idle(std::function<void()> idle);
 
-  // What both sides compare at the barrier: of each disk, how many frames were taken and a digest of
-  // their headers in order (mirror/digest.h).
-
  private:
   struct Frame {
     FrameHeader header;
@@ -57,13 +55,14 @@ class Applier {
     bool started = false;
     Status status;
   };
-  void start(Frame& frame);
+  void start(std::list<Frame>::iterator frame);
   void finish(std::list<Frame>::iterator frame);
 
   std::vector<blockcopy::ImageWriter*> writers_;
   Answer answer_;
   Options options_;
   std::list<Frame> frames_;  // in the order they arrived
+  std::deque<std::list<Frame>::iterator> ready_;  // no longer blocked, to be started
   std::function<void()> idle_;
 };
 

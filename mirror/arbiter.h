@@ -30,7 +30,6 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <map>
 #include <optional>
 #include <unordered_map>
@@ -111,8 +110,9 @@ class Arbiter {
   // The next Pending chunk whose lane is up, in ascending order from where the last one was; it is
   // Reading now. Nothing if there is none. Issue the read after this call.
   std::optional<CopyTicket> start_copy();
-  // The read is done. Queue the chunk's frame on the ticket's lane first, then carry out the actions.
-  void copy_read(TicketId id, Instant now, Actions& out);
+  // The read is done. True: queue the chunk's frame on the ticket's lane first, then carry out the
+  // actions. False: the ticket is void (its lane was lost meanwhile); forget what was read.
+  [[nodiscard]] bool copy_read(TicketId id, Actions& out);
   // The read failed or was not wanted after all: the chunk is Pending again; waiting writes are
   // answered.
   void copy_abandoned(TicketId id, Actions& out);
@@ -141,7 +141,7 @@ class Arbiter {
   // --- the handover ---
   void enter_strict();
   // Also ends by itself when a lane is lost. Waiting writes get the bound from now on.
-  void leave_strict(Instant now);
+  void leave_strict(Instant now, Actions& out);
   [[nodiscard]] bool strict() const { return strict_; }
 
   // Mark as to be copied (again): what a dirty bitmap or a journal says.
@@ -153,7 +153,7 @@ class Arbiter {
     std::uint64_t pending = 0;   // chunks that are Pending
     std::uint64_t copying = 0;   // Reading or Sending
     std::uint64_t waiting = 0;   // writes not yet acknowledged
-    std::uint64_t forwarded = 0; // pieces on their way (also those no longer waited for: no)
+    std::uint64_t forwarded = 0; // pieces on their way that a write still waits for
     std::uint64_t expired = 0;   // writes acknowledged because the bound was reached, ever
     Length copied;               // bytes of chunks that are Copied
   };
@@ -166,12 +166,13 @@ class Arbiter {
  private:
   enum class CopyState { Reading, Sending };
   struct Copy {
-    TicketId ticket = 0;
     ChunkIndex chunk = 0;
     CopyState state = CopyState::Reading;
-    bool redo = false;                    // becomes Pending, not Copied, once acknowledged
-    std::vector<PieceId> waiting;         // Reading: forwarded when the read is done
-    std::vector<PieceId> discards;        // strict: those that the copy in flight may have missed
+    bool redo = false;               // becomes Pending, not Copied, once acknowledged
+    PieceId first_unseen = 0;        // the read saw every piece before this one
+    std::vector<PieceId> waiting;    // Reading: forwarded when the read is done
+    std::vector<PieceId> covered;    // strict: discards that this copy answers
+    std::vector<PieceId> discards;   // strict: discards that came too late for it
   };
   struct Piece {
     WriteId write = 0;
@@ -184,14 +185,17 @@ class Arbiter {
 
   [[nodiscard]] LaneIndex lane_of(ChunkIndex chunk) const;
   [[nodiscard]] Extent chunk_extent(ChunkIndex chunk) const;
-  void take_piece(const Piece& piece, Instant now, Actions& out);
+  [[nodiscard]] Copy* copy_of(ChunkIndex chunk);
+  void take_piece(const Piece& piece, Actions& out);
   void take_discard(const Piece& piece, Actions& out);
-  void forward(PieceId id, Piece& piece, Actions& out);
-  PieceId add_piece(const Piece& piece);
+  PieceId wait(const Piece& piece);
+  void forward(PieceId id, Actions& out);
   void finish_piece(PieceId id, Actions& out);
+  void finish_pieces(const std::vector<PieceId>& ids, Actions& out);
   void finish_write_part(WriteId write, Actions& out);
-  void make_pending(ChunkIndex chunk);
   void expire(PieceId id, Actions& out);
+  void end_strict(Instant now, Actions& out);
+  void forget_copy(TicketId id, Actions& out);
 
   Options options_;
   std::uint64_t chunks_ = 0;

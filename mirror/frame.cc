@@ -1,0 +1,318 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "mirror/frame.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include <fmt/format.h>
+#include <lz4.h>
+#include <xxhash.h>
+#include <zstd.h>
+
+#include "base/check.h"
+
+namespace drover::mirror {
+
+static_assert(std::endian::native == std::endian::little, "the wire is little-endian");
+
+namespace {
+
+constexpr std::uint32_t kMagic = 0x46565244;  // "DRVF"
+
+template <class T>
+void put(std::span<std::byte, kHeaderSize> out, std::size_t at, T value) {
+  std::memcpy(out.data() + at, &value, sizeof value);
+}
+template <class T>
+T get(std::span<const std::byte, kHeaderSize> in, std::size_t at) {
+  T value;
+  std::memcpy(&value, in.data() + at, sizeof value);
+  return value;
+}
+
+auto broken(std::string why) {
+  return fail(Code::Protocol, "the peer sent a frame that breaks the protocol: " + std::move(why));
+}
+
+std::size_t block_count(const Extent& extent) {
+  return (extent.length.bytes() + kBlock.bytes() - 1) / kBlock.bytes();
+}
+std::size_t bitmap_size(const Extent& extent) { return (block_count(extent) + 7) / 8; }
+
+bool all_zero(std::span<const std::byte> bytes) {
+  // A word first: most blocks of data end here. Then the block against itself, one word on:
+  // all equal to the first, which is zero.
+  std::uint64_t first = 0;
+  if (bytes.size() < sizeof first) {
+    return std::ranges::all_of(bytes, [](std::byte b) { return b == std::byte{0}; });
+  }
+  std::memcpy(&first, bytes.data(), sizeof first);
+  return first == 0 &&
+         std::memcmp(bytes.data(), bytes.data() + sizeof first, bytes.size() - sizeof first) == 0;
+}
+
+std::uint64_t checksum_of(std::span<const std::byte> bytes) {
+  return bytes.empty() ? 0 : XXH3_64bits(bytes.data(), bytes.size());
+}
+
+Status check_target_bound(const FrameHeader& header, const FrameLimits& limits) {
+  if (header.disk >= limits.disk_sizes.size()) {
+    return broken(fmt::format("there is no disk {}", header.disk));
+  }
+  const std::uint64_t size = limits.disk_sizes[header.disk].bytes();
+  const std::uint64_t offset = header.extent.offset.bytes();
+  const std::uint64_t length = header.extent.length.bytes();
+  if (length == 0 || offset >= size || length > size - offset) {
+    return broken(fmt::format("bytes {}+{} are not on disk {} of {} bytes", offset, length,
+                              header.disk, size));
+  }
+  const std::uint64_t chunk = limits.chunk_size.bytes();
+  if (offset / chunk != (offset + length - 1) / chunk) {
+    return broken(fmt::format("bytes {}+{} cross a chunk's end", offset, length));
+  }
+  return {};
+}
+
+Status check_copy(const FrameHeader& header) {
+  const std::uint64_t length = header.extent.length.bytes();
+  if ((header.flags & ~(kFlagSparse | kFlagFresh)) != 0) return broken("unknown flags");
+  if (header.extent.offset.bytes() % kBlock.bytes() != 0) return broken("a copy starts in a block");
+  if ((header.flags & kFlagSparse) != 0) {
+    const std::size_t bitmap = bitmap_size(header.extent);
+    if (header.decoded_length <= bitmap || header.decoded_length >= bitmap + length) {
+      return broken("a sparse copy's length does not fit its extent");
+    }
+  } else if (header.decoded_length != length) {
+    return broken("a copy's length does not fit its extent");
+  }
+  const bool plain = header.encoding == Encoding::Plain;
+  if (plain ? header.payload_length != header.decoded_length
+            : header.payload_length == 0 || header.payload_length >= header.decoded_length) {
+    return broken("a copy's payload does not fit its encoding");
+  }
+  return {};
+}
+
+Status check_plain(const FrameHeader& header, std::uint64_t length) {
+  if (header.encoding != Encoding::Plain || header.payload_length != length ||
+      header.decoded_length != length) {
+    return broken("a payload's length does not fit its frame");
+  }
+  return {};
+}
+
+Status check_answer(const FrameHeader& header) {
+  if (header.disk != 0 || header.extent != Extent{}) return broken("an answer names an extent");
+  if (header.type == FrameType::Ack) {
+    if (header.flags != 0 || header.checksum != 0) return broken("an acknowledgement says more");
+    return check_plain(header, 0);
+  }
+  if (header.payload_length > kMaxReason) return broken("a reason that is too long");
+  if (header.flags > static_cast<std::uint8_t>(Code::Internal)) return broken("an unknown error");
+  return check_plain(header, header.payload_length);
+}
+
+Status check(const FrameHeader& header, const FrameLimits& limits) {
+  if (header.sequence == 0) return broken("sequences begin at 1");
+  switch (header.type) {
+    case FrameType::Copy:
+      DROVER_TRY(check_target_bound(header, limits));
+      return check_copy(header);
+    case FrameType::Write:
+      DROVER_TRY(check_target_bound(header, limits));
+      if (header.flags != 0) return broken("unknown flags");
+      return check_plain(header, header.extent.length.bytes());
+    case FrameType::Zero:
+      DROVER_TRY(check_target_bound(header, limits));
+      if ((header.flags & ~kFlagFresh) != 0 || header.checksum != 0) return broken("unknown flags");
+      return check_plain(header, 0);
+    case FrameType::Ack:
+    case FrameType::Failed: return check_answer(header);
+  }
+  return broken("an unknown type");
+}
+
+// Compresses `in` to `out`; 0 if that does not make it smaller.
+std::size_t compress(std::span<const std::byte> in, std::span<std::byte> out,
+                     const EncodeOptions& options) {
+  const std::size_t room = std::min(out.size(), in.size() - 1);
+  if (options.encoding == Encoding::Lz4) {
+    const int size = LZ4_compress_fast(
+        reinterpret_cast<const char*>(in.data()), reinterpret_cast<char*>(out.data()),
+        static_cast<int>(in.size()), static_cast<int>(room), std::max(1, -options.level));
+    return size > 0 ? static_cast<std::size_t>(size) : 0;
+  }
+  const std::size_t size =
+      ZSTD_compress(out.data(), room, in.data(), in.size(), options.level == 0 ? 1 : options.level);
+  return ZSTD_isError(size) != 0 ? 0 : size;
+}
+
+Status decompress(const FrameHeader& header, std::span<const std::byte> payload,
+                  std::span<std::byte> out) {
+  bool whole = false;
+  if (header.encoding == Encoding::Lz4) {
+    const int size = LZ4_decompress_safe(reinterpret_cast<const char*>(payload.data()),
+                                         reinterpret_cast<char*>(out.data()),
+                                         static_cast<int>(payload.size()),
+                                         static_cast<int>(out.size()));
+    whole = size >= 0 && static_cast<std::size_t>(size) == out.size();
+  } else {
+    whole = ZSTD_decompress(out.data(), out.size(), payload.data(), payload.size()) == out.size();
+  }
+  if (!whole) return broken("a payload that does not decompress to its length");
+  return {};
+}
+
+}  // namespace
+
+void encode_header(const FrameHeader& header, std::span<std::byte, kHeaderSize> out) {
+  put(out, 0, kMagic);
+  put(out, 4, header.type);
+  put(out, 5, header.encoding);
+  put(out, 6, header.flags);
+  put(out, 7, std::uint8_t{0});
+  put(out, 8, header.disk);
+  put(out, 10, std::uint16_t{0});
+  put(out, 12, header.payload_length);
+  put(out, 16, header.decoded_length);
+  put(out, 20, static_cast<std::uint32_t>(header.extent.length.bytes()));
+  put(out, 24, header.extent.offset.bytes());
+  put(out, 32, header.sequence);
+  put(out, 40, header.checksum);
+}
+
+Result<FrameHeader> decode_header(std::span<const std::byte, kHeaderSize> bytes,
+                                  const FrameLimits& limits) {
+  if (get<std::uint32_t>(bytes, 0) != kMagic) return broken("no frame begins like this");
+  if (get<std::uint8_t>(bytes, 7) != 0 || get<std::uint16_t>(bytes, 10) != 0) {
+    return broken("reserved bits are set");
+  }
+  const auto type = get<std::uint8_t>(bytes, 4);
+  if (type < static_cast<std::uint8_t>(FrameType::Copy) ||
+      type > static_cast<std::uint8_t>(FrameType::Failed)) {
+    return broken(fmt::format("type {} does not exist", type));
+  }
+  const auto encoding = get<std::uint8_t>(bytes, 5);
+  if (encoding > static_cast<std::uint8_t>(Encoding::Zstd)) {
+    return broken(fmt::format("encoding {} does not exist", encoding));
+  }
+  FrameHeader header;
+  header.type = static_cast<FrameType>(type);
+  header.encoding = static_cast<Encoding>(encoding);
+  header.flags = get<std::uint8_t>(bytes, 6);
+  header.disk = get<std::uint16_t>(bytes, 8);
+  header.payload_length = get<std::uint32_t>(bytes, 12);
+  header.decoded_length = get<std::uint32_t>(bytes, 16);
+  header.extent.length = Length(get<std::uint32_t>(bytes, 20));
+  header.extent.offset = Offset(get<std::uint64_t>(bytes, 24));
+  header.sequence = get<std::uint64_t>(bytes, 32);
+  header.checksum = get<std::uint64_t>(bytes, 40);
+  DROVER_TRY(check(header, limits));
+  return header;
+}
+
+std::span<const std::byte> encode_copy(FrameHeader& header, std::span<const std::byte> content,
+                                       const EncodeOptions& options, std::span<std::byte> out) {
+  CHECK(header.type == FrameType::Copy && content.size() == header.extent.length.bytes(),
+        "a copy's content is its extent");
+  CHECK(content.size() <= kMaxChunk.bytes() && out.size() >= kEncodeScratch, "room for the payload");
+  const std::size_t blocks = block_count(header.extent);
+  const std::size_t bitmap = bitmap_size(header.extent);
+  std::array<std::byte, kMaxBitmap> bits{};
+  std::size_t data_blocks = 0;
+  for (std::size_t i = 0; i < blocks; ++i) {
+    const auto block = content.subspan(i * kBlock.bytes(),
+                                       std::min(kBlock.bytes(), content.size() - i * kBlock.bytes()));
+    if (all_zero(block)) continue;
+    bits.at(i / 8) |= std::byte{1} << (i % 8);
+    ++data_blocks;
+  }
+  if (data_blocks == 0) {
+    header.type = FrameType::Zero;
+    header.payload_length = header.decoded_length = 0;
+    header.checksum = 0;
+    return {};
+  }
+  std::span<const std::byte> decoded = content;
+  if (data_blocks < blocks) {
+    header.flags |= kFlagSparse;
+    std::byte* to = std::copy_n(bits.data(), bitmap, out.data());
+    for (std::size_t i = 0; i < blocks; ++i) {
+      if ((bits.at(i / 8) >> (i % 8) & std::byte{1}) == std::byte{0}) continue;
+      const std::size_t at = i * kBlock.bytes();
+      to = std::copy_n(content.data() + at, std::min(kBlock.bytes(), content.size() - at), to);
+    }
+    decoded = {out.data(), to};
+  }
+  header.decoded_length = static_cast<std::uint32_t>(decoded.size());
+  header.checksum = checksum_of(decoded);
+  header.encoding = Encoding::Plain;
+  header.payload_length = header.decoded_length;
+  if (options.encoding == Encoding::Plain) return decoded;
+  const std::span<std::byte> compressed = out.subspan(kMaxPayload);
+  const std::size_t size = compress(decoded, compressed, options);
+  if (size == 0) return decoded;
+  header.encoding = options.encoding;
+  header.payload_length = static_cast<std::uint32_t>(size);
+  return compressed.first(size);
+}
+
+void encode_write(FrameHeader& header, std::span<const std::byte> content) {
+  CHECK(header.type == FrameType::Write && content.size() == header.extent.length.bytes(),
+        "a write's content is its extent");
+  header.encoding = Encoding::Plain;
+  header.payload_length = header.decoded_length = static_cast<std::uint32_t>(content.size());
+  header.checksum = checksum_of(content);
+}
+
+Status decode_payload(const FrameHeader& header, std::span<const std::byte> payload,
+                      std::span<std::byte> scratch, std::vector<Run>& runs) {
+  CHECK(payload.size() == header.payload_length, "the whole payload is here");
+  runs.clear();
+  if (header.type == FrameType::Zero) {
+    runs.push_back({header.extent, {}});
+    return {};
+  }
+  std::span<const std::byte> decoded = payload;
+  if (header.encoding != Encoding::Plain) {
+    CHECK(scratch.size() >= header.decoded_length, "room for the decoded payload");
+    const std::span<std::byte> out = scratch.first(header.decoded_length);
+    DROVER_TRY(decompress(header, payload, out));
+    decoded = out;
+  }
+  if (checksum_of(decoded) != header.checksum) {
+    return broken("a payload's checksum is wrong: it was damaged on its way");
+  }
+  if ((header.flags & kFlagSparse) == 0) {
+    runs.push_back({header.extent, decoded});
+    return {};
+  }
+  const std::size_t blocks = block_count(header.extent);
+  const std::size_t bitmap = bitmap_size(header.extent);
+  const std::span<const std::byte> bits = decoded.first(bitmap);
+  std::size_t used = bitmap;
+  for (std::size_t i = 0; i < bitmap * 8; ++i) {
+    const bool data = (bits[i / 8] >> (i % 8) & std::byte{1}) != std::byte{0};
+    if (i >= blocks) {
+      if (data) return broken("a bitmap marks blocks beyond its extent");
+      continue;
+    }
+    const Offset start = header.extent.offset + kBlock * i;
+    const Length length = std::min(kBlock, header.extent.end() - start);
+    if (data && decoded.size() - used < length.bytes()) return broken("a bitmap marks too much");
+    const auto bytes = data ? decoded.subspan(used, length.bytes()) : std::span<const std::byte>();
+    if (data) used += length.bytes();
+    if (!runs.empty() && runs.back().bytes.empty() == !data) {
+      Run& run = runs.back();
+      run.extent.length += length;
+      if (data) run.bytes = {run.bytes.data(), run.bytes.size() + bytes.size()};
+    } else {
+      runs.push_back({Extent{start, length}, bytes});
+    }
+  }
+  if (used != decoded.size()) return broken("a bitmap marks too little");
+  return {};
+}
+
+}  // namespace drover::mirror

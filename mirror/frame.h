@@ -27,6 +27,8 @@ inline constexpr Length kMaxChunk = Length(std::uint64_t{1} << 20);
 inline constexpr Length kBlock = Length(4096);
 inline constexpr std::size_t kMaxBitmap = (std::uint64_t{1} << 20) / 4096 / 8;
 inline constexpr std::size_t kMaxPayload = (std::size_t{1} << 20) + kMaxBitmap;
+inline constexpr std::size_t kEncodeScratch = 2 * kMaxPayload;
+inline constexpr std::size_t kMaxReason = 1024;
 inline constexpr std::uint16_t kMaxDisks = 64;
 
 enum class FrameType : std::uint8_t {
@@ -34,7 +36,8 @@ enum class FrameType : std::uint8_t {
   Write = 2,   // a guest's write, mirrored
   Zero = 3,    // a range that now reads as zeroes; no payload
   Ack = 4,     // the frame with this sequence is applied (not yet on stable storage)
-  Failed = 5,  // the frame with this sequence could not be applied; payload: why, as text
+  Failed = 5,  // the frame with this sequence could not be applied; payload: why, as text (at most
+               // kMaxReason bytes); flags: its drover::Code
 };
 
 enum class Encoding : std::uint8_t { Plain = 0, Lz4 = 1, Zstd = 2 };
@@ -42,7 +45,7 @@ enum class Encoding : std::uint8_t { Plain = 0, Lz4 = 1, Zstd = 2 };
 // Copy only: the decoded payload begins with a bitmap (a bit per kBlock of the range, least
 // significant first; 1: data), then the data blocks alone follow.
 inline constexpr std::uint8_t kFlagSparse = 1;
-// Copy only: nothing was ever sent for this chunk to an image that was created empty, so its zero
+// Copy and Zero: nothing was ever sent for this chunk to an image that was created empty, so its zero
 // blocks already read as zeroes.
 inline constexpr std::uint8_t kFlagFresh = 2;
 
@@ -76,8 +79,8 @@ struct Run {
   std::span<const std::byte> bytes;
 };
 
-// Source: fills in encoding, flags, lengths and checksum of a Copy frame for `content` (its extent's
-// bytes) and writes the payload to `out` (at least kMaxPayload bytes). All zero: becomes a Zero frame
+// Source: for a header whose type (Copy), disk, extent, flags (fresh) and sequence are set, fills in encoding, flags, lengths and checksum of a Copy frame for `content` (its extent's
+// bytes) and writes the payload to `out` (at least kEncodeScratch bytes). All zero: becomes a Zero frame
 // without payload.
 // `level` 0: no compression; lz4 and zstd keep the plain form where they would not shrink it.
 struct EncodeOptions {

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "mirror/disk_mirror.h"
+
+#include <utility>
+
+#include "base/check.h"
+
+namespace drover::mirror {
+
+namespace {
+
+// A frame's token says what it carried: a copy's ticket or a write's piece.
+std::uint64_t copy_token(TicketId ticket) { return ticket << 1; }
+std::uint64_t piece_token(PieceId piece) { return piece << 1 | 1; }
+bool is_piece(std::uint64_t token) { return (token & 1) != 0; }
+
+WriteKind write_kind(NbdRequest::Kind kind) {
+  switch (kind) {
+    case NbdRequest::Kind::Write: return WriteKind::Data;
+    case NbdRequest::Kind::Zero: return WriteKind::Zero;
+    case NbdRequest::Kind::Discard: return WriteKind::Discard;
+    case NbdRequest::Kind::Flush: break;
+  }
+  CHECK(false, "a flush changes nothing");
+}
+
+}  // namespace
+
+DiskMirror::DiskMirror(const Options& options, blockcopy::ImageReader& reader, Lanes& lanes,
+                       BufferPool& copy_buffers, Events events)
+    : options_(options),
+      reader_(reader),
+      lanes_(lanes),
+      copy_buffers_(copy_buffers),
+      events_(std::move(events)),
+      arbiter_(options.arbiter) {
+  CHECK(copy_buffers.buffer_size() >= options.arbiter.chunk_size, "a chunk fits a buffer");
+  CHECK(reader.size() == options.arbiter.disk_size, "the reader is this disk's");
+}
+
+DiskMirror::~DiskMirror() { CHECK(idle(), "a mirror is drained before it goes"); }
+
+void DiskMirror::start() {
+  CHECK(!started_, "a mirror starts once");
+  started_ = true;
+  if (options_.target_initially_zero) scan_from(Offset(0));
+}
+
+void DiskMirror::scan_from(Offset at) {
+  const Extent rest{at, Offset(options_.arbiter.disk_size.bytes()) - at};
+  scanning_ = true;
+  arbiter_.scan_begin(rest);
+  reader_.extents(rest, [this, at](Result<std::vector<blockcopy::MappedExtent>> result) {
+    on_extents(at, std::move(result));
+  });
+}
+
+void DiskMirror::on_extents(Offset at, Result<std::vector<blockcopy::MappedExtent>> result) {
+  scanning_ = false;
+  if (stopped_) return;
+  // Not knowing the holes costs time, not correctness: everything is read then.
+  if (!result || result->empty()) return;
+  for (const blockcopy::MappedExtent& run : *result) {
+    CHECK(run.extent.offset == at, "extents come without gaps");
+    if (!run.data) arbiter_.scan_hole(run.extent);
+    at = run.extent.end();
+  }
+  if (at < Offset(options_.arbiter.disk_size.bytes())) scan_from(at);
+}
+
+bool DiskMirror::start_copy() {
+  if (!started_ || scanning_ || stopped_) return false;
+  if (arbiter_.summary().copying >= options_.max_copies) return false;
+  Buffer buffer = copy_buffers_.try_take();
+  if (!buffer) return false;
+  const std::optional<CopyTicket> ticket = arbiter_.start_copy();
+  if (!ticket) return false;
+  ++reads_;
+  counters_.read_bytes += ticket->extent.length;
+  const auto bytes = buffer.bytes().first(ticket->extent.length.bytes());
+  reader_.read(ticket->extent.offset, bytes,
+               [this, ticket = *ticket, buffer = std::move(buffer)](Status status) mutable {
+                 on_read(ticket, std::move(buffer), std::move(status));
+               });
+  return true;
+}
+
+void DiskMirror::on_read(CopyTicket ticket, Buffer buffer, Status status) {
+  --reads_;
+  if (!status) {
+    arbiter_.copy_abandoned(ticket.id, actions_);
+    carry_out();
+    if (!stopped_) events_.failed(status.error());
+    return;
+  }
+  // The chunk's frame goes first, then what waited for it. Nothing is being carried out here: reads
+  // complete on their own.
+  if (!arbiter_.copy_read(ticket.id, actions_)) return;
+  ++counters_.copies;
+  OutFrame frame;
+  frame.type = FrameType::Copy;
+  frame.disk = options_.disk;
+  frame.extent = ticket.extent;
+  frame.fresh = ticket.fresh && options_.target_initially_zero;
+  frame.content = buffer.bytes().first(ticket.extent.length.bytes());
+  frame.buffer = std::move(buffer);
+  frame.token = copy_token(ticket.id);
+  lanes_.send(ticket.lane, std::move(frame));
+  carry_out();
+}
+
+void DiskMirror::guest(NbdRequest request) {
+  if (request.kind == NbdRequest::Kind::Flush) {
+    // What the guest relies on is the source's disk; the target is flushed at the barrier.
+    return events_.acknowledge(request.id);
+  }
+  ++counters_.guest_writes;
+  counters_.guest_bytes += request.extent.length;
+  const WriteId id = request.id;
+  const WriteKind kind = write_kind(request.kind);
+  const Extent extent = request.extent;
+  const bool is_new = writes_.emplace(id, std::move(request)).second;
+  CHECK(is_new, "the NBD server names each request once");
+  arbiter_.guest_write(id, kind, extent, events_.now(), actions_);
+  carry_out();
+}
+
+void DiskMirror::applied(std::uint64_t token) {
+  if (is_piece(token)) {
+    arbiter_.piece_acked(token >> 1, actions_);
+  } else {
+    arbiter_.copy_acked(token >> 1, actions_);
+  }
+  carry_out();
+}
+
+void DiskMirror::refused(std::uint64_t /*token*/, const Error& error) { events_.failed(error); }
+
+void DiskMirror::lane_lost(LaneIndex lane) {
+  arbiter_.lane_lost(lane, events_.now(), actions_);
+  carry_out();
+}
+
+void DiskMirror::tick() {
+  arbiter_.tick(events_.now(), actions_);
+  carry_out();
+}
+
+void DiskMirror::leave_strict() {
+  arbiter_.leave_strict(events_.now(), actions_);
+  carry_out();
+}
+
+bool DiskMirror::all_copied() const {
+  const Arbiter::Summary summary = arbiter_.summary();
+  return started_ && !scanning_ && summary.pending == 0 && summary.copying == 0;
+}
+
+void DiskMirror::carry_out() {
+  // Answering QEMU may bring its next request at once, and with it further actions: they go behind
+  // those that are here already.
+  if (std::exchange(carrying_out_, true)) return;
+  for (std::size_t i = 0; i < actions_.size(); ++i) {
+    const Action action = actions_[i];
+    switch (action.kind) {
+      case Action::Kind::Acknowledge: {
+        const std::size_t erased = writes_.erase(action.write);
+        CHECK(erased == 1, "a write is answered once");
+        events_.acknowledge(action.write);
+        break;
+      }
+      case Action::Kind::Forward: forward(action); break;
+      case Action::Kind::Abandon: lanes_.abandon(action.lane, piece_token(action.piece)); break;
+    }
+  }
+  actions_.clear();
+  carrying_out_ = false;
+}
+
+void DiskMirror::forward(const Action& action) {
+  const NbdRequest& request = writes_.at(action.write);
+  ++counters_.forwarded_writes;
+  counters_.forwarded_bytes += action.extent.length;
+  OutFrame frame;
+  frame.disk = options_.disk;
+  frame.extent = action.extent;
+  frame.token = piece_token(action.piece);
+  if (request.kind == NbdRequest::Kind::Write) {
+    frame.type = FrameType::Write;
+    frame.content = request.payload.subspan((action.extent.offset - request.extent.offset).bytes(),
+                                            action.extent.length.bytes());
+    frame.buffer = request.buffer;
+  } else {
+    frame.type = FrameType::Zero;
+  }
+  lanes_.send(action.lane, std::move(frame));
+}
+
+}  // namespace drover::mirror

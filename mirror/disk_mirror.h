@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One disk's mirror on the source: carries out what its arbiter decides. Takes QEMU's mirrored writes,
+// reads chunks from the source image, hands both to the link's lanes in the arbiter's order, and answers
+// QEMU.
+//
+//   DiskMirror mirror({.disk = 0, .arbiter = {...}}, reader, lanes, copy_buffers, events);
+//   mirror.start();                       // finds the holes, then copies when pumped
+//   while (mirror.start_copy()) {}        // as much as buffers and window allow
+//
+// Works on interfaces only (ImageReader, Lanes, Events), so the simulation runs this very class with
+// fakes. Threads: one, the engine's; no call blocks. Destroy it when its reader has no request
+// outstanding (idle()).
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <unordered_map>
+#include <vector>
+
+#include "base/buffer.h"
+#include "blockcopy/image.h"
+#include "mirror/arbiter.h"
+#include "mirror/lanes.h"
+#include "mirror/nbd_server.h"
+
+namespace drover::mirror {
+
+class DiskMirror {
+ public:
+  struct Options {
+    std::uint16_t disk = 0;
+    Arbiter::Options arbiter;
+    // The target reads as zeroes where nothing was written: holes need not be sent.
+    bool target_initially_zero = true;
+    // Copies that may be on their way (read or unacknowledged) at once.
+    std::size_t max_copies = 32;
+  };
+  struct Events {
+    std::function<void(std::uint64_t id)> acknowledge;  // answer QEMU's request: done
+    std::function<void(const Error&)> failed;           // the disk can't be copied: read or write error
+    std::function<Instant()> now;
+  };
+
+  DiskMirror(const Options& options, blockcopy::ImageReader& reader, Lanes& lanes,
+             BufferPool& copy_buffers, Events events);
+  ~DiskMirror();
+  DiskMirror(const DiskMirror&) = delete;
+  DiskMirror& operator=(const DiskMirror&) = delete;
+
+  // Asks the source for its holes; copying can begin when that is done.
+  void start();
+  // Starts the copy of one more chunk. False: nothing to copy, the window is full, no buffer is free,
+  // or the holes are not known yet.
+  bool start_copy();
+  // No new copies or scans from now on; what is in flight ends.
+  void stop() { stopped_ = true; }
+  [[nodiscard]] bool idle() const { return reads_ == 0 && !scanning_; }
+
+  void guest(NbdRequest request);
+  void applied(std::uint64_t token);
+  void refused(std::uint64_t token, const Error& error);
+  void lane_lost(LaneIndex lane);
+  void lane_up(LaneIndex lane) { arbiter_.lane_up(lane); }
+  void tick();
+  [[nodiscard]] std::optional<Instant> next_deadline() const { return arbiter_.next_deadline(); }
+  void enter_strict() { arbiter_.enter_strict(); }
+  void leave_strict();
+
+  struct Counters {
+    std::uint64_t guest_writes = 0;     // requests that QEMU mirrored
+    Length guest_bytes;                 // theirs
+    std::uint64_t forwarded_writes = 0; // pieces sent on to the target
+    Length forwarded_bytes;
+    Length read_bytes;                  // read from the source by the copier
+    std::uint64_t copies = 0;           // chunks sent, each time counted
+  };
+  [[nodiscard]] const Counters& counters() const { return counters_; }
+  [[nodiscard]] const Arbiter& arbiter() const { return arbiter_; }
+  // Holes are known and nothing is left to copy.
+  [[nodiscard]] bool all_copied() const;
+
+ private:
+  void scan_from(Offset at);
+  void on_extents(Offset at, Result<std::vector<blockcopy::MappedExtent>> result);
+  void on_read(CopyTicket ticket, Buffer buffer, Status status);
+  void carry_out();
+  void forward(const Action& action);
+
+  Options options_;
+  blockcopy::ImageReader& reader_;
+  Lanes& lanes_;
+  BufferPool& copy_buffers_;
+  Events events_;
+  Arbiter arbiter_;
+  Actions actions_;
+  std::unordered_map<WriteId, NbdRequest> writes_;  // unanswered; look-ups only
+  bool carrying_out_ = false;
+  bool started_ = false;
+  bool scanning_ = false;
+  bool stopped_ = false;
+  std::size_t reads_ = 0;
+  Counters counters_;
+};
+
+}  // namespace drover::mirror
