@@ -306,7 +306,11 @@ void Arbiter::expire(PieceId id, Actions& out) {
 
 // --- the handover ---
 
-void Arbiter::enter_strict() { strict_ = true; }
+bool Arbiter::enter_strict() {
+  if (std::ranges::any_of(lane_down_, [](bool down) { return down; })) return false;
+  strict_ = true;
+  return true;
+}
 
 void Arbiter::leave_strict(Instant now, Actions& out) { end_strict(now, out); }
 

@@ -139,7 +139,8 @@ class Arbiter {
   void tick(Instant now, Actions& out);
 
   // --- the handover ---
-  void enter_strict();
+  // False, and nothing changes, while a lane is down: a write could not wait for the target then.
+  [[nodiscard]] bool enter_strict();
   // Also ends by itself when a lane is lost. Waiting writes get the bound from now on.
   void leave_strict(Instant now, Actions& out);
   [[nodiscard]] bool strict() const { return strict_; }

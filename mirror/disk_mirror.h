@@ -65,7 +65,7 @@ class DiskMirror {
   void lane_up(LaneIndex lane) { arbiter_.lane_up(lane); }
   void tick();
   [[nodiscard]] std::optional<Instant> next_deadline() const { return arbiter_.next_deadline(); }
-  void enter_strict() { arbiter_.enter_strict(); }
+  [[nodiscard]] bool enter_strict() { return arbiter_.enter_strict(); }
   void leave_strict();
 
   struct Counters {

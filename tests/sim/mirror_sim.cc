@@ -1,0 +1,679 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/sim/mirror_sim.h"
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include <fmt/format.h>
+
+#include "base/random.h"
+#include "mirror/disk_mirror.h"
+
+namespace drover::sim {
+namespace {
+
+using mirror::FrameHeader;
+using mirror::FrameType;
+using mirror::LaneIndex;
+using mirror::NbdRequest;
+using Bytes = std::vector<std::byte>;
+
+constexpr std::uint64_t kSector = 512;
+constexpr std::size_t kMaxInFlight = 16;  // QEMU: MAX_NBD_REQUESTS, block/nbd.c
+constexpr std::uint64_t kMaxSteps = 200000;
+
+// Everything that is still to happen and when it may happen is up to the seed: a bag of steps.
+class Steps {
+ public:
+  explicit Steps(Random& random) : random_(random) {}
+  void add(std::function<void()> step) { steps_.push_back(std::move(step)); }
+  [[nodiscard]] bool empty() const { return steps_.empty(); }
+  [[nodiscard]] std::size_t size() const { return steps_.size(); }
+  void run_one() {
+    const std::size_t i = random_.below(steps_.size());
+    std::swap(steps_[i], steps_.back());
+    const std::function<void()> step = std::move(steps_.back());
+    steps_.pop_back();
+    step();
+  }
+
+ private:
+  Random& random_;
+  std::vector<std::function<void()>> steps_;
+};
+
+// Splits a range in two at a random place, in random order: both halves once, each when it pleases.
+std::array<std::pair<std::size_t, std::size_t>, 2> halves(std::size_t size, Random& random) {
+  const std::size_t cut = random.below(size + 1);
+  std::array<std::pair<std::size_t, std::size_t>, 2> parts = {{{0, cut}, {cut, size}}};
+  if (random.one_in(2)) std::swap(parts[0], parts[1]);
+  return parts;
+}
+
+class TornReader final : public blockcopy::ImageReader {
+ public:
+  TornReader(Bytes& disk, Steps& steps, Random& random)
+      : disk_(disk), steps_(steps), random_(random) {}
+  [[nodiscard]] Length size() const override { return Length(disk_.size()); }
+  [[nodiscard]] Length alignment() const override { return Length(kSector); }
+
+  void read(Offset offset, std::span<std::byte> buffer, blockcopy::Done done) override {
+    const auto parts = halves(buffer.size(), random_);
+    steps_.add([this, offset, buffer, parts, done = std::move(done)] {
+      take(offset, buffer, parts[0]);
+      steps_.add([this, offset, buffer, parts, done] {
+        take(offset, buffer, parts[1]);
+        steps_.add([done] { done({}); });
+      });
+    });
+  }
+
+  void extents(Extent range, blockcopy::ExtentsDone done) override {
+    steps_.add([this, range, done = std::move(done)] {
+      std::vector<blockcopy::MappedExtent> runs;
+      for (Offset at = range.offset; at < range.end();) {
+        const Offset next = std::min(range.end(), widen({at, Length(1)}, mirror::kBlock).end());
+        const bool data = std::any_of(disk_.begin() + static_cast<std::ptrdiff_t>(at.bytes()),
+                                      disk_.begin() + static_cast<std::ptrdiff_t>(next.bytes()),
+                                      [](std::byte b) { return b != std::byte{0}; });
+        if (!runs.empty() && runs.back().data == data) {
+          runs.back().extent.length += next - at;
+        } else {
+          if (!runs.empty() && random_.one_in(6)) break;
+          runs.push_back({{at, next - at}, data});
+        }
+        at = next;
+      }
+      steps_.add([done, runs] { done(runs); });
+    });
+  }
+
+ private:
+  void take(Offset offset, std::span<std::byte> buffer, std::pair<std::size_t, std::size_t> part) {
+    std::memcpy(buffer.data() + part.first, disk_.data() + offset.bytes() + part.first,
+                part.second - part.first);
+  }
+  Bytes& disk_;
+  Steps& steps_;
+  Random& random_;
+};
+
+// Writes by read-modify-write of whole sectors, as O_DIRECT needs it: two at once to one sector lose one.
+class LooseWriter final : public blockcopy::ImageWriter {
+ public:
+  LooseWriter(Bytes& disk, Steps& steps, Random& random)
+      : disk_(disk), steps_(steps), random_(random) {}
+  [[nodiscard]] Length size() const override { return Length(disk_.size()); }
+  [[nodiscard]] Length alignment() const override { return Length(kSector); }
+
+  void write(Offset offset, std::span<const std::byte> buffer, blockcopy::Done done) override {
+    change({offset, Length(buffer.size())},
+           [buffer](std::byte* at) { std::memcpy(at, buffer.data(), buffer.size()); },
+           std::move(done));
+  }
+  void write_zeroes(Extent extent, blockcopy::Done done) override {
+    change(extent, [extent](std::byte* at) { std::memset(at, 0, extent.length.bytes()); },
+           std::move(done));
+  }
+
+ private:
+  void change(Extent extent, std::function<void(std::byte*)> apply, blockcopy::Done done) {
+    const Extent sectors = widen(extent, Length(kSector));
+    const std::size_t start = sectors.offset.bytes();
+    const std::size_t size = std::min<std::size_t>(sectors.end().bytes(), disk_.size()) - start;
+    steps_.add([this, extent, apply = std::move(apply), done = std::move(done), start, size] {
+      auto content = std::make_shared<Bytes>(disk_.begin() + static_cast<std::ptrdiff_t>(start),
+                                             disk_.begin() + static_cast<std::ptrdiff_t>(start + size));
+      apply(content->data() + (extent.offset.bytes() - start));
+      const auto parts = halves(size, random_);
+      steps_.add([this, content, start, parts, done] {
+        put(*content, start, parts[0]);
+        steps_.add([this, content, start, parts, done] {
+          put(*content, start, parts[1]);
+          done({});
+        });
+      });
+    });
+  }
+  void put(const Bytes& content, std::size_t start, std::pair<std::size_t, std::size_t> part) {
+    std::memcpy(disk_.data() + start + part.first, content.data() + part.first,
+                part.second - part.first);
+  }
+  Bytes& disk_;
+  Steps& steps_;
+  Random& random_;
+};
+
+class MirrorSim;
+
+// Lanes of encoded frames, each with its own Applier on the target.
+class SimLanes final : public mirror::Lanes {
+ public:
+  SimLanes(MirrorSim& sim, LaneIndex count);
+  [[nodiscard]] std::uint32_t count() const override {
+    return static_cast<std::uint32_t>(lanes_.size());
+  }
+  void send(std::uint32_t lane, mirror::OutFrame frame) override;
+  bool abandon(std::uint32_t lane, std::uint64_t token) override;
+  void lose(LaneIndex lane);
+  [[nodiscard]] bool down(LaneIndex lane) const { return lanes_[lane].down; }
+  [[nodiscard]] bool quiet() const;
+  // Something a lane could do now; false: nothing.
+  bool step();
+
+ private:
+  struct Lane {
+    bool down = false;
+    std::uint64_t epoch = 1;
+    std::uint64_t sequence = 0;
+    std::deque<mirror::OutFrame> queue;                // not begun
+    std::deque<Bytes> wire;                            // encoded, in order
+    std::map<std::uint64_t, std::uint64_t> tokens;     // sequence -> token
+    std::deque<std::pair<std::uint64_t, std::uint64_t>> answers;  // epoch, sequence
+    std::unique_ptr<mirror::Applier> applier;
+  };
+  void encode_one(Lane& lane);
+  void deliver_one(Lane& lane);
+  MirrorSim& sim_;
+  std::vector<Lane> lanes_;
+};
+
+class MirrorSim {
+ public:
+  MirrorSim(std::uint64_t seed, const MirrorSimOptions& options)
+      : options_(options), random_(seed), steps_(random_) {}
+
+  std::optional<std::string> run(MirrorSimStats* stats);
+
+ private:
+  friend class SimLanes;
+  struct GuestOp {
+    NbdRequest request;
+    Bytes content;
+    Instant sent;
+    bool with_mirror = false;  // the request is with the mirror, unanswered
+  };
+
+  void set_up();
+  void make_disks(std::uint64_t chunk, std::uint64_t chunks);
+  bool guest_step();
+  void issue_guest_op();
+  void change_source(std::uint64_t id, std::size_t first, std::size_t end);
+  void send_to_mirror(std::uint64_t id);
+  void answered(std::uint64_t id);
+  void advance_clock();
+  void check_bound();
+  void check_strict();
+  bool world_step(bool calm);
+  void finish();
+  void compare();
+  void violate(std::string what) {
+    if (!violation_) violation_ = std::move(what);
+  }
+  template <class... Args>
+  void trace(fmt::format_string<Args...> format, Args&&... args) const {
+    if (!options_.trace) return;
+    fmt::print("{:>8} {}\n", steps_taken_, fmt::format(format, std::forward<Args>(args)...));
+  }
+
+  const MirrorSimOptions& options_;
+  Random random_;
+  Steps steps_;
+  Instant clock_{std::chrono::seconds(1000)};
+  mirror::FrameLimits limits_;
+  Bytes source_;
+  Bytes target_;
+  std::unique_ptr<BufferPool> copy_buffers_;
+  std::unique_ptr<BufferPool> write_buffers_;
+  std::unique_ptr<TornReader> reader_;
+  std::unique_ptr<LooseWriter> writer_;
+  std::unique_ptr<SimLanes> lanes_;
+  std::unique_ptr<mirror::DiskMirror> mirror_;
+  std::map<std::uint64_t, GuestOp> guest_ops_;
+  std::vector<std::pair<LaneIndex, std::uint64_t>> lost_lanes_;
+  std::uint64_t next_op_ = 1;
+  std::uint64_t guest_budget_ = 0;
+  std::uint64_t steps_taken_ = 0;
+  std::uint64_t lanes_lost_ = 0;
+  std::uint64_t loss_odds_ = 0;  // one in so many steps; 0: never
+  std::uint64_t hot_chunk_ = 0;
+  bool hot_ = false;
+  std::optional<std::string> violation_;
+  std::uint64_t strict_pending_ = 0;
+  bool was_strict_ = false;
+};
+
+// --- lanes ---
+
+SimLanes::SimLanes(MirrorSim& sim, LaneIndex count) : sim_(sim), lanes_(count) {
+  for (LaneIndex i = 0; i < count; ++i) {
+    lanes_[i].applier = std::make_unique<mirror::Applier>(
+        std::vector<blockcopy::ImageWriter*>{sim.writer_.get()},
+        [this, i](std::uint64_t sequence, std::uint16_t, const Status& status) {
+          if (!status) sim_.violate("the target refused a frame: " + status.error().message);
+          lanes_[i].answers.emplace_back(lanes_[i].epoch, sequence);
+        },
+        sim.options_.applier);
+  }
+}
+
+void SimLanes::send(std::uint32_t lane, mirror::OutFrame frame) {
+  if (lanes_[lane].down) return sim_.violate("a frame was sent on a lane that is down");
+  lanes_[lane].queue.push_back(std::move(frame));
+}
+
+bool SimLanes::abandon(std::uint32_t lane, std::uint64_t token) {
+  auto& queue = lanes_[lane].queue;
+  const auto found = std::ranges::find(queue, token, &mirror::OutFrame::token);
+  if (found == queue.end()) return false;
+  queue.erase(found);
+  return true;
+}
+
+void SimLanes::lose(LaneIndex index) {
+  Lane& lane = lanes_[index];
+  // Some of what is on the wire still arrives; its answers don't.
+  for (std::uint64_t arrive = sim_.random_.below(lane.wire.size() + 1); arrive > 0; --arrive) {
+    deliver_one(lane);
+  }
+  lane.queue.clear();
+  lane.wire.clear();
+  lane.tokens.clear();
+  lane.answers.clear();
+  lane.down = true;
+  // The receiver applies what it got before it takes the new epoch's first frame.
+  lane.applier->when_idle([this, index] {
+    sim_.steps_.add([this, index] {
+      Lane& back = lanes_[index];
+      back.answers.clear();
+      ++back.epoch;
+      back.sequence = 0;
+      back.down = false;
+      sim_.mirror_->lane_up(index);
+      sim_.trace("lane {} is up again", index);
+    });
+  });
+}
+
+void SimLanes::encode_one(Lane& lane) {
+  mirror::OutFrame frame = std::move(lane.queue.front());
+  lane.queue.pop_front();
+  FrameHeader header;
+  header.type = frame.type;
+  header.disk = frame.disk;
+  header.extent = frame.extent;
+  header.flags = frame.fresh ? mirror::kFlagFresh : 0;
+  header.sequence = ++lane.sequence;
+  std::span<const std::byte> payload;
+  static thread_local Bytes scratch(mirror::kEncodeScratch);
+  mirror::EncodeOptions encode;
+  if (sim_.random_.one_in(4)) encode.encoding = mirror::Encoding::Lz4;
+  if (frame.type == FrameType::Copy) {
+    payload = encode_copy(header, frame.content, encode, scratch);
+  } else if (frame.type == FrameType::Write) {
+    encode_write(header, frame.content);
+    payload = frame.content;
+  }
+  Bytes bytes(mirror::kHeaderSize + payload.size());
+  encode_header(header, std::span(bytes).first<mirror::kHeaderSize>());
+  std::ranges::copy(payload, bytes.begin() + mirror::kHeaderSize);
+  lane.tokens.emplace(header.sequence, frame.token);
+  lane.wire.push_back(std::move(bytes));
+}
+
+void SimLanes::deliver_one(Lane& lane) {
+  const Bytes bytes = std::move(lane.wire.front());
+  lane.wire.pop_front();
+  const auto header =
+      decode_header(std::span(bytes).first<mirror::kHeaderSize>(), sim_.limits_);
+  if (!header) return sim_.violate("the codec refuses its own header: " + header.error().message);
+  static thread_local Bytes scratch(mirror::kMaxPayload);
+  std::vector<mirror::Run> runs;
+  const Status status =
+      decode_payload(*header, std::span(bytes).subspan(mirror::kHeaderSize), scratch, runs);
+  if (!status) {
+    return sim_.violate("the codec refuses its own payload: " + status.error().message);
+  }
+  // The runs refer to bytes that go away: keep them, as the receiver's Buffer does.
+  Buffer keep;
+  if (header->payload_length > 0) {
+    static thread_local BufferPool pool(Length(1U << 16), 4096);
+    keep = pool.try_take();
+    if (!keep) return sim_.violate("the receiver holds more frames than it may");
+    std::size_t used = 0;
+    for (mirror::Run& run : runs) {
+      if (run.bytes.empty()) continue;
+      std::ranges::copy(run.bytes, keep.bytes().begin() + static_cast<std::ptrdiff_t>(used));
+      run.bytes = std::span<const std::byte>(keep.bytes()).subspan(used, run.bytes.size());
+      used += run.bytes.size();
+    }
+  }
+  lane.applier->apply(*header, std::move(keep), runs);
+}
+
+bool SimLanes::step() {
+  const std::size_t first = sim_.random_.below(lanes_.size());
+  for (std::size_t n = 0; n < lanes_.size(); ++n) {
+    Lane& lane = lanes_[(first + n) % lanes_.size()];
+    if (lane.down) continue;
+    const std::uint64_t choice = sim_.random_.below(3);
+    for (std::uint64_t k = 0; k < 3; ++k) {
+      switch ((choice + k) % 3) {
+        case 0:
+          if (lane.queue.empty()) break;
+          encode_one(lane);
+          return true;
+        case 1:
+          if (lane.wire.empty()) break;
+          deliver_one(lane);
+          return true;
+        default: {
+          if (lane.answers.empty()) break;
+          const auto [epoch, sequence] = lane.answers.front();
+          lane.answers.pop_front();
+          if (epoch != lane.epoch) return true;  // fenced
+          const auto token = lane.tokens.extract(sequence);
+          if (token.empty()) {
+            sim_.violate("a frame was answered twice");
+            return true;
+          }
+          sim_.mirror_->applied(token.mapped());
+          return true;
+        }
+      }
+    }
+  }
+  return false;
+}
+
+bool SimLanes::quiet() const {
+  return std::ranges::all_of(lanes_, [](const Lane& lane) {
+    return !lane.down && lane.queue.empty() && lane.wire.empty() && lane.answers.empty() &&
+           lane.applier->in_flight() == 0;
+  });
+}
+
+// --- the world ---
+
+void MirrorSim::set_up() {
+  const std::uint64_t chunk = std::uint64_t{4096} << random_.below(3);
+  const std::uint64_t chunks = 1 + random_.below(10);
+  make_disks(chunk, chunks);
+
+  mirror::DiskMirror::Options options;
+  options.arbiter.disk_size = Length(source_.size());
+  options.arbiter.chunk_size = Length(chunk);
+  options.arbiter.lanes = static_cast<LaneIndex>(1 + random_.below(4));
+  options.arbiter.first_lane = static_cast<LaneIndex>(random_.below(options.arbiter.lanes));
+  options.arbiter.max_forwarded = Length(random_.one_in(3) ? chunk : 1U << 20);
+  options.arbiter.mutation = options_.mutation;
+  options.max_copies = 1 + random_.below(4);
+  options.target_initially_zero =
+      std::ranges::all_of(target_, [](std::byte b) { return b == std::byte{0}; });
+  limits_.disk_sizes = {Length(source_.size())};
+  limits_.chunk_size = options.arbiter.chunk_size;
+
+  copy_buffers_ = std::make_unique<BufferPool>(Length(chunk), options.max_copies);
+  write_buffers_ = std::make_unique<BufferPool>(widen({Offset(0), Length(source_.size())}, 4_KiB).length, 64);
+  reader_ = std::make_unique<TornReader>(source_, steps_, random_);
+  writer_ = std::make_unique<LooseWriter>(target_, steps_, random_);
+  lanes_ = std::make_unique<SimLanes>(*this, options.arbiter.lanes);
+  mirror::DiskMirror::Events events;
+  events.acknowledge = [this](std::uint64_t id) { answered(id); };
+  events.failed = [this](const Error& error) { violate("it gave up: " + error.message); };
+  events.now = [this] { return clock_; };
+  mirror_ = std::make_unique<mirror::DiskMirror>(options, *reader_, *lanes_, *copy_buffers_, events);
+  mirror_->start();
+
+  guest_budget_ = random_.below(80);
+  hot_ = random_.one_in(3);
+  hot_chunk_ = random_.below(chunks);
+  loss_odds_ = random_.one_in(3) ? 20 + random_.below(200) : 0;
+  trace("disk {} bytes, chunk {}, lanes {}, {}", source_.size(), chunk, options.arbiter.lanes,
+        options.target_initially_zero ? "fresh target" : "used target");
+}
+
+void MirrorSim::make_disks(std::uint64_t chunk, std::uint64_t chunks) {
+  std::uint64_t size = chunk * chunks;
+  if (random_.one_in(2)) size -= kSector * random_.below(chunk / kSector);
+  source_.resize(size);
+  target_.resize(size);
+  for (std::uint64_t at = 0; at < size; at += 4096) {
+    if (random_.one_in(2)) continue;
+    const auto fill = static_cast<int>(1 + random_.below(255));
+    std::memset(source_.data() + at, fill, std::min<std::uint64_t>(4096, size - at));
+  }
+  if (random_.one_in(4)) std::ranges::fill(target_, std::byte{0xee});
+}
+
+bool MirrorSim::guest_step() {
+  if (guest_budget_ == 0 || guest_ops_.size() >= kMaxInFlight) return false;
+  --guest_budget_;
+  issue_guest_op();
+  return true;
+}
+
+void MirrorSim::issue_guest_op() {
+  GuestOp op;
+  const std::uint64_t size = source_.size();
+  std::uint64_t length = 1 + random_.below(std::min<std::uint64_t>(size, 3 * 4096));
+  if (random_.one_in(8)) length = 1 + random_.below(size);
+  std::uint64_t offset = random_.below(size - length + 1);
+  if (hot_) {
+    const std::uint64_t chunk = limits_.chunk_size.bytes();
+    offset = std::min(size - length, hot_chunk_ * chunk + random_.below(chunk));
+  }
+  if (random_.one_in(2)) {  // as filesystems do it
+    offset &= ~(kSector - 1);
+    length = std::min((length + kSector - 1) & ~(kSector - 1), size - offset);
+  }
+  op.request.extent = {Offset(offset), Length(length)};
+  // QEMU makes overlapping requests wait for each other.
+  for (const auto& [id, other] : guest_ops_) {
+    if (overlap(other.request.extent, op.request.extent)) return;
+  }
+  const std::uint64_t kind = random_.below(8);
+  op.request.kind = kind < 5   ? NbdRequest::Kind::Write
+                    : kind < 7 ? NbdRequest::Kind::Zero
+                               : NbdRequest::Kind::Discard;
+  op.request.id = next_op_++;
+  op.content.resize(length);
+  if (op.request.kind == NbdRequest::Kind::Write) {
+    const auto value = static_cast<std::byte>(1 + op.request.id % 255);
+    std::ranges::fill(op.content, value);
+  } else if (op.request.kind == NbdRequest::Kind::Discard && !random_.one_in(3)) {
+    // Ignored, or done for a part only.
+    const std::size_t done = random_.below(length + 1);
+    std::copy_n(source_.begin() + static_cast<std::ptrdiff_t>(offset + done), length - done,
+                op.content.begin() + static_cast<std::ptrdiff_t>(done));
+  }
+  const std::uint64_t id = op.request.id;
+  trace("guest {} {} {}+{}", id, static_cast<int>(op.request.kind), offset, length);
+  guest_ops_.emplace(id, std::move(op));
+  const auto parts = halves(length, random_);
+  steps_.add([this, id, parts] {
+    change_source(id, parts[0].first, parts[0].second);
+    steps_.add([this, id, parts] {
+      change_source(id, parts[1].first, parts[1].second);
+      steps_.add([this, id] { send_to_mirror(id); });
+    });
+  });
+}
+
+void MirrorSim::change_source(std::uint64_t id, std::size_t first, std::size_t end) {
+  const GuestOp& op = guest_ops_.at(id);
+  std::copy(op.content.begin() + static_cast<std::ptrdiff_t>(first),
+            op.content.begin() + static_cast<std::ptrdiff_t>(end),
+            source_.begin() +
+                static_cast<std::ptrdiff_t>(op.request.extent.offset.bytes() + first));
+}
+
+void MirrorSim::send_to_mirror(std::uint64_t id) {
+  GuestOp& op = guest_ops_.at(id);
+  NbdRequest request = op.request;
+  if (request.kind == NbdRequest::Kind::Write) {
+    request.buffer = write_buffers_->try_take();
+    if (!request.buffer) return violate("payloads of answered writes are kept");
+    std::ranges::copy(op.content, request.buffer.bytes().begin());
+    request.payload = request.buffer.bytes().first(op.content.size());
+  }
+  op.sent = clock_;
+  op.with_mirror = true;
+  trace("mirror gets {}", id);
+  mirror_->guest(std::move(request));
+}
+
+void MirrorSim::answered(std::uint64_t id) {
+  const auto found = guest_ops_.find(id);
+  if (found == guest_ops_.end() || !found->second.with_mirror) {
+    return violate("a write was answered that nobody waits for");
+  }
+  trace("answered {}", id);
+  guest_ops_.erase(found);
+}
+
+void MirrorSim::advance_clock() {
+  Duration by = std::chrono::microseconds(random_.below(500));
+  if (random_.one_in(30)) by = std::chrono::milliseconds(random_.below(60));
+  const Instant goal = clock_ + by;
+  // Timers fire on time.
+  while (true) {
+    const auto deadline = mirror_->next_deadline();
+    if (!deadline || *deadline > goal) break;
+    clock_ = std::max(clock_, *deadline);
+    mirror_->tick();
+    check_bound();
+  }
+  clock_ = goal;
+}
+
+void MirrorSim::check_bound() {
+  if (mirror_->arbiter().strict()) return;
+  for (const auto& [id, op] : guest_ops_) {
+    if (op.with_mirror && !was_strict_ &&
+        clock_ - op.sent > mirror_->arbiter().options().guest_delay) {
+      return violate(fmt::format("write {} waits longer than the bound", id));
+    }
+  }
+}
+
+// Strict: the number of chunks to copy only falls (a discard, answered when its chunk has been copied
+// again, is no exception to what it is there for: count without those).
+void MirrorSim::check_strict() {
+  const auto& arbiter = mirror_->arbiter();
+  if (!arbiter.strict()) {
+    was_strict_ = false;
+    return;
+  }
+  const auto summary = arbiter.summary();
+  std::uint64_t discards = 0;
+  for (const auto& [id, op] : guest_ops_) {
+    if (op.with_mirror && op.request.kind == NbdRequest::Kind::Discard) {
+      discards += op.request.extent.length.bytes() / limits_.chunk_size.bytes() + 2;
+    }
+  }
+  const std::uint64_t left = summary.pending + summary.copying;
+  if (!was_strict_) {
+    was_strict_ = true;
+    strict_pending_ = left;
+  } else if (left > strict_pending_ + discards) {
+    violate("in strict mode, chunks became Pending");
+  }
+  strict_pending_ = std::min(strict_pending_, left);
+}
+
+// One thing happens. False: nothing could.
+bool MirrorSim::world_step(bool calm) {
+  ++steps_taken_;
+  if (steps_taken_ > kMaxSteps) violate("it does not come to an end");
+  advance_clock();
+  if (!calm && loss_odds_ > 0 && random_.one_in(loss_odds_)) {
+    const auto lane = static_cast<LaneIndex>(random_.below(lanes_->count()));
+    if (!lanes_->down(lane)) {
+      trace("lane {} is lost", lane);
+      ++lanes_lost_;
+      lanes_->lose(lane);
+      mirror_->lane_lost(lane);
+      return true;
+    }
+  }
+  const std::uint64_t choice = random_.below(4);
+  for (std::uint64_t k = 0; k < 4; ++k) {
+    switch ((choice + k) % 4) {
+      case 0:
+        if (guest_step()) return true;
+        break;
+      case 1:
+        if (mirror_->start_copy()) return true;
+        break;
+      case 2:
+        if (lanes_->step()) return true;
+        break;
+      default:
+        if (steps_.empty()) break;
+        steps_.run_one();
+        return true;
+    }
+  }
+  return false;
+}
+
+void MirrorSim::finish() {
+  // The link heals; the handover begins once everything has been copied.
+  while (!violation_ && !(mirror_->all_copied() && lanes_->quiet() && guest_budget_ == 0)) {
+    const bool progress = world_step(guest_budget_ == 0);
+    check_strict();
+    if (random_.one_in(16) && mirror_->all_copied()) (void)mirror_->enter_strict();
+    if (!progress && !mirror_->next_deadline()) violate("it is stuck");
+  }
+  if (!mirror_->enter_strict()) violate("every lane is up and strict mode is refused");
+  was_strict_ = false;
+  guest_budget_ = random_.below(30);
+  while (!violation_ && !(guest_budget_ == 0 && guest_ops_.empty() && steps_.empty() &&
+                          lanes_->quiet() && mirror_->arbiter().synchronised())) {
+    if (!world_step(true)) violate("the handover is stuck");
+    check_strict();
+  }
+}
+
+void MirrorSim::compare() {
+  const auto [at, other] = std::ranges::mismatch(source_, target_);
+  if (at == source_.end()) return;
+  violate(fmt::format("byte {}: the source has {:02x}, the target {:02x}", at - source_.begin(),
+                      static_cast<unsigned>(*at), static_cast<unsigned>(*other)));
+}
+
+std::optional<std::string> MirrorSim::run(MirrorSimStats* stats) {
+  set_up();
+  finish();
+  if (!violation_) compare();
+  if (stats != nullptr) {
+    stats->steps += steps_taken_;
+    stats->guest_writes += mirror_->counters().guest_writes;
+    stats->forwarded += mirror_->counters().forwarded_writes;
+    stats->copies += mirror_->counters().copies;
+    stats->expired += mirror_->arbiter().summary().expired;
+    stats->lanes_lost += lanes_lost_;
+  }
+  // After a violation too, let what is in flight end, so that everything can be taken apart.
+  mirror_->stop();
+  while (!steps_.empty()) steps_.run_one();
+  return violation_;
+}
+
+}  // namespace
+
+std::optional<std::string> run_mirror_sim(std::uint64_t seed, const MirrorSimOptions& options,
+                                          MirrorSimStats* stats) {
+  MirrorSim sim(seed, options);
+  return sim.run(stats);
+}
+
+}  // namespace drover::sim
