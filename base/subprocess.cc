@@ -54,7 +54,9 @@ struct Launch {
   int input = -1;
   int output = -1;
   int errors = -1;
-  int report = -1;  // where the child writes errno when it can't run the program
+  int report = -1;            // where the child writes errno when it can't run the program
+  const int* kept = nullptr;  // further descriptors for the program
+  std::size_t kept_count = 0;
   pid_t parent = -1;
   bool die_with_parent = false;
 };
@@ -78,6 +80,9 @@ struct Launch {
   ready = ready && ::dup2(launch.errors, STDERR_FILENO) >= 0;
   // A library may have forgotten CLOEXEC.
   ready = ready && ::close_range(STDERR_FILENO + 1, ~0U, CLOSE_RANGE_CLOEXEC) == 0;
+  for (std::size_t i = 0; i < launch.kept_count; ++i) {
+    ready = ready && ::fcntl(launch.kept[i], F_SETFD, 0) == 0;
+  }
   if (ready) {
     sigset_t none;
     ::sigemptyset(&none);
@@ -137,10 +142,12 @@ std::vector<char*> pointers(std::vector<std::string>& strings) {
   return result;
 }
 
-struct Standard {
+// What the program finds open.
+struct Descriptors {
   int input;
   int output;
   int errors;
+  const std::vector<int>& kept;
 };
 
 struct Started {
@@ -158,9 +165,12 @@ int reap(pid_t pid) {
   return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
 }
 
-Result<Started> spawn(const std::vector<std::string>& argv, const Standard& standard,
+Result<Started> spawn(const std::vector<std::string>& argv, const Descriptors& descriptors,
                       const std::vector<std::string>& environment, bool die_with_parent) {
   CHECK(!argv.empty() && !argv.front().empty(), "a program needs a name");
+  for (const int fd : descriptors.kept) {
+    CHECK(fd > STDERR_FILENO, "the first three descriptors are the program's own");
+  }
   DROVER_ASSIGN(const std::string program, find_program(argv.front()));
   DROVER_ASSIGN(Pipe report, make_pipe());
   DROVER_ASSIGN(report.write_end, above_standard(std::move(report.write_end)));
@@ -172,10 +182,12 @@ Result<Started> spawn(const std::vector<std::string>& argv, const Standard& stan
   launch.program = program.c_str();
   launch.argv = argv_pointers.data();
   launch.environment = environment_pointers.data();
-  launch.input = standard.input;
-  launch.output = standard.output;
-  launch.errors = standard.errors;
+  launch.input = descriptors.input;
+  launch.output = descriptors.output;
+  launch.errors = descriptors.errors;
   launch.report = report.write_end.get();
+  launch.kept = descriptors.kept.data();
+  launch.kept_count = descriptors.kept.size();
   launch.parent = ::getpid();
   launch.die_with_parent = die_with_parent;
 
@@ -281,8 +293,9 @@ Result<ProcessResult> run_process(const std::vector<std::string>& argv,
   DROVER_ASSIGN(err.write_end, above_standard(std::move(err.write_end)));
   ::fcntl(out.read_end.get(), F_SETFL, O_NONBLOCK);
   ::fcntl(err.read_end.get(), F_SETFL, O_NONBLOCK);
-  const Standard standard{input.get(), out.write_end.get(), err.write_end.get()};
-  DROVER_ASSIGN(Started started, spawn(argv, standard, options.environment, false));
+  const Descriptors descriptors{input.get(), out.write_end.get(), err.write_end.get(),
+                                options.descriptors};
+  DROVER_ASSIGN(Started started, spawn(argv, descriptors, options.environment, false));
   out.write_end.reset();
   err.write_end.reset();
 
@@ -355,9 +368,10 @@ Result<ChildProcess> ChildProcess::start(const std::vector<std::string>& argv,
       ::fcntl(errors.get(), F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK) != 0) {
     return fail_errno(errno, "creating a program's error output");
   }
-  const Standard standard{options.input >= 0 ? options.input : null_file.get(),
-                          options.output >= 0 ? options.output : null_file.get(), errors.get()};
-  DROVER_ASSIGN(Started started, spawn(argv, standard, options.environment, true));
+  const Descriptors descriptors{options.input >= 0 ? options.input : null_file.get(),
+                                options.output >= 0 ? options.output : null_file.get(),
+                                errors.get(), options.descriptors};
+  DROVER_ASSIGN(Started started, spawn(argv, descriptors, options.environment, true));
   return ChildProcess(started.pid, argv.front(), std::move(started.pidfd), std::move(errors));
 }
 

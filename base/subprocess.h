@@ -7,10 +7,11 @@
 //
 // Threads: run_process() may be called on any thread. A ChildProcess belongs to one thread.
 //
-// What a program inherits: standard input, output and error as said below, no other descriptor,
-// default signal actions, no blocked signal, the environment and the working directory. No shell is
-// involved. Between fork and exec only system calls are made, and memory is never copied (vfork),
-// so that it is safe beside other threads and beside O_DIRECT transfers in flight.
+// What a program inherits: standard input, output and error as said below, no other descriptor but
+// those in `descriptors`, default signal actions, no blocked signal, the environment and the
+// working directory. No shell is involved. Between fork and exec only system calls are made, and
+// memory is never copied (vfork), so that it is safe beside other threads and beside O_DIRECT
+// transfers in flight.
 //
 // Errors: NotFound or Denied when the program can't be started, Unreachable when it took longer
 // than allowed. A program that ran and failed is no Error here: see exit_code.
@@ -42,6 +43,7 @@ struct ProcessOptions {
   Duration timeout = std::chrono::seconds(60);
   std::vector<std::string> environment;  // "NAME=value", added to (or replacing) this process's own
   std::size_t output_limit = std::size_t{1} << 20;  // of each of out and err, in bytes
+  std::vector<int> descriptors;  // the program has these too, under the same numbers (above 2)
 };
 
 // Runs argv[0] (looked up in PATH unless it has a slash) and waits for it. It ends when the program
@@ -54,6 +56,7 @@ struct ChildOptions {
   int input = -1;   // given to the program as standard input; -1: /dev/null. Stays the caller's.
   int output = -1;  // as standard output; -1: /dev/null. Stays the caller's.
   std::vector<std::string> environment;  // as above
+  std::vector<int> descriptors;          // as above
 };
 
 // A program that runs beside us. It is killed when this object goes, and (by the kernel) when the

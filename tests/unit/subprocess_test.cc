@@ -131,6 +131,21 @@ TEST(RunProcess, InheritsNoDescriptorNoIgnoredAndNoBlockedSignal) {
   EXPECT_EQ(descriptors->out, "0\n1\n2\n3\n") << "3 is the directory that ls reads";
 }
 
+TEST(RunProcess, HandsOverTheDescriptorsItWasToldTo) {
+  std::array<int, 2> ends{};
+  ASSERT_EQ(::pipe2(ends.data(), O_CLOEXEC), 0);
+  const auto result =
+      shell("echo through >&" + std::to_string(ends[1]), {.descriptors = {ends[1]}});
+  ASSERT_TRUE(result.has_value()) << result.error().to_string();
+  EXPECT_EQ(result->exit_code, 0) << result->err;
+  EXPECT_NE(::fcntl(ends[1], F_GETFD) & FD_CLOEXEC, 0) << "only the child's copy changes";
+  std::array<char, 16> text{};
+  EXPECT_EQ(::read(ends[0], text.data(), text.size()), 8);
+  EXPECT_STREQ(text.data(), "through\n");
+  ::close(ends[0]);
+  ::close(ends[1]);
+}
+
 TEST(RunProcess, WorksOnManyThreadsAtOnce) {
   std::array<std::thread, 4> threads;
   for (std::thread& thread : threads) {
