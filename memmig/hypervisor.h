@@ -89,13 +89,16 @@ struct GuestDisk {
   bool backing_chain = false;  // the image has a backing file; the target's copy is flat
   bool throttled = false;      // iotune
   bool iothread = false;
+  bool copy_on_read = false;
+  bool slice = false;  // only a part of the file is the disk: never read the file directly
 
   // Of a running guest only:
   std::string node;       // QEMU's top node of this disk, below drover's own filter
   std::string block_job;  // what runs on it and is not drover's ("backup", "commit", ...), or empty
 
   Length virtual_size;  // as the guest sees it
-  Length allocation;    // bytes its file takes on this host (whole chain not included)
+  // Bytes its image takes on this host, with all its backing files; zero: not known (devices).
+  Length allocation;
   Length cluster_size;  // qcow2; else zero
 };
 
@@ -109,21 +112,25 @@ struct GuestInfo {
   bool managed_save = false;
   Length memory;  // the most it may use
   unsigned vcpus = 0;
-  std::string arch;            // "x86_64"
-  std::string domain_type;     // "kvm", "qemu"
-  std::string machine;         // "pc-q35-7.2"
-  std::string emulator;        // path of the QEMU binary
-  std::string firmware_nvram;  // path of the NVRAM file, or empty
-  std::string cpu_mode;        // "custom", "host-model", "host-passthrough", ... or empty
+  std::string arch;             // "x86_64"
+  std::string domain_type;      // "kvm", "qemu"
+  std::string machine;          // "pc-q35-7.2"
+  std::string emulator;         // path of the QEMU binary
+  std::string firmware_loader;  // path of the firmware image, or empty
+  std::string firmware_nvram;   // path of the NVRAM file, or empty
+  std::string nvram_template;   // what a new NVRAM file is made from, or empty
+  std::string cpu_mode;         // "custom", "host-model", "host-passthrough", ... or empty
   std::string cpu_model;
   std::string cpu_xml;  // the <cpu> element of the live migratable definition, or empty
 
-  // Definitions fit for another host. live_xml is empty when the guest is off, inactive_xml when it
-  // is transient.
+  // Definitions fit for another host, with their secrets (graphics passwords): never log them.
+  // live_xml is empty when the guest is off, inactive_xml when it is transient.
   std::string live_xml;
   std::string inactive_xml;
 
   std::vector<GuestDisk> disks;
+  // In the persistent definition only: attached when the guest starts next.
+  std::vector<std::string> inactive_only_disks;
   std::vector<std::string> networks;    // libvirt networks its cards use
   std::vector<std::string> bridges;     // host bridges its cards use
   std::vector<std::string> interfaces;  // host interfaces its cards use directly (macvtap)
@@ -140,8 +147,12 @@ struct GuestInfo {
   unsigned checkpoints = 0;
   bool backup_job = false;  // a libvirt backup (pull or push) is running
   bool other_job = false;   // a migration, save or dump is running
-  // Exports of QEMU's NBD server that are not drover's: somebody else holds it. Also "(no exports)"
-  // for a server that runs without any.
+  // Block jobs that neither libvirt nor drover started.
+  std::vector<std::string> foreign_jobs;
+  // Why QEMU itself says that it cannot be migrated.
+  std::vector<std::string> migration_blockers;
+  // Exports of QEMU's NBD server that are not drover's: somebody else holds it. (A server that runs
+  // without exports does not show; start_exports() finds it.)
   std::vector<std::string> nbd_exports;
 
   // Of a running guest on the local host only:
@@ -263,29 +274,31 @@ using ProgressHandler = std::function<void(const MigrationProgress&)>;
 
 struct GuestEvent {
   enum class Kind {
-    Suspended,  // the guest's CPUs stand still; detail: "migrated", "paused", "ioerror", ...
-    // Source, during migrate(): the CPUs stand still and QEMU has drained and flushed its disks:
+    Suspended,  // libvirt: the guest stands still; detail: "migrated", "paused", "ioerror", ...
+    // Source, during migrate(): the guest stands still and QEMU has drained and flushed its disks:
     // every write of the guest's has been answered by the mirror. Follows Suspended.
     Quiesced,
-    Resumed,   // detail: "unpaused", "migrated"
-    Started,   // detail: "booted", "migrated", ...
-    Stopped,   // QEMU is gone; detail: "shutdown", "destroyed", "crashed", "migrated", "failed"
-    Shutdown,  // the guest has powered itself off; Stopped follows
-    Crashed,   // the guest's kernel panicked
+    Resumed,      // libvirt: the guest runs; detail: "unpaused", "migrated"
+    CpusStopped,  // QEMU's own word, with its time stamp: for measuring the blackout
+    CpusRunning,  // the same
+    Started,      // detail: "booted", "migrated", ...
+    Stopped,      // QEMU is gone; detail: "shutdown", "destroyed", "crashed", "migrated", "failed"
+    Shutdown,     // the guest has powered itself off; Stopped follows
+    Crashed,      // the guest's kernel panicked
     Rebooted,
     Defined,
     Undefined,
-    MirrorEnded,  // drover's mirror job on `disk` has ended or failed; detail: QEMU's words
-    DiskAdded,    // `disk` is empty; detail: the device's alias
-    DiskRemoved,
-    IoError,         // on `disk` (may be empty); detail: what QEMU did
+    MirrorEnded,     // drover's mirror job on `disk` has ended or failed; detail: QEMU's words
+    DeviceAdded,     // detail: the device's alias
+    DeviceRemoved,   // the same
+    DiskError,       // a read or write of the guest's failed; detail: device, what QEMU did, why
     ConnectionLost,  // to this host: no more events; detail: why
   };
   Kind kind = Kind::Suspended;
   std::string detail;
   std::string disk;
   Instant received;  // on this host's clock
-  // On the hypervisor's clock (Suspended, Quiesced, Resumed), where known: for logs only.
+  // QEMU's time stamp, by that host's clock (Quiesced, CpusStopped, CpusRunning).
   std::optional<std::chrono::system_clock::time_point> stamped;
 };
 std::string_view event_name(GuestEvent::Kind kind);
@@ -347,7 +360,8 @@ class Hypervisor {
   // Unreachable. `progress` runs on a thread of migrate()'s, a few times a second.
   // Cancelled: abort_migration(), or the limits' give_up_after.
   virtual Status migrate(const MigrateOptions& options, ProgressHandler progress) = 0;
-  // Nothing under way: fine. Too late (the guest has stopped for good): Busy.
+  // Asks for it and returns; migrate() says what came of it (Cancelled, or success if it was too
+  // late). Nothing under way: fine.
   virtual Status abort_migration(const std::string& guest) = 0;
 
   virtual Status suspend(const std::string& guest) = 0;

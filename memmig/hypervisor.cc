@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "memmig/hypervisor.h"
+
+#include <algorithm>
+
+namespace drover::memmig {
+
+const GuestDisk* GuestInfo::disk(std::string_view target) const {
+  const auto found = std::find_if(disks.begin(), disks.end(),
+                                  [&](const GuestDisk& disk) { return disk.target == target; });
+  return found == disks.end() ? nullptr : &*found;
+}
+
+std::string_view state_name(GuestState state) {
+  switch (state) {
+    case GuestState::Running: return "running";
+    case GuestState::Paused: return "paused";
+    case GuestState::ShuttingDown: return "shutting down";
+    case GuestState::ShutOff: return "shut off";
+    case GuestState::Crashed: return "crashed";
+    case GuestState::PmSuspended: return "sleeping";
+    case GuestState::Unknown: return "in an unknown state";
+  }
+  return "";
+}
+
+std::string_view kind_name(DiskKind kind) {
+  switch (kind) {
+    case DiskKind::File: return "file";
+    case DiskKind::Block: return "block device";
+    case DiskKind::Network: return "network disk";
+    case DiskKind::Directory: return "directory";
+    case DiskKind::Nvme: return "NVMe device";
+    case DiskKind::VhostUser: return "vhost-user disk";
+    case DiskKind::VhostVdpa: return "vhost-vdpa disk";
+    case DiskKind::Volume: return "storage pool's volume";
+    case DiskKind::None: return "empty drive";
+  }
+  return "";
+}
+
+std::string_view device_name(DiskDevice device) {
+  switch (device) {
+    case DiskDevice::Disk: return "disk";
+    case DiskDevice::Cdrom: return "CD-ROM";
+    case DiskDevice::Floppy: return "floppy";
+    case DiskDevice::Lun: return "SCSI LUN";
+  }
+  return "";
+}
+
+std::string_view event_name(GuestEvent::Kind kind) {
+  switch (kind) {
+    case GuestEvent::Kind::Suspended: return "suspended";
+    case GuestEvent::Kind::Quiesced: return "quiesced";
+    case GuestEvent::Kind::Resumed: return "resumed";
+    case GuestEvent::Kind::CpusStopped: return "cpus-stopped";
+    case GuestEvent::Kind::CpusRunning: return "cpus-running";
+    case GuestEvent::Kind::Started: return "started";
+    case GuestEvent::Kind::Stopped: return "stopped";
+    case GuestEvent::Kind::Shutdown: return "shutdown";
+    case GuestEvent::Kind::Crashed: return "crashed";
+    case GuestEvent::Kind::Rebooted: return "rebooted";
+    case GuestEvent::Kind::Defined: return "defined";
+    case GuestEvent::Kind::Undefined: return "undefined";
+    case GuestEvent::Kind::MirrorEnded: return "mirror-ended";
+    case GuestEvent::Kind::DeviceAdded: return "device-added";
+    case GuestEvent::Kind::DeviceRemoved: return "device-removed";
+    case GuestEvent::Kind::DiskError: return "disk-error";
+    case GuestEvent::Kind::ConnectionLost: return "connection-lost";
+  }
+  return "";
+}
+
+}  // namespace drover::memmig

@@ -1,0 +1,1520 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "memmig/libvirt_hypervisor.h"
+
+#include <dirent.h>
+#include <fmt/format.h>
+#include <libvirt/libvirt-qemu.h>
+#include <libvirt/libvirt.h>
+#include <libvirt/virterror.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <fstream>
+#include <map>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <pugixml.hpp>
+#include <thread>
+#include <utility>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "memmig/convergence.h"
+#include "memmig/domain_xml.h"
+
+namespace drover::memmig {
+namespace {
+
+using nlohmann::json;
+using std::chrono::milliseconds;
+
+// QEMU answers these commands in milliseconds; a job's end may wait for a disk.
+constexpr std::chrono::seconds kMirrorReady{10};
+constexpr std::chrono::seconds kMirrorEnd{30};
+// In case the event that is waited for is lost.
+constexpr milliseconds kRecheck{500};
+constexpr milliseconds kStatisticsInterval{200};
+constexpr const char* kPrivateParent = "/var/lib/libvirt/qemu";
+constexpr const char* kPidDirectory = "/run/libvirt/qemu";
+
+// ---- libvirt's handles --------------------------------------------------------------------------
+
+template <auto Free>
+struct Freer {
+  template <class T>
+  void operator()(T* object) const {
+    static_cast<void>(Free(object));
+  }
+};
+using Domain = std::unique_ptr<virDomain, Freer<virDomainFree>>;
+using Network = std::unique_ptr<virNetwork, Freer<virNetworkFree>>;
+using Pool = std::unique_ptr<virStoragePool, Freer<virStoragePoolFree>>;
+using Volume = std::unique_ptr<virStorageVol, Freer<virStorageVolFree>>;
+using Text = std::unique_ptr<char, Freer<std::free>>;
+
+std::string uuid_of(virDomainPtr domain) {
+  std::array<char, VIR_UUID_STRING_BUFLEN> uuid{};
+  return virDomainGetUUIDString(domain, uuid.data()) == 0 ? std::string(uuid.data())
+                                                          : std::string();
+}
+
+bool contains(std::string_view text, std::string_view part) {
+  return text.find(part) != std::string_view::npos;
+}
+
+// ---- errors -------------------------------------------------------------------------------------
+
+bool connection_is_gone(const virError& error) {
+  const std::string_view message = error.message == nullptr ? "" : error.message;
+  if (error.code == VIR_ERR_INVALID_CONN || error.code == VIR_ERR_NO_CONNECT) return true;
+  if (error.domain == VIR_FROM_RPC && error.code != VIR_ERR_AUTH_FAILED) return true;
+  return contains(message, "client socket is closed") || contains(message, "Cannot recv data") ||
+         contains(message, "Cannot write data") ||
+         contains(message, "End of file while reading data") ||
+         contains(message, "Failed to connect socket") ||
+         contains(message, "unable to connect to server");
+}
+
+// From the calling thread's last libvirt error.
+Error libvirt_error(std::string_view doing) {
+  const virError* last = virGetLastError();
+  Error error;
+  if (last == nullptr || last->code == VIR_ERR_OK) {
+    error.message = fmt::format("{}: libvirt failed without saying why", doing);
+    return error;
+  }
+  const std::string text = last->message == nullptr ? "" : last->message;
+  error.message = fmt::format("{}: {}", doing, text);
+  switch (last->code) {
+    case VIR_ERR_NO_DOMAIN:
+    case VIR_ERR_NO_NETWORK:
+    case VIR_ERR_NO_STORAGE_POOL:
+    case VIR_ERR_NO_STORAGE_VOL: error.code = Code::NotFound; break;
+    case VIR_ERR_DOM_EXIST: error.code = Code::AlreadyExists; break;
+    case VIR_ERR_OPERATION_TIMEOUT:
+    case VIR_ERR_RESOURCE_BUSY:
+      error.code = Code::Busy;
+      error.retryable = true;
+      break;
+    case VIR_ERR_AUTH_FAILED:
+    case VIR_ERR_AUTH_CANCELLED:
+    case VIR_ERR_AUTH_UNAVAILABLE:
+    case VIR_ERR_ACCESS_DENIED:
+    case VIR_ERR_OPERATION_DENIED: error.code = Code::Denied; break;
+    case VIR_ERR_OPERATION_ABORTED: error.code = Code::Cancelled; break;
+    case VIR_ERR_OPERATION_INVALID: error.code = Code::Busy; break;
+    case VIR_ERR_NO_SUPPORT:
+    case VIR_ERR_OPERATION_UNSUPPORTED:
+    case VIR_ERR_ARGUMENT_UNSUPPORTED:
+    case VIR_ERR_CONFIG_UNSUPPORTED:
+    case VIR_ERR_CPU_INCOMPATIBLE:
+    case VIR_ERR_MIGRATE_UNSAFE: error.code = Code::Incompatible; break;
+    case VIR_ERR_XML_ERROR:
+    case VIR_ERR_XML_DETAIL:
+    case VIR_ERR_INVALID_ARG: error.code = Code::InvalidArgument; break;
+    case VIR_ERR_NO_MEMORY: error.code = Code::NoSpace; break;
+    case VIR_ERR_OPERATION_FAILED:
+    case VIR_ERR_SYSTEM_ERROR: error.code = Code::Io; break;
+    default: error.code = Code::Internal; break;
+  }
+  if (connection_is_gone(*last)) {
+    error.code = Code::Unreachable;
+    error.retryable = true;
+  }
+  return error;
+}
+
+tl::unexpected<Error> libvirt_fail(std::string_view doing) {
+  return tl::unexpected<Error>(libvirt_error(doing));
+}
+
+// ---- JSON, without exceptions -------------------------------------------------------------------
+
+const json& field(const json& object, const char* name) {
+  static const json kNothing;
+  if (!object.is_object()) return kNothing;
+  const auto found = object.find(name);
+  return found == object.end() ? kNothing : *found;
+}
+std::string string_of(const json& object, const char* name) {
+  const json& value = field(object, name);
+  return value.is_string() ? value.get<std::string>() : std::string();
+}
+std::uint64_t number_of(const json& object, const char* name) {
+  const json& value = field(object, name);
+  return value.is_number_unsigned() ? value.get<std::uint64_t>() : 0;
+}
+bool bool_of(const json& object, const char* name) {
+  const json& value = field(object, name);
+  return value.is_boolean() && value.get<bool>();
+}
+std::string drover_name(const std::string& disk) { return std::string(kPrefix) + disk; }
+std::string filter_name(const std::string& disk) { return std::string(kPrefix) + "top-" + disk; }
+bool is_drovers(std::string_view name) { return name.starts_with(kPrefix); }
+
+// ---- the event loop -----------------------------------------------------------------------------
+
+// libvirt's event loop can be registered once in a process and never unregistered; the thread that
+// runs it lives as long as there are connections.
+class EventLoop {
+ public:
+  static Result<std::shared_ptr<EventLoop>> get() {
+    static std::mutex mutex;
+    static std::weak_ptr<EventLoop> current;
+    static bool registered = false;
+    const std::lock_guard lock(mutex);
+    if (auto loop = current.lock()) return loop;
+    if (!registered) {
+      virSetErrorFunc(nullptr, [](void*, virErrorPtr) {});
+      if (virInitialize() < 0 || virEventRegisterDefaultImpl() < 0) {
+        return libvirt_fail("starting libvirt's event loop");
+      }
+      registered = true;
+    }
+    auto loop = std::make_shared<EventLoop>();
+    current = loop;
+    return loop;
+  }
+
+  EventLoop()
+      : timer_(virEventAddTimeout(
+            -1, [](int, void*) {}, nullptr, nullptr)) {
+    CHECK(timer_ >= 0, "libvirt's default event loop takes timers");
+    thread_ = std::thread([this] {
+      while (!stopping_) virEventRunDefaultImpl();
+      // What was deregistered and closed just before is let go of in these rounds; the timer is
+      // always due, so none of them waits.
+      for (int round = 0; round < 4; ++round) virEventRunDefaultImpl();
+      virEventRemoveTimeout(timer_);
+    });
+  }
+  ~EventLoop() {
+    stopping_ = true;
+    virEventUpdateTimeout(timer_, 0);
+    thread_.join();
+  }
+  EventLoop(const EventLoop&) = delete;
+  EventLoop& operator=(const EventLoop&) = delete;
+
+ private:
+  int timer_;
+  std::atomic<bool> stopping_{false};
+  std::thread thread_;
+};
+
+// ---- events -------------------------------------------------------------------------------------
+
+// Hands a connection's events to its subscriptions. Shared with libvirt's callbacks, which may run
+// a last time while the connection closes.
+class Hub {
+ public:
+  struct Entry {
+    std::string guest;
+    EventHandler handler;
+    std::mutex running;  // held while the handler runs
+    bool ended = false;  // under running
+  };
+
+  void add(std::shared_ptr<Entry> entry) {
+    const std::lock_guard lock(mutex_);
+    entries_.push_back(std::move(entry));
+  }
+  void remove(const std::shared_ptr<Entry>& entry) {
+    {
+      const std::lock_guard lock(mutex_);
+      std::erase(entries_, entry);
+    }
+    const std::lock_guard lock(entry->running);
+    entry->ended = true;
+  }
+  [[nodiscard]] bool empty() const {
+    const std::lock_guard lock(mutex_);
+    return entries_.empty();
+  }
+
+  // An empty guest: for every subscription.
+  void deliver(const std::string& guest, const GuestEvent& event) {
+    std::vector<std::shared_ptr<Entry>> matching;
+    {
+      const std::lock_guard lock(mutex_);
+      for (const auto& entry : entries_) {
+        if (guest.empty() || entry->guest == guest) matching.push_back(entry);
+      }
+    }
+    for (const auto& entry : matching) {
+      const std::lock_guard lock(entry->running);
+      if (!entry->ended) entry->handler(event);
+    }
+  }
+
+  void lost(const std::string& why) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (lost_) return;
+      lost_ = true;
+      ++qemu_events_;
+    }
+    changed_.notify_all();
+    deliver({}, {GuestEvent::Kind::ConnectionLost, why, {}, now(), {}});
+  }
+  [[nodiscard]] bool is_lost() const {
+    const std::lock_guard lock(mutex_);
+    return lost_;
+  }
+
+  // A count that grows with each of QEMU's events, of whichever guest, to wait for the next one.
+  void count_qemu_event() {
+    {
+      const std::lock_guard lock(mutex_);
+      ++qemu_events_;
+    }
+    changed_.notify_all();
+  }
+  [[nodiscard]] std::uint64_t qemu_events() const {
+    const std::lock_guard lock(mutex_);
+    return qemu_events_;
+  }
+  void wait_beyond(std::uint64_t seen, Instant deadline) {
+    std::unique_lock lock(mutex_);
+    changed_.wait_until(lock, deadline, [&] { return qemu_events_ != seen; });
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<std::shared_ptr<Entry>> entries_;
+  std::uint64_t qemu_events_ = 0;
+  bool lost_ = false;
+};
+
+using HubHandle = std::shared_ptr<Hub>;
+
+class HubSubscription final : public Subscription {
+ public:
+  HubSubscription(HubHandle hub, std::shared_ptr<Hub::Entry> entry)
+      : hub_(std::move(hub)), entry_(std::move(entry)) {}
+  ~HubSubscription() override { hub_->remove(entry_); }
+
+ private:
+  HubHandle hub_;
+  std::shared_ptr<Hub::Entry> entry_;
+};
+
+Hub& hub_of(void* opaque) { return **static_cast<HubHandle*>(opaque); }
+void free_hub(void* opaque) { delete static_cast<HubHandle*>(opaque); }
+
+template <std::size_t N>
+std::string word(const std::array<const char*, N>& words, int index) {
+  return index >= 0 && static_cast<std::size_t>(index) < N ? words[static_cast<std::size_t>(index)]
+                                                           : std::to_string(index);
+}
+
+int on_lifecycle(virConnectPtr, virDomainPtr domain, int event, int detail, void* opaque) {
+  GuestEvent out;
+  out.received = now();
+  switch (event) {
+    case VIR_DOMAIN_EVENT_DEFINED: out.kind = GuestEvent::Kind::Defined; break;
+    case VIR_DOMAIN_EVENT_UNDEFINED: out.kind = GuestEvent::Kind::Undefined; break;
+    case VIR_DOMAIN_EVENT_STARTED:
+      out.kind = GuestEvent::Kind::Started;
+      out.detail =
+          word(std::to_array<const char*>({"booted", "migrated", "restored", "snapshot", "wakeup"}),
+               detail);
+      break;
+    case VIR_DOMAIN_EVENT_SUSPENDED:
+      out.kind = GuestEvent::Kind::Suspended;
+      out.detail =
+          word(std::to_array<const char*>({"paused", "migrated", "ioerror", "watchdog", "restored",
+                                           "snapshot", "api-error", "postcopy", "postcopy-failed"}),
+               detail);
+      break;
+    case VIR_DOMAIN_EVENT_RESUMED:
+      out.kind = GuestEvent::Kind::Resumed;
+      out.detail = word(std::to_array<const char*>(
+                            {"unpaused", "migrated", "snapshot", "postcopy", "postcopy-failed"}),
+                        detail);
+      break;
+    case VIR_DOMAIN_EVENT_STOPPED:
+      out.kind = GuestEvent::Kind::Stopped;
+      out.detail = word(std::to_array<const char*>({"shutdown", "destroyed", "crashed", "migrated",
+                                                    "saved", "failed", "snapshot"}),
+                        detail);
+      break;
+    case VIR_DOMAIN_EVENT_SHUTDOWN:
+      out.kind = GuestEvent::Kind::Shutdown;
+      out.detail = word(std::to_array<const char*>({"finished", "guest", "host"}), detail);
+      break;
+    case VIR_DOMAIN_EVENT_CRASHED: out.kind = GuestEvent::Kind::Crashed; break;
+    default: return 0;
+  }
+  hub_of(opaque).deliver(uuid_of(domain), out);
+  return 0;
+}
+
+void on_reboot(virConnectPtr, virDomainPtr domain, void* opaque) {
+  hub_of(opaque).deliver(uuid_of(domain), {GuestEvent::Kind::Rebooted, {}, {}, now(), {}});
+}
+
+void on_disk_error(virConnectPtr, virDomainPtr domain, const char* path, const char* alias,
+                   int action, const char* reason, void* opaque) {
+  const std::string did = word(
+      std::to_array<const char*>({"ignored", "guest paused", "reported to the guest"}), action);
+  hub_of(opaque).deliver(
+      uuid_of(domain),
+      {GuestEvent::Kind::DiskError,
+       fmt::format("{} {}: {} {}", alias == nullptr ? "" : alias, path == nullptr ? "" : path, did,
+                   reason == nullptr ? "" : reason),
+       {},
+       now(),
+       {}});
+}
+
+void on_device_added(virConnectPtr, virDomainPtr domain, const char* alias, void* opaque) {
+  hub_of(opaque).deliver(uuid_of(domain), {GuestEvent::Kind::DeviceAdded, alias, {}, now(), {}});
+}
+void on_device_removed(virConnectPtr, virDomainPtr domain, const char* alias, void* opaque) {
+  hub_of(opaque).deliver(uuid_of(domain), {GuestEvent::Kind::DeviceRemoved, alias, {}, now(), {}});
+}
+
+// What is asked of QEMU's own events.
+constexpr const char* kQemuEvents = "^(STOP|RESUME|MIGRATION|JOB_STATUS_CHANGE|BLOCK_JOB_.*)$";
+
+void on_qemu_event(virConnectPtr, virDomainPtr domain, const char* name, long long seconds,
+                   unsigned int micros, const char* details, void* opaque) {
+  Hub& hub = hub_of(opaque);
+  hub.count_qemu_event();
+  const std::string_view event = name == nullptr ? "" : name;
+  const json data = details == nullptr ? json() : json::parse(details, nullptr, false);
+  GuestEvent out;
+  out.received = now();
+  out.stamped = std::chrono::system_clock::time_point(
+      std::chrono::duration_cast<std::chrono::system_clock::duration>(
+          std::chrono::seconds(seconds) + std::chrono::microseconds(micros)));
+  if (event == "STOP") {
+    out.kind = GuestEvent::Kind::CpusStopped;
+  } else if (event == "RESUME") {
+    out.kind = GuestEvent::Kind::CpusRunning;
+  } else if (event == "MIGRATION") {
+    // libvirt always has QEMU pause before the switchover: by then vm_stop() has stopped the CPUs,
+    // drained and flushed (QEMU 7.2: migration_completion(), migration_maybe_pause()).
+    if (string_of(data, "status") != "pre-switchover") return;
+    out.kind = GuestEvent::Kind::Quiesced;
+  } else if (event == "BLOCK_JOB_COMPLETED" || event == "BLOCK_JOB_CANCELLED" ||
+             event == "BLOCK_JOB_ERROR") {
+    const std::string job = string_of(data, "device");
+    if (!is_drovers(job)) return;
+    out.kind = GuestEvent::Kind::MirrorEnded;
+    out.disk = job.substr(kPrefix.size());
+    out.detail = event == "BLOCK_JOB_ERROR" ? string_of(data, "operation") + " error"
+                                            : string_of(data, "error");
+    if (out.detail.empty()) out.detail = event == "BLOCK_JOB_CANCELLED" ? "cancelled" : "completed";
+  } else {
+    return;
+  }
+  hub.deliver(uuid_of(domain), out);
+}
+
+void on_close(virConnectPtr, int reason, void* opaque) {
+  hub_of(opaque).lost(word(std::to_array<const char*>({"input/output error", "closed by the host",
+                                                       "no answer to keepalive", "closed"}),
+                           reason));
+}
+
+// ---- the hypervisor -----------------------------------------------------------------------------
+
+class LibvirtHypervisor final : public Hypervisor {
+ public:
+  LibvirtHypervisor(std::shared_ptr<EventLoop> loop, virConnectPtr connection, std::string uri)
+      : loop_(std::move(loop)),
+        connection_(connection),
+        uri_(std::move(uri)),
+        local_(uri_.find(":///") != std::string::npos && !contains(uri_, "+")),
+        hub_(std::make_shared<Hub>()) {}
+  ~LibvirtHypervisor() override;
+
+  Status start(const ConnectOptions& options);
+
+  const std::string& uri() const override { return uri_; }
+  bool alive() const override { return !hub_->is_lost() && virConnectIsAlive(connection_) == 1; }
+
+  Result<HostFacts> facts(const HostQuestion& question) override;
+  Result<GuestInfo> describe(const std::string& guest) override;
+  Result<GuestState> state(const std::string& guest) override;
+  Status attach_mirror(const std::string& guest, const MirrorSpec& spec) override;
+  Status detach_mirror(const std::string& guest, const std::string& disk,
+                       bool keep_bitmap) override;
+  Result<MirrorState> mirror_state(const std::string& guest, const std::string& disk) override;
+  Status start_exports(const std::string& guest, const std::string& unix_socket,
+                       const std::vector<ExportSpec>& disks) override;
+  Status stop_exports(const std::string& guest) override;
+  Status migrate(const MigrateOptions& options, ProgressHandler progress) override;
+  Status abort_migration(const std::string& guest) override;
+  Status suspend(const std::string& guest) override;
+  Status resume(const std::string& guest) override;
+  Status destroy(const std::string& guest) override;
+  Status define(const std::string& xml) override;
+  Status undefine(const std::string& guest) override;
+  Status set_autostart(const std::string& guest, bool autostart) override;
+  Result<std::unique_ptr<Subscription>> subscribe(const std::string& guest,
+                                                  EventHandler handler) override;
+
+ private:
+  struct Migration {
+    std::mutex mutex;
+    std::condition_variable changed;
+    bool finished = false;
+    bool abort = false;
+    std::string gave_up;
+  };
+
+  Result<Domain> find(const std::string& guest) const;
+  Result<Domain> find_running(const std::string& guest) const;
+  Result<json> qmp(virDomainPtr domain, const char* command, const json& arguments,
+                   const std::string& doing) const;
+  Result<json> qmp(virDomainPtr domain, const char* command, const std::string& doing) const {
+    return qmp(domain, command, json::object(), doing);
+  }
+  Status wait_for(std::chrono::seconds limit, const std::string& what,
+                  const std::function<Result<bool>()>& done) const;
+  Result<std::string> definition(virDomainPtr domain, unsigned flags) const;
+  void resolve_volumes(GuestInfo& info) const;
+  Status describe_running(virDomainPtr domain, const std::string& live, GuestInfo& info) const;
+  void describe_process(GuestInfo& info) const;
+  Result<MirrorState> mirror_of(virDomainPtr domain, const std::string& disk,
+                                std::string* bitmap_node) const;
+  Result<bool> job_present(virDomainPtr domain, const std::string& job) const;
+  Status detach(virDomainPtr domain, const std::string& disk, bool keep_bitmap) const;
+  std::optional<MigrationProgress> statistics(virDomainPtr domain, bool completed) const;
+  void watch(virDomainPtr domain, const MigrateOptions& options, const ProgressHandler& progress,
+             Migration& migration) const;
+
+  std::shared_ptr<EventLoop> loop_;
+  virConnectPtr connection_;
+  const std::string uri_;
+  const bool local_;
+  HubHandle hub_;
+  std::vector<int> callbacks_;
+  int qemu_callback_ = -1;
+  bool close_callback_ = false;
+  std::mutex migrations_mutex_;
+  std::map<std::string, std::shared_ptr<Migration>> migrations_;  // by guest
+};
+
+LibvirtHypervisor::~LibvirtHypervisor() {
+  CHECK(hub_->empty(), "a Hypervisor outlives its subscriptions");
+  if (close_callback_) virConnectUnregisterCloseCallback(connection_, on_close);
+  for (const int id : callbacks_) virConnectDomainEventDeregisterAny(connection_, id);
+  if (qemu_callback_ >= 0) virConnectDomainQemuMonitorEventDeregister(connection_, qemu_callback_);
+  virConnectClose(connection_);
+}
+
+Status LibvirtHypervisor::start(const ConnectOptions& options) {
+  const std::string doing = "watching " + uri_;
+  const auto opaque = [this] { return new HubHandle(hub_); };
+  const auto add = [&](int event, auto callback) {
+    HubHandle* handle = opaque();
+    const int id = virConnectDomainEventRegisterAny(
+        connection_, nullptr, event, VIR_DOMAIN_EVENT_CALLBACK(callback), handle, free_hub);
+    if (id < 0) {
+      delete handle;
+      return false;
+    }
+    callbacks_.push_back(id);
+    return true;
+  };
+  if (!add(VIR_DOMAIN_EVENT_ID_LIFECYCLE, on_lifecycle) ||
+      !add(VIR_DOMAIN_EVENT_ID_REBOOT, on_reboot) ||
+      !add(VIR_DOMAIN_EVENT_ID_IO_ERROR_REASON, on_disk_error) ||
+      !add(VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, on_device_added) ||
+      !add(VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, on_device_removed)) {
+    return libvirt_fail(doing);
+  }
+  HubHandle* handle = opaque();
+  qemu_callback_ = virConnectDomainQemuMonitorEventRegister(
+      connection_, nullptr, kQemuEvents, on_qemu_event, handle, free_hub,
+      VIR_CONNECT_DOMAIN_QEMU_MONITOR_EVENT_REGISTER_REGEX);
+  if (qemu_callback_ < 0) {
+    delete handle;
+    return libvirt_fail(doing);
+  }
+  handle = opaque();
+  if (virConnectRegisterCloseCallback(connection_, on_close, handle, free_hub) < 0) {
+    delete handle;
+    return libvirt_fail(doing);
+  }
+  close_callback_ = true;
+  // 1: the other side has no keepalive; a local socket does not need it.
+  if (virConnectSetKeepAlive(connection_, static_cast<int>(options.keepalive_interval.count()),
+                             options.keepalive_count) < 0) {
+    return libvirt_fail(doing);
+  }
+  return {};
+}
+
+Result<Domain> LibvirtHypervisor::find(const std::string& guest) const {
+  virResetLastError();
+  Domain domain(virDomainLookupByUUIDString(connection_, guest.c_str()));
+  if (!domain) domain.reset(virDomainLookupByName(connection_, guest.c_str()));
+  if (domain) return domain;
+  Error error = libvirt_error(fmt::format("looking for guest {} on {}", guest, uri_));
+  if (error.code == Code::NotFound) {
+    error.message = fmt::format("no guest is named {} on {}", guest, uri_);
+    error.hint = fmt::format("'virsh -c {} list --all' shows the guests", uri_);
+  }
+  return fail(std::move(error));
+}
+
+Result<Domain> LibvirtHypervisor::find_running(const std::string& guest) const {
+  DROVER_ASSIGN(Domain domain, find(guest));
+  if (virDomainIsActive(domain.get()) != 1) {
+    return fail(Code::NotFound, fmt::format("guest {} is not running on {}", guest, uri_));
+  }
+  return domain;
+}
+
+Result<json> LibvirtHypervisor::qmp(virDomainPtr domain, const char* command, const json& arguments,
+                                    const std::string& doing) const {
+  json request = {{"execute", command}};
+  if (!arguments.empty()) request["arguments"] = arguments;
+  char* raw = nullptr;
+  const std::string text = request.dump(-1, ' ', false, json::error_handler_t::replace);
+  if (virDomainQemuMonitorCommand(domain, text.c_str(), &raw, 0) < 0) return libvirt_fail(doing);
+  const Text answer(raw);
+  json parsed = json::parse(raw == nullptr ? "" : raw, nullptr, false);
+  if (const json& error = field(parsed, "error"); error.is_object()) {
+    const std::string kind = string_of(error, "class");
+    const std::string description = string_of(error, "desc");
+    Error out{Code::Io, fmt::format("{}: QEMU says: {}", doing, description), {}, false};
+    if (kind == "DeviceNotFound" || contains(description, "Cannot find device") ||
+        contains(description, "not found") || contains(description, "Failed to find node")) {
+      out.code = Code::NotFound;
+    } else if (kind == "CommandNotFound") {
+      out.code = Code::Incompatible;
+    } else if (contains(description, "in use") || contains(description, "already running") ||
+               contains(description, "is busy")) {
+      out.code = Code::Busy;
+      out.retryable = true;
+    }
+    return fail(std::move(out));
+  }
+  if (!parsed.is_object() || !parsed.contains("return")) {
+    return fail(Code::Internal, fmt::format("{}: QEMU's answer makes no sense", doing));
+  }
+  return std::move(parsed["return"]);
+}
+
+// Waits for `done`, asking again at each of QEMU's events.
+Status LibvirtHypervisor::wait_for(std::chrono::seconds limit, const std::string& what,
+                                   const std::function<Result<bool>()>& done) const {
+  const Instant deadline = now() + limit;
+  for (;;) {
+    const std::uint64_t seen = hub_->qemu_events();
+    DROVER_ASSIGN(const bool is_done, done());
+    if (is_done) return {};
+    if (now() >= deadline) {
+      Error error{Code::Busy,
+                  fmt::format("{} has not happened within {} s", what, limit.count()),
+                  {},
+                  true};
+      return fail(std::move(error));
+    }
+    hub_->wait_beyond(seen, std::min<Instant>(deadline, now() + kRecheck));
+  }
+}
+
+// ---- hosts --------------------------------------------------------------------------------------
+
+Result<HostFacts> LibvirtHypervisor::facts(const HostQuestion& question) {
+  HostFacts facts;
+  facts.uri = uri_;
+  const std::string doing = "asking " + uri_;
+  const Text hostname(virConnectGetHostname(connection_));
+  if (!hostname) return libvirt_fail(doing);
+  facts.hostname = hostname.get();
+  unsigned long version = 0;
+  if (virConnectGetLibVersion(connection_, &version) < 0) return libvirt_fail(doing);
+  facts.libvirt_version = version;
+  if (virConnectGetVersion(connection_, &version) == 0) facts.hypervisor_version = version;
+
+  const Text capabilities(virConnectGetCapabilities(connection_));
+  if (!capabilities) return libvirt_fail(doing);
+  pugi::xml_document document;
+  if (document.load_string(capabilities.get())) {
+    facts.host_uuid = document.child("capabilities").child("host").child("uuid").text().get();
+  }
+  virNodeInfo node{};
+  if (virNodeGetInfo(connection_, &node) == 0) facts.cores = node.cpus;
+
+  int count = 0;
+  if (virNodeGetMemoryStats(connection_, VIR_NODE_MEMORY_STATS_ALL_CELLS, nullptr, &count, 0) ==
+          0 &&
+      count > 0) {
+    std::vector<virNodeMemoryStats> stats(static_cast<std::size_t>(count));
+    if (virNodeGetMemoryStats(connection_, VIR_NODE_MEMORY_STATS_ALL_CELLS, stats.data(), &count,
+                              0) == 0) {
+      for (const virNodeMemoryStats& stat : stats) {
+        const std::string_view name = std::begin(stat.field);
+        if (name == VIR_NODE_MEMORY_STATS_FREE || name == VIR_NODE_MEMORY_STATS_BUFFERS ||
+            name == VIR_NODE_MEMORY_STATS_CACHED) {
+          facts.free_memory += Length(stat.value * 1024);
+        }
+      }
+    }
+  }
+
+  if (!question.guest_name.empty()) {
+    const Domain same_name(virDomainLookupByName(connection_, question.guest_name.c_str()));
+    if (same_name) facts.uuid_of_name = uuid_of(same_name.get());
+  }
+  if (!question.guest_uuid.empty()) {
+    const Domain same_uuid(virDomainLookupByUUIDString(connection_, question.guest_uuid.c_str()));
+    if (same_uuid) facts.name_of_uuid = virDomainGetName(same_uuid.get());
+  }
+  if (facts.name_of_uuid || facts.uuid_of_name) {
+    if (auto existing = state(facts.name_of_uuid ? question.guest_uuid : question.guest_name)) {
+      facts.existing_state = *existing;
+    }
+  }
+
+  if (!question.machine.empty()) {
+    const Text domain_capabilities(
+        virConnectGetDomainCapabilities(connection_, nullptr, question.arch.c_str(),
+                                        question.machine.c_str(), question.domain_type.c_str(), 0));
+    if (!domain_capabilities) {
+      Error error = libvirt_error(doing);
+      if (error.code == Code::Unreachable) return fail(std::move(error));
+      const virError* last = virGetLastError();
+      facts.machine_supported = false;
+      facts.machine_problem = last != nullptr && last->message != nullptr ? last->message : "";
+    }
+  }
+
+  if (!question.cpu_xml.empty()) {
+    const int answer = virConnectCompareHypervisorCPU(
+        connection_, nullptr, question.arch.c_str(),
+        question.machine.empty() ? nullptr : question.machine.c_str(), question.domain_type.c_str(),
+        question.cpu_xml.c_str(), VIR_CONNECT_COMPARE_CPU_FAIL_INCOMPATIBLE);
+    if (answer == VIR_CPU_COMPARE_IDENTICAL || answer == VIR_CPU_COMPARE_SUPERSET) {
+      facts.cpu = CpuAnswer::Compatible;
+    } else {
+      const virError* last = virGetLastError();
+      facts.cpu_problem =
+          last != nullptr && last->message != nullptr ? last->message : "the CPU is not compatible";
+      facts.cpu = last != nullptr && last->code == VIR_ERR_CPU_INCOMPATIBLE
+                      ? CpuAnswer::Incompatible
+                      : CpuAnswer::Unknown;
+      if (answer == VIR_CPU_COMPARE_INCOMPATIBLE) facts.cpu = CpuAnswer::Incompatible;
+    }
+  }
+
+  for (const std::string& name : question.networks) {
+    const Network network(virNetworkLookupByName(connection_, name.c_str()));
+    if (!network) {
+      facts.networks_missing.push_back(name);
+    } else if (virNetworkIsActive(network.get()) != 1) {
+      facts.networks_inactive.push_back(name);
+    }
+  }
+  if (!alive()) return fail(Code::Unreachable, "the connection to " + uri_ + " is gone");
+  return facts;
+}
+
+// ---- guests -------------------------------------------------------------------------------------
+
+Result<GuestState> LibvirtHypervisor::state(const std::string& guest) {
+  DROVER_ASSIGN(const Domain domain, find(guest));
+  int state = 0;
+  if (virDomainGetState(domain.get(), &state, nullptr, 0) < 0) {
+    return libvirt_fail("asking for the state of guest " + guest);
+  }
+  switch (state) {
+    case VIR_DOMAIN_RUNNING:
+    case VIR_DOMAIN_BLOCKED: return GuestState::Running;
+    case VIR_DOMAIN_PAUSED: return GuestState::Paused;
+    case VIR_DOMAIN_SHUTDOWN: return GuestState::ShuttingDown;
+    case VIR_DOMAIN_SHUTOFF: return GuestState::ShutOff;
+    case VIR_DOMAIN_CRASHED: return GuestState::Crashed;
+    case VIR_DOMAIN_PMSUSPENDED: return GuestState::PmSuspended;
+    default: return GuestState::Unknown;
+  }
+}
+
+Result<std::string> LibvirtHypervisor::definition(virDomainPtr domain, unsigned flags) const {
+  const Text xml(virDomainGetXMLDesc(domain, flags));
+  if (!xml)
+    return libvirt_fail(std::string("reading the definition of guest ") + virDomainGetName(domain));
+  return std::string(xml.get());
+}
+
+void LibvirtHypervisor::resolve_volumes(GuestInfo& info) const {
+  for (GuestDisk& disk : info.disks) {
+    if (disk.kind != DiskKind::Volume) continue;
+    const Pool pool(virStoragePoolLookupByName(connection_, disk.pool.c_str()));
+    const Volume volume(pool ? virStorageVolLookupByName(pool.get(), disk.volume.c_str())
+                             : nullptr);
+    virStorageVolInfo details{};
+    if (!volume || virStorageVolGetInfo(volume.get(), &details) < 0) continue;
+    const Text path(virStorageVolGetPath(volume.get()));
+    if (!path) continue;
+    switch (details.type) {
+      case VIR_STORAGE_VOL_FILE: disk.kind = DiskKind::File; break;
+      case VIR_STORAGE_VOL_BLOCK: disk.kind = DiskKind::Block; break;
+      case VIR_STORAGE_VOL_DIR: disk.kind = DiskKind::Directory; break;
+      default: disk.kind = DiskKind::Network; break;
+    }
+    disk.path = path.get();
+  }
+}
+
+void LibvirtHypervisor::describe_process(GuestInfo& info) const {
+  // The directory's name ends in a form of the guest's name that libvirt shortens; the number is
+  // unique.
+  const std::string begin = fmt::format("domain-{}-", info.id);
+  if (DIR* directory = ::opendir(kPrivateParent)) {
+    while (const dirent* entry = ::readdir(directory)) {
+      const std::string_view name = std::begin(entry->d_name);
+      if (!name.starts_with(begin)) continue;
+      const std::string path = fmt::format("{}/{}", kPrivateParent, name);
+      struct stat status {};
+      if (::lstat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode)) {
+        info.private_directory = path;
+      }
+    }
+    ::closedir(directory);
+  }
+  std::ifstream file(fmt::format("{}/{}.pid", kPidDirectory, info.name));
+  int pid = 0;
+  struct stat status {};
+  if (file >> pid && pid > 0 && ::stat(fmt::format("/proc/{}", pid).c_str(), &status) == 0) {
+    info.qemu_pid = pid;
+    info.qemu_uid = status.st_uid;
+    info.qemu_gid = status.st_gid;
+  }
+}
+
+// The bytes that an image and its backing files take.
+Length chain_allocation(const json& image) {
+  Length sum;
+  const json* link = &image;
+  while (link->is_object()) {
+    sum += Length(number_of(*link, "actual-size"));
+    link = &field(*link, "backing-image");
+  }
+  return sum;
+}
+
+Status LibvirtHypervisor::describe_running(virDomainPtr domain, const std::string& live,
+                                           GuestInfo& info) const {
+  const std::string doing = "looking at guest " + info.name;
+  DROVER_ASSIGN(const json nodes, qmp(domain, "query-named-block-nodes", doing));
+  DROVER_ASSIGN(const json devices, qmp(domain, "query-block", doing));
+  DROVER_ASSIGN(const json jobs, qmp(domain, "query-block-jobs", doing));
+  DROVER_ASSIGN(const json exports, qmp(domain, "query-block-exports", doing));
+  DROVER_ASSIGN(const json migration, qmp(domain, "query-migrate", doing));
+
+  const auto find_node = [&](const std::string& name) -> const json& {
+    static const json kNothing;
+    for (const json& node : nodes) {
+      if (string_of(node, "node-name") == name) return node;
+    }
+    return kNothing;
+  };
+
+  std::vector<std::string> matched_jobs;
+  for (GuestDisk& disk : info.disks) {
+    if (disk.kind == DiskKind::None) continue;
+    // libvirt's names first: what query-block calls the top may be a filter (drover's own mirror,
+    // copy-on-read).
+    if (const unsigned index = disk_source_index(live, disk.target); index != 0) {
+      for (const char* layer : {"format", "storage"}) {
+        const std::string name = fmt::format("libvirt-{}-{}", index, layer);
+        if (find_node(name).is_object()) {
+          disk.node = name;
+          break;
+        }
+      }
+    }
+    if (disk.node.empty()) {
+      const std::string alias = disk_alias(live, disk.target);
+      for (const json& device : devices) {
+        const std::string qdev = string_of(device, "qdev");
+        if (alias.empty() || (qdev != alias && !contains(qdev, "/" + alias + "/"))) continue;
+        const std::string name = string_of(field(device, "inserted"), "node-name");
+        if (!is_drovers(name)) disk.node = name;
+      }
+    }
+    const json& image = field(find_node(disk.node), "image");
+    disk.virtual_size = Length(number_of(image, "virtual-size"));
+    disk.allocation = chain_allocation(image);
+    if (disk.format == "qcow2") disk.cluster_size = Length(number_of(image, "cluster-size"));
+    if (!string_of(image, "backing-filename").empty()) disk.backing_chain = true;
+    if (bool_of(image, "encrypted")) disk.encrypted = true;
+
+    virDomainBlockJobInfo job{};
+    if (virDomainGetBlockJobInfo(domain, disk.target.c_str(), &job, 0) == 1) {
+      disk.block_job = word(std::to_array<const char*>(
+                                {"unknown", "pull", "copy", "commit", "active commit", "backup"}),
+                            job.type);
+    }
+    for (const json& entry : jobs) {
+      const std::string name = string_of(entry, "device");
+      if (!is_drovers(name) && contains(name, "-" + disk.target + "-")) {
+        matched_jobs.push_back(name);
+        if (disk.block_job.empty()) disk.block_job = string_of(entry, "type");
+      }
+    }
+  }
+  for (const json& entry : jobs) {
+    const std::string name = string_of(entry, "device");
+    if (!is_drovers(name) &&
+        std::find(matched_jobs.begin(), matched_jobs.end(), name) == matched_jobs.end()) {
+      info.foreign_jobs.push_back(string_of(entry, "type") + " job " + name);
+    }
+  }
+  for (const json& entry : exports) {
+    const std::string name = string_of(entry, "id");
+    if (string_of(entry, "type") == "nbd" && !is_drovers(name)) info.nbd_exports.push_back(name);
+  }
+  if (const json& reasons = field(migration, "blocked-reasons"); reasons.is_array()) {
+    for (const json& reason : reasons) {
+      if (reason.is_string()) info.migration_blockers.push_back(reason.get<std::string>());
+    }
+  }
+
+  const Text backup(virDomainBackupGetXMLDesc(domain, 0));
+  info.backup_job = backup != nullptr;
+  virDomainJobInfo job{};
+  info.other_job =
+      virDomainGetJobInfo(domain, &job) == 0 && job.type != VIR_DOMAIN_JOB_NONE && !info.backup_job;
+  return {};
+}
+
+Result<GuestInfo> LibvirtHypervisor::describe(const std::string& guest) {
+  DROVER_ASSIGN(const Domain domain, find(guest));
+  GuestInfo info;
+  DROVER_ASSIGN(info.state, state(uuid_of(domain.get())));
+  const bool running = virDomainIsActive(domain.get()) == 1;
+  info.persistent = virDomainIsPersistent(domain.get()) == 1;
+
+  constexpr unsigned kMigratable = VIR_DOMAIN_XML_SECURE | VIR_DOMAIN_XML_MIGRATABLE;
+  if (info.persistent) {
+    DROVER_ASSIGN(info.inactive_xml,
+                  definition(domain.get(), kMigratable | VIR_DOMAIN_XML_INACTIVE));
+  }
+  std::string live;
+  if (running) {
+    DROVER_ASSIGN(live, definition(domain.get(), 0));
+    DROVER_ASSIGN(info.live_xml, definition(domain.get(), kMigratable));
+  }
+  DROVER_TRY(parse_definition(running ? live : info.inactive_xml, info));
+  if (running) {
+    GuestInfo migratable;
+    DROVER_TRY(parse_definition(info.live_xml, migratable));
+    info.cpu_xml = migratable.cpu_xml;
+    if (info.persistent) {
+      GuestInfo inactive;
+      DROVER_TRY(parse_definition(info.inactive_xml, inactive));
+      for (const GuestDisk& disk : inactive.disks) {
+        if (info.disk(disk.target) == nullptr && disk.kind != DiskKind::None) {
+          info.inactive_only_disks.push_back(disk.target);
+        }
+      }
+    }
+  }
+  resolve_volumes(info);
+
+  int autostart = 0;
+  if (info.persistent && virDomainGetAutostart(domain.get(), &autostart) == 0) {
+    info.autostart = autostart != 0;
+  }
+  info.managed_save = virDomainHasManagedSaveImage(domain.get(), 0) == 1;
+  if (const int count = virDomainSnapshotNum(domain.get(), 0); count > 0) {
+    info.snapshots = static_cast<unsigned>(count);
+  }
+  if (const int count = virDomainListAllCheckpoints(domain.get(), nullptr, 0); count > 0) {
+    info.checkpoints = static_cast<unsigned>(count);
+  }
+  if (running) {
+    info.id = static_cast<int>(virDomainGetID(domain.get()));
+    DROVER_TRY(describe_running(domain.get(), live, info));
+    if (local_) describe_process(info);
+  } else {
+    for (GuestDisk& disk : info.disks) {
+      virDomainBlockInfo sizes{};
+      if (disk.kind != DiskKind::None &&
+          virDomainGetBlockInfo(domain.get(), disk.target.c_str(), &sizes, 0) == 0) {
+        disk.virtual_size = Length(sizes.capacity);
+        disk.allocation = Length(sizes.allocation);
+      }
+    }
+  }
+  return info;
+}
+
+// ---- mirror -------------------------------------------------------------------------------------
+
+Result<bool> LibvirtHypervisor::job_present(virDomainPtr domain, const std::string& job) const {
+  DROVER_ASSIGN(const json jobs, qmp(domain, "query-block-jobs", "asking for block jobs"));
+  return std::any_of(jobs.begin(), jobs.end(),
+                     [&](const json& entry) { return string_of(entry, "device") == job; });
+}
+
+Result<MirrorState> LibvirtHypervisor::mirror_of(virDomainPtr domain, const std::string& disk,
+                                                 std::string* bitmap_node) const {
+  const std::string name = drover_name(disk);
+  const std::string doing =
+      fmt::format("looking at the mirror of disk {} of guest {}", disk, virDomainGetName(domain));
+  MirrorState state;
+  DROVER_ASSIGN(const json jobs, qmp(domain, "query-block-jobs", doing));
+  for (const json& job : jobs) {
+    if (string_of(job, "device") != name) continue;
+    state.job = true;
+    state.job_status = string_of(job, "status");
+    state.error = string_of(job, "error");
+  }
+  DROVER_ASSIGN(const json nodes, qmp(domain, "query-named-block-nodes", {{"flat", true}}, doing));
+  for (const json& node : nodes) {
+    const std::string node_name = string_of(node, "node-name");
+    if (node_name == name) state.node = true;
+    // The filter above a disk shows the bitmaps of nobody else; those of a node are its own.
+    const json& bitmaps = field(node, "dirty-bitmaps");
+    if (!bitmaps.is_array()) continue;
+    for (const json& bitmap : bitmaps) {
+      if (string_of(bitmap, "name") != name) continue;
+      state.bitmap = true;
+      state.dirty = Length(number_of(bitmap, "count"));
+      if (bitmap_node != nullptr && !is_drovers(node_name)) *bitmap_node = node_name;
+    }
+  }
+  return state;
+}
+
+Result<MirrorState> LibvirtHypervisor::mirror_state(const std::string& guest,
+                                                    const std::string& disk) {
+  DROVER_ASSIGN(const Domain domain, find(guest));
+  if (virDomainIsActive(domain.get()) == 0) return MirrorState{};
+  return mirror_of(domain.get(), disk, nullptr);
+}
+
+Status LibvirtHypervisor::attach_mirror(const std::string& guest, const MirrorSpec& spec) {
+  DROVER_ASSIGN(const Domain domain, find_running(guest));
+  const std::string name = drover_name(spec.disk);
+  const std::string doing =
+      fmt::format("mirroring disk {} of guest {}", spec.disk, virDomainGetName(domain.get()));
+  DROVER_ASSIGN(const MirrorState before, mirror_of(domain.get(), spec.disk, nullptr));
+  if (before.job || before.node) {
+    return fail(Code::Busy, fmt::format("{}: a mirror of drover's is on it already", doing),
+                "'drover jobs' shows the job it belongs to");
+  }
+  // A bitmap that is there already was kept on purpose.
+  const auto undo = [&](Error error) -> Status {
+    if (auto undone = detach(domain.get(), spec.disk, before.bitmap); !undone) {
+      log_warning("{}: undoing it after an error: {}", doing, undone.error().message);
+    }
+    return fail(std::move(error));
+  };
+  if (!before.bitmap) {
+    DROVER_TRY(qmp(domain.get(), "block-dirty-bitmap-add",
+                   {{"node", spec.node}, {"name", name}, {"persistent", false}}, doing));
+  }
+  // No reconnect: a mirror whose endpoint is gone must end, so that the guest's writes do not wait
+  // for it. Discards are passed on: what they leave on the source has to be copied again.
+  if (auto added = qmp(domain.get(), "blockdev-add",
+                       {{"driver", "nbd"},
+                        {"node-name", name},
+                        {"server", {{"type", "unix"}, {"path", spec.unix_socket}}},
+                        {"export", spec.export_name},
+                        {"reconnect-delay", 0},
+                        {"discard", "unmap"}},
+                       doing);
+      !added) {
+    return undo(std::move(added).error());
+  }
+  if (auto started = qmp(domain.get(), "blockdev-mirror",
+                         {{"job-id", name},
+                          {"device", spec.node},
+                          {"target", name},
+                          {"filter-node-name", filter_name(spec.disk)},
+                          {"sync", "none"},
+                          {"copy-mode", "write-blocking"},
+                          {"on-source-error", "report"},
+                          {"on-target-error", "report"}},
+                         doing);
+      !started) {
+    return undo(std::move(started).error());
+  }
+  auto ready = wait_for(kMirrorReady, doing, [&]() -> Result<bool> {
+    DROVER_ASSIGN(const MirrorState state, mirror_of(domain.get(), spec.disk, nullptr));
+    if (!state.job) {
+      return fail(Code::Io, doing + ": QEMU has ended the job at once",
+                  "QEMU's log in /var/log/libvirt/qemu may say why");
+    }
+    return state.job_status == "ready";
+  });
+  if (!ready) return undo(std::move(ready).error());
+  return {};
+}
+
+Status LibvirtHypervisor::detach(virDomainPtr domain, const std::string& disk,
+                                 bool keep_bitmap) const {
+  const std::string name = drover_name(disk);
+  const std::string doing =
+      fmt::format("ending the mirror of disk {} of guest {}", disk, virDomainGetName(domain));
+  std::string bitmap_node;
+  DROVER_ASSIGN(const MirrorState state, mirror_of(domain, disk, &bitmap_node));
+  const auto gone_is_fine = [](Result<json> result) -> Status {
+    if (result || result.error().code == Code::NotFound) return {};
+    return fail(std::move(result).error());
+  };
+  if (state.job) {
+    DROVER_TRY(
+        gone_is_fine(qmp(domain, "block-job-cancel", {{"device", name}, {"force", true}}, doing)));
+    DROVER_TRY(wait_for(kMirrorEnd, doing, [&]() -> Result<bool> {
+      DROVER_ASSIGN(const bool present, job_present(domain, name));
+      return !present;
+    }));
+  }
+  if (state.node) {
+    DROVER_TRY(gone_is_fine(qmp(domain, "blockdev-del", {{"node-name", name}}, doing)));
+  }
+  if (state.bitmap && !keep_bitmap) {
+    DROVER_TRY(gone_is_fine(
+        qmp(domain, "block-dirty-bitmap-remove", {{"node", bitmap_node}, {"name", name}}, doing)));
+  }
+  return {};
+}
+
+Status LibvirtHypervisor::detach_mirror(const std::string& guest, const std::string& disk,
+                                        bool keep_bitmap) {
+  auto domain = find_running(guest);
+  if (!domain) {
+    if (domain.error().code == Code::NotFound) return {};
+    return fail(std::move(domain).error());
+  }
+  auto detached = detach(domain->get(), disk, keep_bitmap);
+  // QEMU may have gone meanwhile, with all that was in it.
+  if (!detached && virDomainIsActive(domain->get()) == 0) return {};
+  return detached;
+}
+
+// ---- exports ------------------------------------------------------------------------------------
+
+Status LibvirtHypervisor::start_exports(const std::string& guest, const std::string& unix_socket,
+                                        const std::vector<ExportSpec>& disks) {
+  DROVER_ASSIGN(const Domain domain, find_running(guest));
+  const std::string doing =
+      fmt::format("exporting the disks of guest {}", virDomainGetName(domain.get()));
+  if (struct stat status{}; ::lstat(unix_socket.c_str(), &status) == 0) {
+    return fail(Code::AlreadyExists, fmt::format("{}: {} is there already", doing, unix_socket));
+  }
+  DROVER_ASSIGN(const json exports, qmp(domain.get(), "query-block-exports", doing));
+  if (!exports.empty()) {
+    return fail(Code::Busy,
+                fmt::format("{}: QEMU's NBD server is in use: it exports {} ({})", doing,
+                            string_of(exports[0], "id"), string_of(exports[0], "node-name")),
+                "a backup may be running; try again when it is done");
+  }
+  auto started = qmp(domain.get(), "nbd-server-start",
+                     {{"addr", {{"type", "unix"}, {"data", {{"path", unix_socket}}}}}}, doing);
+  if (!started) {
+    Error error = std::move(started).error();
+    if (error.code == Code::Busy) {
+      error.message = fmt::format("{}: QEMU's NBD server is in use by somebody else", doing);
+      error.hint = "a backup may be running; 'virsh backup-dumpxml' shows libvirt's";
+    }
+    return fail(std::move(error));
+  }
+  const auto undo = [&](Error error) -> Status {
+    if (auto stopped = stop_exports(guest); !stopped) {
+      log_warning("{}: undoing it after an error: {}", doing, stopped.error().message);
+    }
+    return fail(std::move(error));
+  };
+  // QEMU made the socket as its own user; the directory it is in is QEMU's and root's alone, so
+  // nobody else came first.
+  if (::chown(unix_socket.c_str(), 0, 0) < 0 || ::chmod(unix_socket.c_str(), 0600) < 0) {
+    return undo(error_from_errno(errno, doing + ": " + unix_socket));
+  }
+  for (const ExportSpec& disk : disks) {
+    json arguments = {{"type", "nbd"},
+                      {"id", drover_name(disk.disk)},
+                      {"node-name", disk.node},
+                      {"name", disk.export_name},
+                      {"writable", false}};
+    if (disk.with_bitmap) arguments["bitmaps"] = json::array({drover_name(disk.disk)});
+    if (auto added = qmp(domain.get(), "block-export-add", arguments, doing); !added) {
+      return undo(std::move(added).error());
+    }
+  }
+  return {};
+}
+
+Status LibvirtHypervisor::stop_exports(const std::string& guest) {
+  auto found = find_running(guest);
+  if (!found) {
+    if (found.error().code == Code::NotFound) return {};
+    return fail(std::move(found).error());
+  }
+  const Domain domain = std::move(*found);
+  const std::string doing =
+      fmt::format("ending the exports of guest {}", virDomainGetName(domain.get()));
+  DROVER_ASSIGN(const json exports, qmp(domain.get(), "query-block-exports", doing));
+  bool foreign = false;
+  for (const json& entry : exports) {
+    if (!is_drovers(string_of(entry, "id"))) foreign = true;
+  }
+  if (foreign) {
+    for (const json& entry : exports) {
+      const std::string id = string_of(entry, "id");
+      if (!is_drovers(id)) continue;
+      DROVER_TRY(qmp(domain.get(), "block-export-del", {{"id", id}, {"mode", "hard"}}, doing));
+    }
+    return {};
+  }
+  // Ends its exports and their connections, and removes the socket.
+  auto stopped = qmp(domain.get(), "nbd-server-stop", doing);
+  if (!stopped && !contains(stopped.error().message, "not running")) {
+    return fail(std::move(stopped).error());
+  }
+  return {};
+}
+
+// ---- memory -------------------------------------------------------------------------------------
+
+std::optional<MigrationProgress> LibvirtHypervisor::statistics(virDomainPtr domain,
+                                                               bool completed) const {
+  int type = 0;
+  int count = 0;
+  virTypedParameterPtr parameters = nullptr;
+  if (virDomainGetJobStats(domain, &type, &parameters, &count,
+                           completed ? VIR_DOMAIN_JOB_STATS_COMPLETED : 0) < 0) {
+    return {};
+  }
+  const auto number = [&](const char* name) {
+    unsigned long long value = 0;
+    virTypedParamsGetULLong(parameters, count, name, &value);
+    return static_cast<std::uint64_t>(value);
+  };
+  MigrationProgress progress;
+  progress.elapsed = milliseconds(number(VIR_DOMAIN_JOB_TIME_ELAPSED));
+  progress.memory_total = Length(number(VIR_DOMAIN_JOB_MEMORY_TOTAL));
+  progress.memory_remaining = Length(number(VIR_DOMAIN_JOB_MEMORY_REMAINING));
+  progress.memory_sent = Length(number(VIR_DOMAIN_JOB_MEMORY_PROCESSED));
+  progress.rate = Length(number(VIR_DOMAIN_JOB_MEMORY_BPS));
+  progress.dirty_pages_per_second = number(VIR_DOMAIN_JOB_MEMORY_DIRTY_RATE);
+  progress.page_size = Length(number(VIR_DOMAIN_JOB_MEMORY_PAGE_SIZE));
+  progress.iteration = number(VIR_DOMAIN_JOB_MEMORY_ITERATION);
+  progress.downtime = milliseconds(number(VIR_DOMAIN_JOB_DOWNTIME));
+  int throttle = 0;
+  if (virTypedParamsGetInt(parameters, count, VIR_DOMAIN_JOB_AUTO_CONVERGE_THROTTLE, &throttle) ==
+          1 &&
+      throttle > 0) {
+    progress.throttle_percent = static_cast<unsigned>(throttle);
+  }
+  virTypedParamsFree(parameters, count);
+  if (type == VIR_DOMAIN_JOB_NONE) return {};
+  return progress;
+}
+
+// Reads the statistics, reports them and does what the convergence policy says, until the
+// migration has ended.
+void LibvirtHypervisor::watch(virDomainPtr domain, const MigrateOptions& options,
+                              const ProgressHandler& progress, Migration& migration) const {
+  Convergence convergence(options.convergence);
+  const std::string doing = "steering the migration";
+  std::unique_lock lock(migration.mutex);
+  while (!migration.finished) {
+    migration.changed.wait_for(lock, kStatisticsInterval);
+    if (migration.finished) break;
+    const bool abort = migration.abort;
+    lock.unlock();
+    if (abort) virDomainAbortJob(domain);  // again: the first may have come before the job
+    if (auto statistic = statistics(domain, false); statistic && statistic->memory_total.bytes()) {
+      for (const ConvergenceAction& action : convergence.step(now(), *statistic)) {
+        if (const auto* downtime = std::get_if<SetDowntime>(&action)) {
+          log_info("memory does not converge: downtime of {} ms allowed", downtime->value.count());
+          virDomainMigrateSetMaxDowntime(
+              domain, static_cast<unsigned long long>(downtime->value.count()), 0);
+        } else if (const auto* throttle = std::get_if<SetThrottle>(&action)) {
+          log_info("memory does not converge: guest may be slowed by {} %", throttle->max_percent);
+          if (auto set = qmp(domain, "migrate-set-parameters",
+                             {{"max-cpu-throttle", throttle->max_percent}}, doing);
+              !set) {
+            log_warning("{}", set.error().message);
+          }
+        } else if (const auto* give_up = std::get_if<GiveUp>(&action)) {
+          const std::lock_guard again(migration.mutex);
+          migration.gave_up = give_up->why;
+          migration.abort = true;
+        }
+      }
+      statistic->downtime_limit = convergence.downtime();
+      if (progress) progress(*statistic);
+    }
+    lock.lock();
+  }
+}
+
+class Parameters {
+ public:
+  Parameters() = default;
+  ~Parameters() { virTypedParamsFree(list_, count_); }
+  Parameters(const Parameters&) = delete;
+  Parameters& operator=(const Parameters&) = delete;
+  void add(const char* name, const std::string& value) {
+    virTypedParamsAddString(&list_, &count_, &capacity_, name, value.c_str());
+  }
+  void add(const char* name, unsigned long long value) {
+    virTypedParamsAddULLong(&list_, &count_, &capacity_, name, value);
+  }
+  void add(const char* name, int value) {
+    virTypedParamsAddInt(&list_, &count_, &capacity_, name, value);
+  }
+  [[nodiscard]] virTypedParameterPtr list() const { return list_; }
+  [[nodiscard]] unsigned count() const { return static_cast<unsigned>(count_); }
+
+ private:
+  virTypedParameterPtr list_ = nullptr;
+  int count_ = 0;
+  int capacity_ = 0;
+};
+
+Status LibvirtHypervisor::migrate(const MigrateOptions& options, ProgressHandler progress) {
+  auto* target = dynamic_cast<LibvirtHypervisor*>(options.target);
+  CHECK(target != nullptr, "both hypervisors are of one implementation");
+  DROVER_ASSIGN(const Domain domain, find_running(options.guest));
+  const std::string doing = fmt::format("moving the memory of guest {} to {}",
+                                        virDomainGetName(domain.get()), target->uri_);
+
+  // UNSAFE: libvirt wants cache=none where disks are shared; here nothing is shared, and QEMU reads
+  // the target's images anew before the guest runs.
+  unsigned flags =
+      VIR_MIGRATE_LIVE | VIR_MIGRATE_PAUSED | VIR_MIGRATE_UNSAFE | VIR_MIGRATE_ABORT_ON_ERROR;
+  Parameters parameters;
+  parameters.add(VIR_MIGRATE_PARAM_URI, options.memory_uri);
+  parameters.add(VIR_MIGRATE_PARAM_DEST_XML, options.live_xml);
+  if (!options.persistent_xml.empty()) {
+    flags |= VIR_MIGRATE_PERSIST_DEST;
+    parameters.add(VIR_MIGRATE_PARAM_PERSIST_XML, options.persistent_xml);
+  }
+  if (options.memory_uri.starts_with("tcp:")) {
+    parameters.add(VIR_MIGRATE_PARAM_LISTEN_ADDRESS, std::string("127.0.0.1"));
+  }
+  if (options.bandwidth.bytes() > 0) {
+    parameters.add(VIR_MIGRATE_PARAM_BANDWIDTH,
+                   std::max<unsigned long long>(1, options.bandwidth / 1_MiB));
+  }
+  if (options.connections > 1) {
+    flags |= VIR_MIGRATE_PARALLEL;
+    parameters.add(VIR_MIGRATE_PARAM_PARALLEL_CONNECTIONS, static_cast<int>(options.connections));
+  }
+  if (options.convergence.auto_converge) flags |= VIR_MIGRATE_AUTO_CONVERGE;
+
+  auto migration = std::make_shared<Migration>();
+  const std::string uuid = uuid_of(domain.get());
+  {
+    const std::lock_guard lock(migrations_mutex_);
+    if (!migrations_.emplace(uuid, migration).second) {
+      return fail(Code::Busy, doing + ": it is being moved already");
+    }
+  }
+  const auto unregister = [&] {
+    const std::lock_guard lock(migrations_mutex_);
+    migrations_.erase(uuid);
+  };
+
+  // QEMU keeps its migration parameters after a migration that failed.
+  auto saved = qmp(domain.get(), "query-migrate-parameters", doing);
+  if (!saved) {
+    unregister();
+    return fail(std::move(saved).error());
+  }
+  const Convergence initial(options.convergence);
+  json prepared = {{"downtime-limit", initial.downtime().count()}};
+  json restored = {{"downtime-limit", number_of(*saved, "downtime-limit")}};
+  if (options.convergence.auto_converge) {
+    // Whether QEMU throttles can only be said before the start; how much at any time. So it may
+    // from the start, by at most 1 %, until the policy lets it.
+    prepared["cpu-throttle-initial"] = 1;
+    prepared["max-cpu-throttle"] = 1;
+    for (const char* name : {"cpu-throttle-initial", "max-cpu-throttle"}) {
+      restored[name] = number_of(*saved, name);
+    }
+  }
+  if (auto set = qmp(domain.get(), "migrate-set-parameters", prepared, doing); !set) {
+    unregister();
+    return fail(std::move(set).error());
+  }
+
+  std::thread watcher([&] { watch(domain.get(), options, progress, *migration); });
+  bool aborted = false;
+  {
+    const std::lock_guard lock(migration->mutex);
+    aborted = migration->abort;
+  }
+  Status result;
+  if (aborted) {
+    result = fail(Code::Cancelled, doing + ": cancelled before it began");
+  } else {
+    const Domain moved(virDomainMigrate3(domain.get(), target->connection_, parameters.list(),
+                                         parameters.count(), flags));
+    if (!moved) result = libvirt_fail(doing);
+  }
+  {
+    const std::lock_guard lock(migration->mutex);
+    migration->finished = true;
+  }
+  migration->changed.notify_all();
+  watcher.join();
+  unregister();
+
+  if (result) {
+    if (progress) {
+      if (auto statistic = statistics(domain.get(), true)) {
+        statistic->downtime_limit = initial.downtime();
+        progress(*statistic);
+      }
+    }
+    return {};
+  }
+  Error error = std::move(result).error();
+  if (!alive() || !target->alive()) {
+    error.code = Code::Unreachable;
+    error.retryable = true;
+  }
+  if (!migration->gave_up.empty()) {
+    error = Error{Code::Cancelled, doing + ": " + migration->gave_up,
+                  "a longer --max-downtime, or a quieter time", true};
+  }
+  if (virDomainIsActive(domain.get()) == 1) {
+    if (auto set = qmp(domain.get(), "migrate-set-parameters", restored, doing); !set) {
+      log_warning("{}", set.error().message);
+    }
+  }
+  return fail(std::move(error));
+}
+
+Status LibvirtHypervisor::abort_migration(const std::string& guest) {
+  auto found = find(guest);
+  if (!found) {
+    if (found.error().code == Code::NotFound) return {};
+    return fail(std::move(found).error());
+  }
+  bool ours = false;
+  {
+    const std::lock_guard lock(migrations_mutex_);
+    if (const auto migration = migrations_.find(uuid_of(found->get()));
+        migration != migrations_.end()) {
+      const std::lock_guard inner(migration->second->mutex);
+      migration->second->abort = true;
+      ours = true;
+    }
+  }
+  if (!ours) return {};
+  if (virDomainAbortJob(found->get()) < 0) {
+    Error error = libvirt_error("cancelling the migration of guest " + guest);
+    // Not begun yet, or over already: the watcher repeats it until migrate() returns.
+    if (error.code == Code::Unreachable) return fail(std::move(error));
+  }
+  return {};
+}
+
+// ---- life ---------------------------------------------------------------------------------------
+
+Status LibvirtHypervisor::suspend(const std::string& guest) {
+  DROVER_ASSIGN(const Domain domain, find_running(guest));
+  if (virDomainSuspend(domain.get()) < 0) return libvirt_fail("suspending guest " + guest);
+  return {};
+}
+
+Status LibvirtHypervisor::resume(const std::string& guest) {
+  DROVER_ASSIGN(const Domain domain, find_running(guest));
+  if (virDomainResume(domain.get()) == 0) return {};
+  Error error = libvirt_error("resuming guest " + guest);
+  int state = 0;
+  if (virDomainGetState(domain.get(), &state, nullptr, 0) == 0 && state == VIR_DOMAIN_RUNNING) {
+    return {};
+  }
+  return fail(std::move(error));
+}
+
+Status LibvirtHypervisor::destroy(const std::string& guest) {
+  auto domain = find_running(guest);
+  if (!domain) {
+    if (domain.error().code == Code::NotFound) return {};
+    return fail(std::move(domain).error());
+  }
+  if (virDomainDestroy(domain->get()) == 0) return {};
+  Error error = libvirt_error("ending guest " + guest);
+  if (virDomainIsActive(domain->get()) == 0) return {};
+  return fail(std::move(error));
+}
+
+Status LibvirtHypervisor::define(const std::string& xml) {
+  const Domain domain(virDomainDefineXMLFlags(connection_, xml.c_str(), 0));
+  if (!domain) return libvirt_fail("defining a guest on " + uri_);
+  return {};
+}
+
+Status LibvirtHypervisor::undefine(const std::string& guest) {
+  auto domain = find(guest);
+  if (!domain) {
+    if (domain.error().code == Code::NotFound) return {};
+    return fail(std::move(domain).error());
+  }
+  if (virDomainIsPersistent(domain->get()) == 0) return {};
+  constexpr unsigned kAll = VIR_DOMAIN_UNDEFINE_MANAGED_SAVE |
+                            VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA |
+                            VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA | VIR_DOMAIN_UNDEFINE_NVRAM |
+                            VIR_DOMAIN_UNDEFINE_TPM;
+  if (virDomainUndefineFlags(domain->get(), kAll) == 0) return {};
+  return libvirt_fail(fmt::format("undefining guest {} on {}", guest, uri_));
+}
+
+Status LibvirtHypervisor::set_autostart(const std::string& guest, bool autostart) {
+  DROVER_ASSIGN(const Domain domain, find(guest));
+  if (virDomainSetAutostart(domain.get(), autostart ? 1 : 0) < 0) {
+    return libvirt_fail("setting autostart of guest " + guest);
+  }
+  return {};
+}
+
+Result<std::unique_ptr<Subscription>> LibvirtHypervisor::subscribe(const std::string& guest,
+                                                                   EventHandler handler) {
+  if (!alive()) return fail(Code::Unreachable, "the connection to " + uri_ + " is gone");
+  auto entry = std::make_shared<Hub::Entry>();
+  entry->guest = guest;
+  entry->handler = std::move(handler);
+  hub_->add(entry);
+  return std::make_unique<HubSubscription>(hub_, std::move(entry));
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Hypervisor>> connect_libvirt(const ConnectOptions& options) {
+  DROVER_ASSIGN(auto loop, EventLoop::get());
+  virConnectPtr connection = virConnectOpen(options.uri.c_str());
+  if (connection == nullptr) {
+    Error error = libvirt_error("connecting to libvirt at " + options.uri);
+    if (contains(error.message, "Permission denied") ||
+        contains(error.message, "Host key verification failed")) {
+      error.code = Code::Denied;
+      error.retryable = false;
+      error.hint = "root must be able to log in there by SSH without a question being asked";
+    } else if (error.code == Code::Unreachable || error.code == Code::Io) {
+      error.code = Code::Unreachable;
+      error.hint = "is libvirtd running there? 'virsh -c " + options.uri + " list' must work";
+    }
+    return fail(std::move(error));
+  }
+  auto hypervisor = std::make_unique<LibvirtHypervisor>(std::move(loop), connection, options.uri);
+  DROVER_TRY(hypervisor->start(options));
+  return hypervisor;
+}
+
+}  // namespace drover::memmig

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The Hypervisor of libvirt and QEMU.
+//
+//   DROVER_ASSIGN(auto source, connect_libvirt({.uri = "qemu:///system"}));
+//   DROVER_ASSIGN(auto target, connect_libvirt({.uri = "qemu+ssh://hostb/system?no_tty=1"}));
+//
+// Threads: the first connection starts libvirt's event loop on a thread of its own; the last one to
+// go ends it. Everything else as memmig/hypervisor.h says. libvirt prints nothing.
+#pragma once
+
+#include <chrono>
+#include <memory>
+#include <string>
+
+#include "base/result.h"
+#include "memmig/hypervisor.h"
+
+namespace drover::memmig {
+
+struct ConnectOptions {
+  std::string uri = "qemu:///system";
+  // A connection that has said nothing for interval * count is given up: every call under way ends
+  // with Unreachable, subscriptions get ConnectionLost.
+  std::chrono::seconds keepalive_interval{2};
+  unsigned keepalive_count = 5;
+};
+
+// Unreachable, Denied (libvirt's or SSH's refusal), Incompatible (libvirt or QEMU too old).
+Result<std::unique_ptr<Hypervisor>> connect_libvirt(const ConnectOptions& options);
+
+// The oldest that drover works with.
+inline constexpr std::uint64_t kOldestLibvirt = 9000000;  // 9.0.0
+inline constexpr std::uint64_t kOldestQemu = 7002000;     // 7.2.0
+
+}  // namespace drover::memmig
