@@ -291,7 +291,7 @@ bind() { mkdir -p ".$2"; mount --bind "$1" ".$2"; }
 bind "$base/images" /var/lib/libvirt/images
 bind "$base/jobs" /var/lib/drover
 bind "$base/home" /root
-for dir; do bind "$dir" "$dir"; done
+while [ $# -gt 0 ]; do bind "$1" "$2"; shift 2; done
 # What the machine's own libvirt may have: its guests and networks are none of ours.
 rm -rf ./etc/libvirt/qemu/* ./etc/libvirt/storage ./var/lib/libvirt/qemu/* ./var/lib/libvirt/dnsmasq \
        ./var/log/libvirt/* ./etc/libvirt/secrets
@@ -343,6 +343,7 @@ class Host:
         self.uuid = str(uuid.uuid4())
         self._connection: Any = None
         self._connection_lock = threading.Lock()
+        self._watched = False  # its events are recorded
         self._clean: dict[str, Any] = {}
 
     def __repr__(self) -> str:
@@ -400,7 +401,16 @@ class Host:
                 import libvirt
                 sock = self.path("/run/libvirt/libvirt-sock")
                 self._connection = libvirt.open(f"qemu+unix:///system?socket={sock}")
+                if self._watched:
+                    self.lab.events._register(self, self._connection)
             return self._connection
+
+    def _close_connection(self) -> None:
+        with self._connection_lock:
+            if self._connection is not None:
+                with contextlib.suppress(Exception):
+                    self._connection.close()
+                self._connection = None
 
     def qmp(self, domain: str, command: str, **arguments: Any) -> Any:
         """A QMP command to a running guest's QEMU; returns its "return". `_` in names becomes `-`."""
@@ -496,15 +506,15 @@ class Host:
         shutil.copy(kernel, boot / "vmlinuz")
         shutil.copy(initrd, boot / "initrd")
         # /usr/local/bin/drover is a link, so that a rebuilt program is the one that runs next.
-        (upper / "usr/local/bin/drover").symlink_to(self.lab.drover)
+        (upper / "usr/local/bin/drover").symlink_to(self.lab.drover_inside)
 
     def _boot(self) -> None:
-        binds = [str(REPO)]
-        if REPO not in self.lab.drover.parents and self.lab.drover.parent.is_dir():
-            binds.append(str(self.lab.drover.parent))
+        binds = [str(REPO), str(REPO)]
+        if self.lab.drover != self.lab.drover_inside:
+            binds += [str(self.lab.drover.parent), str(self.lab.drover_inside.parent)]
         cmd = ["unshare", "--fork", "--kill-child=KILL", "--pid", "--net", "--mount", "--uts", "--ipc",
-               "--propagation", "private", "--", "/bin/sh", "-c", _HOST_INIT, "init", str(self.dir), self.name,
-               *binds]
+               "--propagation", "private", "--", "/bin/sh", str(self.dir / "init.sh"), str(self.dir), self.name, *binds]
+        (self.dir / "init.sh").write_text(_HOST_INIT)
         with open(self.dir / "boot.log", "wb") as log:
             p = self.lab._spawn(cmd, stdout=subprocess.PIPE, stderr=log, env=HOST_ENV)
         assert p.stdout
@@ -531,10 +541,13 @@ class Host:
         """libvirtd in the background; returns when it answers."""
         self.run(["libvirtd", "-d", "--pid-file", "/run/libvirtd.pid"])
         wait_for(f"{self.name}'s libvirtd", lambda: self.run(["virsh", "version"], check=False).returncode == 0)
+        if self._watched:
+            self.libvirt()  # a new connection, so that no event is missed
 
     def stop_libvirtd(self, sig: int = signal.SIGTERM) -> None:
         """Ends libvirtd (its guests run on, as in life) and waits until it is gone."""
         inside = self.path("/run/libvirtd.pid").read_text().strip()
+        self._close_connection()
         self.run(["kill", f"-{int(sig)}", inside])
         wait_for(f"{self.name}'s libvirtd to end", lambda: not self.path(f"/proc/{inside}").exists())
 
@@ -674,6 +687,12 @@ class Events:
         self._changed = threading.Condition()
 
     def _watch(self, host: Host) -> None:
+        if not host._watched:
+            connection = host.libvirt()
+            host._watched = True
+            self._register(host, connection)
+
+    def _register(self, host: Host, connection: Any) -> None:
         import libvirt_qemu
 
         def arrived(_conn: Any, dom: Any, name: str, seconds: int, micros: int, details: str, _opaque: Any) -> None:
@@ -682,7 +701,7 @@ class Events:
                 self.all.append(event)
                 self._changed.notify_all()
 
-        libvirt_qemu.qemuMonitorEventRegister(host.libvirt(), None, None, arrived, None)
+        libvirt_qemu.qemuMonitorEventRegister(connection, None, None, arrived, None)
 
     def mark(self) -> int:
         """A position: pass it to wait() or since() to see only what comes after."""
@@ -824,8 +843,8 @@ class Guest:
                 found[target[1]] = source[1]
         return found
 
-    # The witness. Its serial port is a unix socket for commands and, always, a log file: QEMU opens
-    # both anew on the target, so the log of the host where the guest runs is the one that grows.
+    # The witness. It writes to one serial port, a file, and reads commands from another, a socket. QEMU
+    # opens both anew on the target, so the file of the host where the guest runs is the one that grows.
 
     def _log(self, host: Host) -> Path:
         return host.path(f"/var/log/libvirt/qemu/lab-{self.name}.log")
@@ -900,17 +919,12 @@ class Guest:
                     if link is not None:
                         sent.append(int.from_bytes(secrets.token_bytes(3), "big") + 1)
                         link.sendall(f"\n{sent[-1]} {text}\n".encode())
+                # Nothing is ever said on this port: readable means that QEMU is gone.
                 if link is None:
                     time.sleep(0.02)
-                elif select.select([link], [], [], 0.1)[0]:
-                    # The answer is taken from the log; this only keeps QEMU from waiting for us.
-                    try:
-                        gone = not link.recv(65536)
-                    except OSError:
-                        gone = True
-                    if gone:
-                        link.close()
-                        link = None
+                elif select.select([link], [], [], 0.02)[0]:
+                    link.close()
+                    link = None
                 for line in self._lines():
                     if line.get("id") in sent and (line["type"] != "error" or line["id"] == sent[-1]):
                         if line["type"] == "error":
@@ -991,6 +1005,12 @@ class Lab:
     def b(self) -> Host:
         return self.hosts[1]
 
+    @property
+    def drover_inside(self) -> Path:
+        """Where the hosts have the program under test: in the repository, which they see at its own
+        path, or in a folder that is mounted for it."""
+        return self.drover if REPO in self.drover.parents else Path("/opt/drover-under-test") / self.drover.name
+
     def other(self, host: Host) -> Host:
         """The other one of two hosts."""
         return self.b if host is self.a else self.a
@@ -998,7 +1018,7 @@ class Lab:
     # Life.
 
     def __enter__(self) -> "Lab":
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             def terminated(_sig: int, _frame: Optional[FrameType]) -> None:
                 raise SystemExit(143)  # runs __exit__, as KeyboardInterrupt does
             self._old_sigterm = signal.signal(signal.SIGTERM, terminated)
@@ -1031,7 +1051,7 @@ class Lab:
 
     def _up(self) -> None:
         switch = self._spawn(["unshare", "--net", "--", "sleep", "infinity"], env=HOST_ENV, stdin=subprocess.DEVNULL,
-                             stdout=subprocess.DEVNULL)
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.switch = switch.pid
         own = os.stat("/proc/self/ns/net").st_ino
         wait_for("the switch", lambda: os.stat(f"/proc/{self.switch}/ns/net").st_ino != own)
@@ -1062,10 +1082,7 @@ class Lab:
     def close(self) -> None:
         """Ends everything that the lab started and removes all that it made."""
         for host in self.hosts:
-            if host._connection is not None:
-                with contextlib.suppress(Exception):
-                    host._connection.close()
-                host._connection = None
+            host._close_connection()
         for host in self.hosts:
             if host.pid:
                 _kill(host.pid, host.start_time)  # PID 1: all of the host goes with it
@@ -1133,6 +1150,9 @@ class Lab:
     def collect_garbage() -> list[str]:
         """Removes what labs left whose process was killed before it could clean up."""
         removed = []
+        for probe in WORK.glob(".probe-*"):
+            if _start_time(int(probe.name.rpartition("-")[2])) is None:
+                shutil.rmtree(probe, ignore_errors=True)
         for file in WORK.glob("*/state.json"):
             try:
                 state = json.loads(file.read_text())
@@ -1204,8 +1224,10 @@ class Lab:
         if any(d.bus == "scsi" for d in disks):
             devices += "<controller type='scsi' model='virtio-scsi'/>"
         iothreads = sum(1 for d in disks if "iothread" in d.driver)
-        # Serial output goes to a log file as well as to the socket: QEMU appends to it on whichever host
-        # the guest runs, and waits for nobody. No balloon, no USB, no video: the guest boots in 2 s.
+        # The first serial port is for output: QEMU appends to that file on whichever host the guest
+        # runs, and waits for nobody. The second is for commands. (One port with a socket and QEMU's
+        # own log of it does not do: while a client is slow, QEMU logs bytes twice.)
+        # No balloon, no USB, no video: the guest boots in 2 s.
         xml = f"""
 <domain type='qemu'>
   <name>{name}</name>
@@ -1227,10 +1249,13 @@ class Lab:
     {''.join(d._xml() for d in disks)}
     <controller type='usb' model='none'/>
     <memballoon model='none'/>
+    <serial type='file'>
+      <source path='/var/log/libvirt/qemu/lab-{name}.log' append='on'/>
+      <target port='0'/>
+    </serial>
     <serial type='unix'>
       <source mode='bind' path='/var/lib/libvirt/qemu/lab-{name}.sock'/>
-      <log file='/var/log/libvirt/qemu/lab-{name}.log' append='on'/>
-      <target port='0'/>
+      <target port='1'/>
     </serial>
     {devices}
   </devices>

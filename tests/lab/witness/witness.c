@@ -6,7 +6,8 @@
 // shows as a mismatch.
 //
 // It runs in two places:
-//   - as /init (PID 1) of the guest: settings on the kernel command line, reports and commands on ttyS0;
+//   - as /init (PID 1) of the guest: settings on the kernel command line, reports on ttyS0, commands from
+//     ttyS1;
 //   - on the machine: `witness --fill` makes an image's initial content, `witness --check` scans an image.
 //
 // A disk is a row of units (default 4096 bytes). A unit's content follows from (disk name, unit number,
@@ -32,7 +33,7 @@
 //   w.net=ADDR/PREFIX                 bring up eth0 and echo TCP on port 7
 //   w.seed=N
 //
-// Serial port: every line starting with "WITNESS " is JSON. Commands are "ID COMMAND...": the answer
+// On ttyS0 every line starting with "WITNESS " is JSON. Commands (ttyS1) are "ID COMMAND...": the answer
 // carries "id":ID. Commands: status, verify (all that was written since boot), full-verify (the fill as
 // well), stop, start, set [DISK] key=value..., reset (latencies and counts), fsync, poweroff.
 #define _GNU_SOURCE
@@ -964,19 +965,25 @@ static void open_disk(struct disk *d) {
     }
 }
 
+static int open_tty(const char *path) {
+    int fd = open(path, O_RDWR | O_NOCTTY);
+    struct termios t;
+    if (tcgetattr(fd, &t) == 0) {
+        cfmakeraw(&t);  // no echo, above all
+        t.c_oflag |= OPOST | ONLCR;
+        tcsetattr(fd, TCSANOW, &t);
+    }
+    return fd;
+}
+
 static int guest(void) {
     char v[512];
     mount("devtmpfs", "/dev", "devtmpfs", 0, "");
     mount("proc", "/proc", "proc", 0, "");
     mount("sysfs", "/sys", "sysfs", 0, "");
-    int tty = open("/dev/ttyS0", O_RDWR | O_NOCTTY);
-    for (int fd = 0; tty >= 0 && fd < 3; ++fd) dup2(tty, fd);
-    struct termios t;
-    if (tcgetattr(0, &t) == 0) {
-        cfmakeraw(&t);
-        t.c_oflag |= OPOST | ONLCR;
-        tcsetattr(0, TCSANOW, &t);
-    }
+    dup2(open_tty("/dev/ttyS1"), 0);
+    dup2(open_tty("/dev/ttyS0"), 1);
+    dup2(1, 2);
     g_cmdline[0] = ' ';
     int f = open("/proc/cmdline", O_RDONLY);
     if (f < 0 || read(f, g_cmdline + 1, sizeof g_cmdline - 2) < 0) die("/proc/cmdline");

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures for tests on two hosts.
+
+lab      the two hosts, shared by all tests (a new one is made after a test that left something behind)
+guest    a small running guest on hosta: raw 256 MiB (64 MiB data) + qcow2 128 MiB (32 MiB data)
+drover   the path of the program under test; skips the test when it is not built
+
+After each test that uses `lab`: nothing may be left in the guests that still run, and, once they are
+destroyed, nothing on the hosts. `@pytest.mark.leaves("*: file: /mnt/a/*")` names what a test may leave.
+"""
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any, Iterator, Optional
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from lab import Disk, Guest, Lab, why_not  # noqa: E402
+
+# The record of finished jobs is meant to stay: `drover history` and `drover report` read it.
+JOB_RECORDS = "*: file: /var/lib/drover/jobs/*"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "leaves(*patterns): what the test may leave on the hosts")
+
+    def terminated(_sig: int, _frame: Optional[FrameType]) -> None:
+        raise KeyboardInterrupt("SIGTERM")  # pytest then runs the fixtures' teardown
+
+    signal.signal(signal.SIGTERM, terminated)
+
+
+class _Shared:
+    """The session's lab, made when the first test wants it."""
+
+    def __init__(self) -> None:
+        self.lab: Optional[Lab] = None
+
+    def get(self) -> Lab:
+        if self.lab is None:
+            self.lab = Lab().up()
+        return self.lab
+
+    def drop(self) -> None:
+        lab, self.lab = self.lab, None
+        if lab is not None:
+            lab.close()
+
+
+@pytest.fixture(scope="session")
+def _shared_lab() -> Iterator[_Shared]:
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    shared = _Shared()
+    try:
+        yield shared
+    finally:
+        shared.drop()
+
+
+@pytest.fixture
+def lab(_shared_lab: _Shared, request: pytest.FixtureRequest) -> Iterator[Lab]:
+    lab = _shared_lab.get()
+    yield lab
+    ignore = [JOB_RECORDS]
+    for mark in request.node.iter_markers("leaves"):
+        ignore += mark.args
+    try:
+        left = lab.leftovers(ignore)
+        for host in lab.hosts:
+            for domain in host.libvirt().listAllDomains():
+                Guest(lab, domain.name()).destroy()
+        left += [line for line in lab.leftovers(ignore, settle=0.5) if line not in left]
+        for host in lab.hosts:
+            host.run("rm -rf /var/lib/drover/*")
+        lab.set_rate(None)
+        for host in lab.hosts:
+            lab.set_link(host, True)
+    except BaseException:
+        _shared_lab.drop()  # not in a state to go on with
+        raise
+    if left or request.node.get_closest_marker("leaves"):
+        _shared_lab.drop()
+    assert not left, "left behind:\n" + "\n".join(left)
+
+
+@pytest.fixture
+def guest(lab: Lab) -> Guest:
+    return lab.guest("web1", [Disk("256M", data="64M"), Disk("128M", "qcow2", data="32M")], memory="256M", rate=200)
+
+
+@pytest.fixture
+def drover(lab: Lab) -> Path:
+    if not lab.drover.exists():
+        pytest.skip(f"{lab.drover} is not built")
+    return lab.drover
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """A failed test shows what its guest printed."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    guest = getattr(item, "funcargs", {}).get("guest")
+    if report.when == "call" and report.failed and isinstance(guest, Guest):
+        try:
+            report.sections.append((f"console of {guest.name}", guest.console()[-4000:]))
+        except Exception as e:  # the report matters more than this addition to it
+            report.sections.append((f"console of {guest.name}", str(e)))
