@@ -216,6 +216,16 @@ Status parse_definition(const std::string& xml, GuestInfo& guest) {
   guest.firmware_nvram = text(os.child("nvram"));
   guest.nvram_template = attribute(os.child("nvram"), "template");
 
+  guest.boot_files.clear();
+  for (const char* name : {"kernel", "initrd", "dtb"}) {
+    if (std::string path = text(os.child(name)); !path.empty()) {
+      guest.boot_files.push_back(std::move(path));
+    }
+  }
+  for (const xml_node table : os.child("acpi").children("table")) {
+    guest.boot_files.push_back(text(table));
+  }
+
   if (const xml_node cpu = domain.child("cpu")) {
     guest.cpu_mode = cpu.attribute("mode").as_string("custom");
     guest.cpu_model = text(cpu.child("model"));

@@ -119,7 +119,9 @@ struct GuestInfo {
   std::string firmware_loader;  // path of the firmware image, or empty
   std::string firmware_nvram;   // path of the NVRAM file, or empty
   std::string nvram_template;   // what a new NVRAM file is made from, or empty
-  std::string cpu_mode;         // "custom", "host-model", "host-passthrough", ... or empty
+  std::vector<std::string>
+      boot_files;        // kernel, initrd, device tree, ACPI tables it is started with
+  std::string cpu_mode;  // "custom", "host-model", "host-passthrough", ... or empty
   std::string cpu_model;
   std::string cpu_xml;  // the <cpu> element of the live migratable definition, or empty
 
