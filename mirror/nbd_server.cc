@@ -408,14 +408,16 @@ bool Core::make_room(Connection& connection, std::size_t need) {
   }
   if (connection.begin + need <= capacity) return true;
 
-  Buffer fresh = pool_.try_take();
-  if (!fresh) return false;
+  // To the beginning of a buffer: this one, if nobody was given a part of it, else a new one.
   const std::size_t begin = need <= kRequestHeader ? kPayloadAlignment - kRequestHeader : 0;
+  Buffer target = connection.buffer;
+  if (!target || connection.kept > 0) target = pool_.try_take();
+  if (!target) return false;
   if (unread > 0) {
-    std::memcpy(fresh.bytes().data() + begin, connection.buffer.bytes().data() + connection.begin,
-                unread);
+    std::memmove(target.bytes().data() + begin, connection.buffer.bytes().data() + connection.begin,
+                 unread);
   }
-  connection.buffer = std::move(fresh);
+  connection.buffer = std::move(target);
   connection.kept = 0;
   connection.begin = begin;
   connection.end = begin + unread;
