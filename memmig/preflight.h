@@ -50,6 +50,7 @@ struct PlanOptions {
 // One disk that is copied.
 struct PlannedDisk {
   std::string disk;
+  bool named = false;  // by the user
   std::string source_path;
   std::string source_format;
   std::string source_node;
