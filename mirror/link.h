@@ -5,51 +5,62 @@
 // (JSON, small), the others ("lanes") carry frames, further ones relay QEMU's memory migration.
 //
 //   DROVER_ASSIGN(auto link, Link::connect(engine_loop, {.address = ..., .key = ...}, answers));
-//   link->send(lane, frame);                                        // engine thread
-//   DROVER_ASSIGN(auto reply, link->call({{"op", "flush"}}, 30s));  // job thread
+//   DROVER_ASSIGN(auto made, link->call({{"op", "reserve"}, {"disks", ...}}, 60s));  // job thread
+//   link->send(lane, frame);                                                      // engine thread
+//   DROVER_TRY(link->barrier(30s));                                               // job thread
+//   DROVER_TRY(link->call({{"op", "finish"}}, 30s));
 //
-// Threads: Lanes' calls and Answers' callbacks are on the engine loop's thread. call() blocks and may
-// be used from any other thread, one call at a time per thread. Each lane has a thread of its own that
-// encodes (zero blocks, checksum, compression), encrypts and sends.
+// docs/protocol.md lists the operations that call() knows.
+//
+// Threads: Lanes' calls and Answers' callbacks are on the engine loop's thread, and so is the
+// Link's destruction (or when that loop no longer runs). connect(), call(), barrier() and
+// start_relay() block: use them from other threads. Each lane has a thread of its own that encodes
+// (zero blocks, checksum, compression), encrypts and sends.
+//
+// Order: of two frames of one chunk the first that was queued is sent first; a guest's write may
+// overtake waiting copies of other chunks (mirror/lane_queue.h).
+//
+// Loss: a lane that breaks is reported once, by Answers::lane_lost(), and stays lost. When the
+// control connection breaks, or the target is silent for too long, every lane is lost and calls
+// fail with Unreachable. Nothing is rebuilt: connect() again, with the next epoch.
 #pragma once
 
-#include <array>
 #include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <vector>
-
-#include <nlohmann/json_fwd.hpp>
 
 #include "base/buffer.h"
 #include "base/loop.h"
 #include "base/result.h"
 #include "mirror/lanes.h"
+#include "mirror/tls.h"
 
 namespace drover::mirror {
-
-using LinkKey = std::array<std::byte, 32>;
 
 struct LinkOptions {
   std::string address;  // host name or IP address of the target
   std::uint16_t port = 0;
   std::string session;  // the job's id: TLS-PSK identity
   LinkKey key{};
-  unsigned lanes = 2;
+  // Counts the connects of one session: the receiver drops what is older.
+  std::uint64_t epoch = 1;
+  unsigned lanes = 2;  // 1 to 16
   std::vector<Length> disk_sizes;
   Length chunk_size = kMaxChunk;
   EncodeOptions encode;
   std::chrono::milliseconds connect_timeout{10000};
-  // No sign of life from the target for this long (control connection pings): the link is lost.
+  // No sign of life from the target for this long, on any connection: it is lost.
   std::chrono::milliseconds silence_timeout{10000};
 };
 
 struct LinkCounters {
-  std::uint64_t bytes_sent = 0;      // on the wire: payload and headers, before TLS's own overhead
+  std::uint64_t bytes_sent = 0;  // on the wire: payload and headers, before TLS's own overhead
   std::uint64_t bytes_received = 0;
-  std::uint64_t memory_bytes = 0;    // relayed for QEMU's memory migration
+  std::uint64_t memory_bytes = 0;  // relayed for QEMU's memory migration
   std::uint64_t frames_sent = 0;
 };
 
@@ -59,11 +70,20 @@ class Link : public Lanes {
                                                Answers& answers);
   ~Link() override = default;  // closes every connection; joins its threads
 
-  // Sends a control message and waits for its answer. The target's refusal comes back as its Error.
+  // Sends a control message and waits for its answer. The target's refusal comes back as its Error;
+  // Unreachable when the connection broke or no answer came in time. {"op":"finish"} ends the
+  // lanes, without lane_lost(); after its answer the Link is only good for destruction.
   virtual Result<nlohmann::json> call(const nlohmann::json& request,
                                       std::chrono::milliseconds timeout) = 0;
-  // Listens on `unix_path` (mode and owner as given) and relays each connection, encrypted, to the
-  // unix socket of the same path on the target: QEMU's memory migration. Until stop_relay().
+  // The source is still and nothing more will be queued: waits until every frame is answered, then
+  // has the target prove that it took the same frames in the same order, flush its images to stable
+  // storage and release them. From the request on the target keeps its images whatever happens.
+  // Protocol if the proof fails (it names the lane), Busy if frames stay unanswered, Unreachable,
+  // or the target's error.
+  virtual Status barrier(std::chrono::milliseconds timeout) = 0;
+  // Listens on `unix_path` (mode and owner as given; removed at the end) and relays each
+  // connection, encrypted, to the unix socket of the same path on the target: QEMU's memory
+  // migration. Until stop_relay(), which breaks the connections that are left.
   struct RelayOptions {
     std::string unix_path;
     unsigned mode = 0600;

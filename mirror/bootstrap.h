@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Reaching the target host over SSH, as rsync does: to start the receiver there (SSH then returns
+// and everything else goes over the link), and to run small commands for the pre-flight.
+//
+//   Ssh ssh{.host = "root@hostb"};
+//   DROVER_ASSIGN(auto receiver, start_receiver(ssh, {.session = id, .key = key}));
+//   Link::connect(loop, {.address = receiver.address, .port = receiver.port, ...}, answers);
+//
+// The key travels on SSH's standard input, never on a command line. SSH asks no questions when
+// standard input is no terminal (BatchMode).
+//
+// Threads: any; every call blocks (at most Ssh::timeout). Errors: NotFound (no ssh here, or no
+// drover there), Unreachable, Denied (ssh's own words are quoted), Incompatible (another version
+// there), Protocol (what answered is no drover), or the receiver's own error.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "base/result.h"
+#include "base/subprocess.h"
+#include "mirror/tls.h"
+
+namespace drover::mirror {
+
+struct Ssh {
+  std::string host;  // an SSH destination: [user@]host or ssh://[user@]host[:port]
+  // The program and its options; empty: the words of $DROVER_SSH, or "ssh".
+  std::vector<std::string> command;
+  std::chrono::milliseconds timeout{30000};
+};
+
+// Runs argv on the target (each argument arrives as it is, whatever characters it has) with `input`
+// as its standard input. A program that ran and failed is no Error: see exit_code; 127 means that
+// it is not there. That SSH itself failed (its exit code 255) is an Error.
+Result<ProcessResult> run_on_target(const Ssh& ssh, const std::vector<std::string>& argv,
+                                    const std::string& input = {});
+
+// The name or address that SSH connects to for ssh.host, by the user's configuration (`ssh -G`).
+Result<std::string> target_address(const Ssh& ssh);
+
+struct ReceiverRequest {
+  std::string session;
+  LinkKey key{};
+  std::string address;          // of the target for the link; empty: target_address()
+  std::string listen;           // address to listen on there; empty: all
+  std::uint16_t port = 0;       // 0: any
+  std::uint16_t last_port = 0;  // with port: the first free one of the range
+  std::string jobs_directory;   // there; empty: the default
+  std::vector<std::string> program = {"drover"};  // there
+};
+
+struct ReceiverInfo {
+  std::string address;
+  std::uint16_t port = 0;
+  std::string version;
+  std::int64_t pid = 0;  // there
+};
+
+Result<ReceiverInfo> start_receiver(const Ssh& ssh, const ReceiverRequest& request);
+
+}  // namespace drover::mirror

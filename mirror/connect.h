@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Opens one connection of the link: TCP, TLS, hello and its answer. Used by Link and by tests that
+// play a peer which breaks the rules afterwards.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "base/clock.h"
+#include "base/result.h"
+#include "mirror/session.h"
+#include "mirror/socket.h"
+
+namespace drover::mirror {
+
+struct Endpoint {
+  std::string address;
+  std::uint16_t port = 0;
+  LinkKey key{};
+  std::chrono::milliseconds silence{10000};
+};
+
+// Blocks until the receiver has welcomed the connection, or the deadline. The receiver's refusal
+// comes back as its Error; Denied for a wrong key.
+Result<TlsSocket> open_connection(const Endpoint& endpoint, const Hello& hello, Instant deadline,
+                                  int cancel_fd = -1);
+
+}  // namespace drover::mirror

@@ -1,0 +1,871 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "mirror/link.h"
+
+#include <fmt/format.h>
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cerrno>
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <list>
+#include <map>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <thread>
+#include <utility>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "mirror/connect.h"
+#include "mirror/lane_queue.h"
+#include "mirror/relay.h"
+#include "mirror/session.h"
+
+namespace drover::mirror {
+
+namespace {
+
+constexpr std::size_t kLaneInput = std::size_t{32} << 10;
+// What is encrypted before it is handed to the kernel in one call.
+constexpr std::size_t kLaneOutput = std::size_t{256} << 10;
+
+struct Totals {
+  std::atomic<std::uint64_t> bytes_sent{0};
+  std::atomic<std::uint64_t> bytes_received{0};
+  std::atomic<std::uint64_t> memory_bytes{0};
+  std::atomic<std::uint64_t> frames_sent{0};
+};
+
+Error lost_error(std::string message) {
+  return Error{Code::Unreachable, std::move(message), "is the network between the hosts up?", true};
+}
+
+std::string op_name(const nlohmann::json& request) {
+  return get_string(request, "op", 64).value_or("?");
+}
+
+// Wakes a thread out of poll(2).
+class Waker {
+ public:
+  Status open() {
+    fd_ = UniqueFd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+    if (!fd_) return fail_errno(errno, "creating an eventfd");
+    return {};
+  }
+  [[nodiscard]] int fd() const { return fd_.get(); }
+  void wake() const {
+    if (!fd_) return;  // nobody waits yet
+    const std::uint64_t one = 1;
+    const ssize_t rc = ::write(fd_.get(), &one, sizeof one);
+    CHECK(rc == sizeof one, "an eventfd takes every wake-up");
+  }
+  void take() const {
+    std::uint64_t count = 0;
+    (void)!::read(fd_.get(), &count, sizeof count);
+  }
+
+ private:
+  UniqueFd fd_;
+};
+
+// Brings answers from the lanes' threads to the engine's, many in one task.
+class Delivery : public std::enable_shared_from_this<Delivery> {
+ public:
+  struct Event {
+    enum class Kind { Applied, Refused, Lost };
+    Kind kind = Kind::Applied;
+    std::uint32_t lane = 0;
+    std::uint16_t disk = 0;
+    std::uint64_t token = 0;
+    std::unique_ptr<Error> error;
+  };
+
+  Delivery(Loop& engine, Answers& answers) : engine_(engine), answers_(&answers) {}
+
+  void add(std::vector<Event>& events) {  // any thread; leaves `events` empty
+    if (events.empty()) return;
+    bool post = false;
+    {
+      const std::lock_guard lock(mutex_);
+      post = events_.empty();
+      std::ranges::move(events, std::back_inserter(events_));
+    }
+    events.clear();
+    if (post) engine_.post([self = shared_from_this()] { self->run(); });
+  }
+
+  void stop() { answers_ = nullptr; }  // engine thread
+
+ private:
+  void run() {
+    {
+      const std::lock_guard lock(mutex_);
+      running_.swap(events_);
+    }
+    for (const Event& event : running_) {
+      if (answers_ == nullptr) break;  // a callback may destroy the Link
+      switch (event.kind) {
+        case Event::Kind::Applied: answers_->applied(event.lane, event.disk, event.token); break;
+        case Event::Kind::Refused:
+          answers_->refused(event.lane, event.disk, event.token, *event.error);
+          break;
+        case Event::Kind::Lost: answers_->lane_lost(event.lane, *event.error); break;
+      }
+    }
+    running_.clear();
+  }
+
+  Loop& engine_;
+  Answers* answers_;
+  std::mutex mutex_;  // guards events_
+  std::vector<Event> events_;
+  std::vector<Event> running_;  // engine thread
+};
+
+// One data connection and its thread.
+class LaneSender {
+ public:
+  LaneSender(std::uint32_t index, TlsSocket socket, const LinkOptions& options,
+             std::shared_ptr<Delivery> delivery, Totals& totals)
+      : index_(index),
+        socket_(std::move(socket)),
+        encode_(options.encode),
+        silence_(options.silence_timeout),
+        limits_{options.disk_sizes, options.chunk_size},
+        delivery_(std::move(delivery)),
+        totals_(totals),
+        queue_(options.chunk_size) {}
+
+  ~LaneSender() { CHECK(!thread_.joinable(), "stop() and join() come first"); }
+  LaneSender(const LaneSender&) = delete;
+  LaneSender& operator=(const LaneSender&) = delete;
+
+  Status start() {
+    DROVER_TRY(waker_.open());
+    socket_.tls().grow_buffers(kLaneInput, kLaneOutput);
+    scratch_ = std::make_unique_for_overwrite<std::byte[]>(kEncodeScratch);
+    thread_ = std::thread([this] { run(); });
+    return {};
+  }
+
+  void send(OutFrame frame) {
+    bool wake = false;
+    {
+      const std::lock_guard lock(mutex_);
+      if (over_) return;
+      queue_.push(std::move(frame));
+      wake = std::exchange(sleeping_, false);
+    }
+    if (wake) waker_.wake();
+  }
+
+  bool abandon(std::uint64_t token) {
+    const std::lock_guard lock(mutex_);
+    const bool dropped = queue_.abandon(token);
+    if (dropped) tell_if_idle();
+    return dropped;
+  }
+
+  // Ends the lane; with an error it is reported as lost.
+  void stop(std::optional<Error> why) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (stop_) return;
+      stop_ = true;
+      stop_error_ = std::move(why);
+    }
+    waker_.wake();
+  }
+  void join() {
+    if (thread_.joinable()) thread_.join();
+  }
+
+  // Waits until every frame is answered; what was sent up to then.
+  Result<LaneDigest> settle(Instant deadline) {
+    std::unique_lock lock(mutex_);
+    const bool settled = idle_.wait_until(lock, deadline, [this] { return over_ || is_idle(); });
+    if (over_) {
+      return fail(lost_error(fmt::format("data connection {} of the link is lost", index_)));
+    }
+    if (!settled) {
+      return fail(Error{Code::Busy,
+                        fmt::format("data connection {}: the target has not applied everything in "
+                                    "time",
+                                    index_),
+                        "", true});
+    }
+    return digest_;
+  }
+
+ private:
+  struct Unanswered {
+    std::uint16_t disk = 0;
+    std::uint64_t token = 0;
+    bool answered = false;
+  };
+  struct Current {
+    OutFrame frame;
+    std::array<std::byte, kHeaderSize> header{};
+    std::span<const std::byte> payload;
+    std::size_t sent = 0;  // of header and payload together
+  };
+
+  [[nodiscard]] bool is_idle() const { return queue_.empty() && in_progress_ == 0; }
+  void tell_if_idle() {
+    if (is_idle()) idle_.notify_all();
+  }
+
+  void run() {
+    const Status status = serve();
+    std::optional<Error> error;
+    {
+      const std::lock_guard lock(mutex_);
+      over_ = true;
+      queue_.clear();
+      if (!status) error = status.error();
+      if (stop_) error = stop_error_;
+    }
+    current_.reset();
+    idle_.notify_all();
+    if (!error) return;
+    log_warning("lane {} is lost: {}", index_, error->message);
+    events_.push_back({.kind = Delivery::Event::Kind::Lost,
+                       .lane = index_,
+                       .error = std::make_unique<Error>(std::move(*error))});
+    delivery_->add(events_);
+  }
+
+  Status serve() {
+    heard_ = now();
+    while (!stopping()) {
+      DROVER_TRY(encode_some());
+      DROVER_ASSIGN(const bool sent, socket_.send());
+      DROVER_TRY(receive_answers());
+      deliver();
+      if (sent && (current_ || socket_.tls().unflushed())) continue;
+      DROVER_TRY(wait(sent));
+    }
+    if (auto closed = socket_.tls().close()) (void)socket_.send();
+    return {};
+  }
+
+  bool stopping() {
+    const std::lock_guard lock(mutex_);
+    return stop_;
+  }
+
+  // Encrypts frames until the output is full or none is left.
+  Status encode_some() {
+    Tls& tls = socket_.tls();
+    while (true) {
+      if (!current_ && !take_next()) {
+        DROVER_TRY(tls.flush());
+        return {};
+      }
+      if (current_->sent < kHeaderSize) {
+        DROVER_ASSIGN(const std::size_t taken,
+                      tls.write(std::span(current_->header).subspan(current_->sent)));
+        current_->sent += taken;
+        if (current_->sent < kHeaderSize) return {};
+      }
+      const auto left = current_->payload.subspan(current_->sent - kHeaderSize);
+      DROVER_ASSIGN(const std::size_t taken, tls.write(left));
+      current_->sent += taken;
+      if (taken < left.size()) return {};
+      totals_.bytes_sent.fetch_add(current_->sent, std::memory_order_relaxed);
+      totals_.frames_sent.fetch_add(1, std::memory_order_relaxed);
+      current_.reset();  // gives the buffer back
+    }
+  }
+
+  bool take_next() {
+    Current next;
+    FrameHeader header;
+    {
+      const std::lock_guard lock(mutex_);
+      auto frame = queue_.pop();
+      if (!frame) return false;
+      ++in_progress_;
+      next.frame = std::move(*frame);
+    }
+    const OutFrame& frame = next.frame;
+    header.type = frame.type;
+    header.disk = frame.disk;
+    header.extent = frame.extent;
+    header.flags = frame.fresh ? kFlagFresh : 0;
+    header.sequence = ++sequence_;
+    switch (frame.type) {
+      case FrameType::Copy:
+        next.payload =
+            encode_copy(header, frame.content, encode_, std::span(scratch_.get(), kEncodeScratch));
+        break;
+      case FrameType::Write:
+        encode_write(header, frame.content);
+        next.payload = frame.content;
+        break;
+      case FrameType::Zero: break;
+      case FrameType::Ack:
+      case FrameType::Failed: CHECK(false, "only the target answers");
+    }
+    encode_header(header, next.header);
+    unanswered_.push_back({frame.disk, frame.token, false});
+    {
+      const std::lock_guard lock(mutex_);
+      digest_.add(next.header);
+    }
+    current_ = std::move(next);
+    return true;
+  }
+
+  Status receive_answers() {
+    while (true) {
+      DROVER_ASSIGN(const std::size_t count,
+                    socket_.tls().read(std::span(answer_).subspan(have_, want_ - have_)));
+      have_ += count;
+      if (have_ == want_) {
+        DROVER_TRY(take_answer());
+        continue;
+      }
+      if (socket_.tls().closed()) {
+        return fail(lost_error("the target closed the connection"));
+      }
+      DROVER_ASSIGN(const bool received, socket_.receive());
+      if (!received) return {};
+      heard_ = now();
+    }
+  }
+
+  // answer_ holds a whole header, or a header and the reason that follows it.
+  Status take_answer() {
+    const auto head = std::span<const std::byte>(answer_).first<kHeaderSize>();
+    if (have_ == kHeaderSize && is_beat(head)) {
+      have_ = 0;
+      return {};
+    }
+    DROVER_ASSIGN(const FrameHeader header, decode_header(head, limits_));
+    if (header.type != FrameType::Ack && header.type != FrameType::Failed) {
+      return fail(Code::Protocol, "the target sent a frame that only a source sends");
+    }
+    if (have_ < kHeaderSize + header.payload_length) {
+      want_ = kHeaderSize + header.payload_length;
+      return {};
+    }
+    totals_.bytes_received.fetch_add(have_, std::memory_order_relaxed);
+    const std::uint64_t first = sequence_ - unanswered_.size() + 1;
+    if (header.sequence < first || header.sequence > sequence_ ||
+        unanswered_[header.sequence - first].answered) {
+      return fail(Code::Protocol,
+                  fmt::format("the target answered frame {}, which nobody asked", header.sequence));
+    }
+    Unanswered& frame = unanswered_[header.sequence - first];
+    frame.answered = true;
+    Delivery::Event event{.lane = index_, .disk = frame.disk, .token = frame.token};
+    if (header.type == FrameType::Failed) {
+      event.kind = Delivery::Event::Kind::Refused;
+      event.error = std::make_unique<Error>();
+      event.error->code = static_cast<Code>(header.flags);
+      event.error->message = std::string(
+          reinterpret_cast<const char*>(answer_.data()) + kHeaderSize, header.payload_length);
+    }
+    events_.push_back(std::move(event));
+    while (!unanswered_.empty() && unanswered_.front().answered) unanswered_.pop_front();
+    have_ = 0;
+    want_ = kHeaderSize;
+    return {};
+  }
+
+  void deliver() {
+    if (events_.empty()) return;
+    const std::size_t count = events_.size();
+    // First the answers, then idle: who waits for idle finds the answers queued.
+    delivery_->add(events_);
+    const std::lock_guard lock(mutex_);
+    in_progress_ -= count;
+    tell_if_idle();
+  }
+
+  Status wait(bool sent) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (stop_ || (sent && !queue_.empty())) return {};
+      sleeping_ = sent;
+    }
+    const Instant deadline = heard_ + silence_;
+    const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - now());
+    std::array<pollfd, 2> polled = {
+        pollfd{socket_.fd(), static_cast<short>(sent ? POLLIN : POLLIN | POLLOUT), 0},
+        pollfd{waker_.fd(), POLLIN, 0}};
+    const int ready = ::poll(polled.data(), polled.size(),
+                             static_cast<int>(std::clamp<std::int64_t>(left.count(), 0, 60000)));
+    if (ready < 0 && errno != EINTR) return fail_errno(errno, "waiting for the link");
+    if (ready > 0 && polled[1].revents != 0) waker_.take();
+    {
+      const std::lock_guard lock(mutex_);
+      sleeping_ = false;
+    }
+    // The target's beats come four times in this time. Only a poll that found nothing proves
+    // silence: this process may itself have been stopped.
+    if (ready >= 0 && (polled[0].revents & (POLLIN | POLLHUP | POLLERR)) == 0 &&
+        now() >= deadline) {
+      return fail(
+          lost_error(fmt::format("nothing was heard from the target for {} ms", silence_.count())));
+    }
+    return {};
+  }
+
+  const std::uint32_t index_;
+  TlsSocket socket_;
+  const EncodeOptions encode_;
+  const std::chrono::milliseconds silence_;
+  const FrameLimits limits_;
+  const std::shared_ptr<Delivery> delivery_;
+  Totals& totals_;
+  Waker waker_;
+  std::thread thread_;
+
+  std::mutex mutex_;  // guards the following
+  LaneQueue queue_;
+  std::size_t in_progress_ = 0;  // frames taken from the queue and not answered
+  LaneDigest digest_;
+  bool sleeping_ = false;
+  bool stop_ = false;
+  bool over_ = false;  // the thread has ended, or is about to
+  std::optional<Error> stop_error_;
+  std::condition_variable idle_;
+
+  // The thread's own.
+  std::unique_ptr<std::byte[]> scratch_;
+  std::optional<Current> current_;
+  std::uint64_t sequence_ = 0;
+  std::deque<Unanswered> unanswered_;  // the last one has sequence_
+  std::array<std::byte, kHeaderSize + kMaxReason> answer_{};
+  std::size_t have_ = 0;
+  std::size_t want_ = kHeaderSize;
+  std::vector<Delivery::Event> events_;
+  Instant heard_;
+};
+
+// The control connection and its thread.
+class Control {
+ public:
+  Control(TlsSocket socket, std::chrono::milliseconds silence,
+          std::function<void(const Error&)> lost)
+      : socket_(std::move(socket)), silence_(silence), lost_(std::move(lost)) {}
+  ~Control() { CHECK(!thread_.joinable(), "stop() comes first"); }
+  Control(const Control&) = delete;
+  Control& operator=(const Control&) = delete;
+
+  Status start() {
+    DROVER_TRY(waker_.open());
+    thread_ = std::thread([this] { run(); });
+    return {};
+  }
+
+  void stop() {
+    {
+      const std::lock_guard lock(mutex_);
+      stop_ = true;
+    }
+    waker_.wake();
+    if (thread_.joinable()) thread_.join();
+  }
+
+  Result<nlohmann::json> call(nlohmann::json request, std::chrono::milliseconds timeout) {
+    const Instant deadline = now() + timeout;
+    const std::string op = op_name(request);
+    std::unique_lock lock(mutex_);
+    if (error_) return fail(*error_);
+    const std::uint64_t id = ++last_id_;
+    request["id"] = id;
+    DROVER_ASSIGN(std::string message, encode_message(request));
+    out_.push_back(std::move(message));
+    waiting_.emplace(id, std::nullopt);
+    waker_.wake();
+    answered_.wait_until(lock, deadline, [&] { return error_ || waiting_.at(id); });
+    auto answer = std::move(waiting_.extract(id).mapped());
+    if (answer) {
+      if (op == "finish" && *answer) finished_ = true;
+      return std::move(*answer);
+    }
+    if (error_) return fail(*error_);
+    return fail(
+        Error{Code::Unreachable,
+              fmt::format("the target did not answer \"{}\" within {} ms", op, timeout.count()), "",
+              true});
+  }
+
+ private:
+  void run() {
+    const Status status = serve();
+    bool finished = false;
+    {
+      const std::lock_guard lock(mutex_);
+      error_ = status ? Error{Code::Cancelled, "the link was closed", "", false} : status.error();
+      finished = finished_;
+    }
+    answered_.notify_all();
+    if (!status && !finished) lost_(status.error());
+  }
+
+  Status serve() {
+    heard_ = spoke_ = now();
+    while (true) {
+      bool stop = false;
+      {
+        const std::lock_guard lock(mutex_);
+        stop = stop_;
+        while (!out_.empty()) {
+          writing_ += out_.front();
+          out_.pop_front();
+        }
+      }
+      if (stop) {
+        if (auto closed = socket_.tls().close()) (void)socket_.send();
+        return {};
+      }
+      if (now() >= spoke_ + silence_ / 4) {
+        DROVER_ASSIGN(const std::string ping, encode_message({{"op", "ping"}, {"id", 0}}));
+        writing_ += ping;
+      }
+      DROVER_TRY(write());
+      DROVER_ASSIGN(const bool sent, socket_.send());
+      DROVER_TRY(read());
+      if (sent && (!writing_.empty() || socket_.tls().unflushed())) continue;
+      DROVER_TRY(wait(sent));
+    }
+  }
+
+  Status write() {
+    if (writing_.empty() && !socket_.tls().unflushed()) return {};
+    DROVER_ASSIGN(const std::size_t taken, socket_.tls().write(std::as_bytes(std::span(writing_))));
+    writing_.erase(0, taken);
+    DROVER_TRY(socket_.tls().flush());
+    spoke_ = now();
+    return {};
+  }
+
+  Status read() {
+    while (true) {
+      DROVER_ASSIGN(const std::size_t count, socket_.tls().read(reader_.space()));
+      if (count > 0) {
+        DROVER_ASSIGN(auto message, reader_.received(count));
+        if (message) DROVER_TRY(take(*message));
+        continue;
+      }
+      if (socket_.tls().closed()) {
+        return fail(lost_error("the receiver on the target has ended"));
+      }
+      DROVER_ASSIGN(const bool received, socket_.receive());
+      if (!received) return {};
+      heard_ = now();
+    }
+  }
+
+  Status take(const std::string& text) {
+    DROVER_ASSIGN(const nlohmann::json answer, parse_object(text, "the receiver's answer"));
+    DROVER_ASSIGN(const std::uint64_t id, get_unsigned(answer, "id"));
+    const std::lock_guard lock(mutex_);
+    const auto found = waiting_.find(id);
+    if (found == waiting_.end()) return {};  // a ping's, or nobody waits any longer
+    if (const auto error = answer.find("error"); error != answer.end()) {
+      found->second = fail(error_from_json(*error));
+    } else if (const auto result = answer.find("result"); result != answer.end()) {
+      found->second = *result;
+    } else {
+      found->second = nlohmann::json::object();
+    }
+    answered_.notify_all();
+    return {};
+  }
+
+  Status wait(bool sent) {
+    const Instant silent = heard_ + silence_;
+    const Instant next = std::min(silent, spoke_ + silence_ / 4);
+    const auto left = std::chrono::ceil<std::chrono::milliseconds>(next - now());
+    std::array<pollfd, 2> polled = {
+        pollfd{socket_.fd(), static_cast<short>(sent ? POLLIN : POLLIN | POLLOUT), 0},
+        pollfd{waker_.fd(), POLLIN, 0}};
+    const int ready = ::poll(polled.data(), polled.size(),
+                             static_cast<int>(std::clamp<std::int64_t>(left.count(), 0, 60000)));
+    if (ready < 0 && errno != EINTR) return fail_errno(errno, "waiting for the link");
+    if (ready > 0 && polled[1].revents != 0) waker_.take();
+    if (ready >= 0 && (polled[0].revents & (POLLIN | POLLHUP | POLLERR)) == 0 && now() >= silent) {
+      return fail(
+          lost_error(fmt::format("nothing was heard from the target for {} ms", silence_.count())));
+    }
+    return {};
+  }
+
+  TlsSocket socket_;
+  const std::chrono::milliseconds silence_;
+  const std::function<void(const Error&)> lost_;
+  Waker waker_;
+  std::thread thread_;
+
+  std::mutex mutex_;  // guards the following
+  std::condition_variable answered_;
+  std::deque<std::string> out_;
+  std::map<std::uint64_t, std::optional<Result<nlohmann::json>>> waiting_;
+  std::uint64_t last_id_ = 0;
+  std::optional<Error> error_;
+  bool stop_ = false;
+  bool finished_ = false;  // the receiver said goodbye because we asked it to
+
+  // The thread's own.
+  std::string writing_;
+  MessageReader reader_;
+  Instant heard_;
+  Instant spoke_;
+};
+
+// Memory: a unix socket here, a TLS connection per connection to it.
+class MemoryRelay {
+ public:
+  MemoryRelay(Endpoint endpoint, Hello hello, std::chrono::milliseconds connect_timeout,
+              Totals& totals)
+      : endpoint_(std::move(endpoint)),
+        hello_(std::move(hello)),
+        connect_timeout_(connect_timeout),
+        totals_(totals) {}
+  ~MemoryRelay() { stop(); }
+  MemoryRelay(const MemoryRelay&) = delete;
+  MemoryRelay& operator=(const MemoryRelay&) = delete;
+
+  Status start(const Link::RelayOptions& options) {
+    const std::string doing = "listening on " + options.unix_path;
+    sockaddr_un name{};
+    name.sun_family = AF_UNIX;
+    if (options.unix_path.size() >= sizeof name.sun_path) return fail_errno(ENAMETOOLONG, doing);
+    std::ranges::copy(options.unix_path, name.sun_path);
+    DROVER_TRY(stop_.open());
+    listener_ = UniqueFd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    if (!listener_) return fail_errno(errno, doing);
+    if (::bind(listener_.get(), reinterpret_cast<const sockaddr*>(&name), sizeof name) != 0) {
+      if (errno == EADDRINUSE) {
+        return fail(Code::AlreadyExists, doing + ": the socket exists already");
+      }
+      return fail_errno(errno, doing);
+    }
+    path_ = options.unix_path;
+    // Nobody can connect before listen(): owner and mode are right by then.
+    if ((options.uid >= 0 || options.gid >= 0) &&
+        ::chown(path_.c_str(),
+                options.uid >= 0 ? static_cast<uid_t>(options.uid) : static_cast<uid_t>(-1),
+                options.gid >= 0 ? static_cast<gid_t>(options.gid) : static_cast<gid_t>(-1)) != 0) {
+      return fail_errno(errno, doing);
+    }
+    if (::chmod(path_.c_str(), options.mode) != 0) return fail_errno(errno, doing);
+    if (::listen(listener_.get(), static_cast<int>(kMaxRelays)) != 0)
+      return fail_errno(errno, doing);
+    acceptor_ = std::thread([this] { accept_all(); });
+    return {};
+  }
+
+  void stop() {
+    if (acceptor_.joinable()) {
+      stop_.wake();
+      acceptor_.join();
+    }
+    for (Connection& connection : connections_) connection.thread.join();
+    connections_.clear();
+    listener_.reset();
+    if (!path_.empty()) ::unlink(std::exchange(path_, {}).c_str());
+  }
+
+ private:
+  struct Connection {
+    std::thread thread;
+    std::atomic<bool> done{false};
+  };
+
+  void accept_all() {
+    while (true) {
+      std::array<pollfd, 2> polled = {pollfd{listener_.get(), POLLIN, 0},
+                                      pollfd{stop_.fd(), POLLIN, 0}};
+      if (::poll(polled.data(), polled.size(), -1) < 0 && errno != EINTR) return;
+      if (polled[1].revents != 0) return;
+      if ((polled[0].revents & POLLIN) == 0) continue;
+      UniqueFd fd(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
+      if (!fd) continue;
+      for (auto it = connections_.begin(); it != connections_.end();) {
+        if (!it->done) {
+          ++it;
+          continue;
+        }
+        it->thread.join();
+        it = connections_.erase(it);
+      }
+      if (connections_.size() >= kMaxRelays) {
+        log_warning("a memory connection was refused: there are {} already", kMaxRelays);
+        continue;
+      }
+      Connection& connection = connections_.emplace_back();
+      connection.thread = std::thread([this, &connection, plain = std::move(fd)]() mutable {
+        if (const Status status = carry(plain); !status) {
+          log_warning("memory connection: {}", status.error().to_string());
+        }
+        plain.reset();
+        connection.done = true;
+      });
+    }
+  }
+
+  Status carry(const UniqueFd& plain) {
+    DROVER_ASSIGN(TlsSocket link,
+                  open_connection(endpoint_, hello_, now() + connect_timeout_, stop_.fd()));
+    return relay(link, plain.get(), stop_.fd(), totals_.memory_bytes);
+  }
+
+  const Endpoint endpoint_;
+  const Hello hello_;
+  const std::chrono::milliseconds connect_timeout_;
+  Totals& totals_;
+  Waker stop_;
+  UniqueFd listener_;
+  std::string path_;
+  std::thread acceptor_;
+  std::list<Connection> connections_;  // the acceptor's, until it is joined
+};
+
+class LinkImpl final : public Link {
+ public:
+  LinkImpl(Loop& engine, LinkOptions options, Answers& answers)
+      : options_(std::move(options)),
+        endpoint_{options_.address, options_.port, options_.key, options_.silence_timeout},
+        delivery_(std::make_shared<Delivery>(engine, answers)) {}
+
+  ~LinkImpl() override {
+    delivery_->stop();
+    stop_relay();
+    for (const auto& lane : lanes_) lane->stop(std::nullopt);
+    for (const auto& lane : lanes_) lane->join();
+    // Last: the receiver ends its session when this one closes.
+    if (control_) control_->stop();
+  }
+
+  Status open() {
+    if (options_.lanes == 0 || options_.lanes > kMaxLanes) {
+      return fail(Code::InvalidArgument,
+                  fmt::format("a link has 1 to {} data connections", kMaxLanes));
+    }
+    DROVER_TRY(check_session_id(options_.session));
+    const Instant deadline = now() + options_.connect_timeout;
+    Hello hello = make_hello(ConnectionKind::Control);
+    hello.lanes = options_.lanes;
+    hello.limits = {options_.disk_sizes, options_.chunk_size};
+    hello.silence = options_.silence_timeout;
+    DROVER_ASSIGN(TlsSocket control, open_connection(endpoint_, hello, deadline));
+    for (unsigned i = 0; i < options_.lanes; ++i) {
+      hello = make_hello(ConnectionKind::Lane);
+      hello.lane = i;
+      DROVER_ASSIGN(TlsSocket lane, open_connection(endpoint_, hello, deadline));
+      lanes_.push_back(
+          std::make_unique<LaneSender>(i, std::move(lane), options_, delivery_, totals_));
+    }
+    control_ = std::make_unique<Control>(std::move(control), options_.silence_timeout,
+                                         [this](const Error& error) {
+                                           for (const auto& lane : lanes_) lane->stop(error);
+                                         });
+    for (const auto& lane : lanes_) DROVER_TRY(lane->start());
+    return control_->start();
+  }
+
+  [[nodiscard]] std::uint32_t count() const override {
+    return static_cast<std::uint32_t>(lanes_.size());
+  }
+  void send(std::uint32_t lane, OutFrame frame) override {
+    CHECK(lane < lanes_.size(), "there is such a lane");
+    lanes_[lane]->send(std::move(frame));
+  }
+  bool abandon(std::uint32_t lane, std::uint64_t token) override {
+    CHECK(lane < lanes_.size(), "there is such a lane");
+    return lanes_[lane]->abandon(token);
+  }
+
+  Result<nlohmann::json> call(const nlohmann::json& request,
+                              std::chrono::milliseconds timeout) override {
+    // The job is over: that the receiver closes its lanes now is no loss.
+    if (op_name(request) == "finish") {
+      for (const auto& lane : lanes_) lane->stop(std::nullopt);
+    }
+    return control_->call(request, timeout);
+  }
+
+  Status barrier(std::chrono::milliseconds timeout) override {
+    const Instant deadline = now() + timeout;
+    nlohmann::json digests = nlohmann::json::array();
+    for (const auto& lane : lanes_) {
+      DROVER_ASSIGN(const LaneDigest digest, lane->settle(deadline));
+      digests.push_back(digest.to_json());
+    }
+    const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - now());
+    DROVER_TRY(control_->call({{"op", "barrier"}, {"lanes", std::move(digests)}},
+                              std::max(left, std::chrono::milliseconds(1))));
+    return {};
+  }
+
+  Status start_relay(const RelayOptions& options) override {
+    stop_relay();
+    Hello hello = make_hello(ConnectionKind::Memory);
+    hello.path = options.unix_path;
+    auto made = std::make_unique<MemoryRelay>(endpoint_, std::move(hello), options_.connect_timeout,
+                                              totals_);
+    DROVER_TRY(made->start(options));
+    const std::lock_guard lock(relay_mutex_);
+    relay_ = std::move(made);
+    return {};
+  }
+
+  void stop_relay() override {
+    std::unique_ptr<MemoryRelay> old;
+    {
+      const std::lock_guard lock(relay_mutex_);
+      old = std::move(relay_);
+    }
+  }
+
+  [[nodiscard]] LinkCounters counters() const override {
+    return {.bytes_sent = totals_.bytes_sent,
+            .bytes_received = totals_.bytes_received,
+            .memory_bytes = totals_.memory_bytes,
+            .frames_sent = totals_.frames_sent};
+  }
+
+ private:
+  [[nodiscard]] Hello make_hello(ConnectionKind kind) const {
+    Hello hello;
+    hello.kind = kind;
+    hello.session = options_.session;
+    hello.epoch = options_.epoch;
+    return hello;
+  }
+
+  const LinkOptions options_;
+  const Endpoint endpoint_;
+  Totals totals_;
+  const std::shared_ptr<Delivery> delivery_;
+  std::vector<std::unique_ptr<LaneSender>> lanes_;
+  std::unique_ptr<Control> control_;
+  std::mutex relay_mutex_;
+  std::unique_ptr<MemoryRelay> relay_;
+};
+
+}  // namespace
+
+Result<std::unique_ptr<Link>> Link::connect(Loop& engine, const LinkOptions& options,
+                                            Answers& answers) {
+  auto link = std::make_unique<LinkImpl>(engine, options, answers);
+  DROVER_TRY(link->open());
+  return link;
+}
+
+}  // namespace drover::mirror
