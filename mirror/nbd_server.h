@@ -16,10 +16,11 @@
 // Flush and FUA. A Flush is handed on like any other request and may be answered at once: NBD asks
 // that a flush covers the writes *answered* before it, and when those were answered is the engine's
 // decision. FUA is not handed on at all. The reason: nothing that the guest relies on is behind
-// this socket. Until the barrier the guest's promise of durability is kept by the source's images
-// (QEMU writes and flushes those itself; its mirror does not even pass the guest's flushes on), and
-// at the barrier drover flushes the target's images whatever the guest asked for before. If target
-// or link die sooner, the move is undone or resumed from the source.
+// this socket. Until the barrier the guest's promise of durability is kept by the source's images,
+// which QEMU writes and flushes itself (its mirror does not even pass the guest's flushes on: the
+// one that comes is the job's own, before it reports ready), and at the barrier drover flushes the
+// target's images whatever the guest asked for before. If target or link die sooner, the move is
+// undone or resumed from the source.
 #pragma once
 
 #include <chrono>
