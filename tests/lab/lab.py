@@ -244,7 +244,7 @@ def build_witness() -> tuple[Path, Path, Path]:
     key = hashlib.sha256(source.read_bytes() + version.encode() + " ".join(MODULES).encode()).hexdigest()[:16]
     program, initrd = CACHE / f"witness-{key}", CACHE / f"initrd-{key}"
     if not initrd.exists():
-        temporary = CACHE / f".build-{os.getpid()}"
+        temporary = CACHE / f".build-{os.getpid()}-{threading.get_ident()}"
         try:
             _tool(["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread",
                    "-o", str(temporary), str(source)])
@@ -499,12 +499,6 @@ class Host:
         for src, dst in ((key, "id_ed25519"), (Path(f"{key}.pub"), "id_ed25519.pub"), (Path(f"{key}.pub"), "authorized_keys")):
             shutil.copy(src, ssh / dst)
             (ssh / dst).chmod(0o600)
-        witness, kernel, initrd = build_witness()
-        shutil.copy(witness, upper / "usr/local/bin/witness")
-        boot = self.dir / "boot"
-        boot.mkdir()
-        shutil.copy(kernel, boot / "vmlinuz")
-        shutil.copy(initrd, boot / "initrd")
         # /usr/local/bin/drover is a link, so that a rebuilt program is the one that runs next.
         (upper / "usr/local/bin/drover").symlink_to(self.lab.drover_inside)
 
@@ -529,13 +523,23 @@ class Host:
 
     def _start_services(self) -> None:
         self.run(["mkdir", "-p", BOOT, "/run/sshd"])
-        for name in ("vmlinuz", "initrd"):
-            shutil.copy(self.dir / "boot" / name, self.path(f"{BOOT}/{name}"))
+        self._install_witness()
         known = "".join(f"{h.name},{h.ip} {(h.dir / 'upper/etc/ssh/ssh_host_ed25519_key.pub').read_text()}"
                         for h in self.lab.hosts)
         self.path("/etc/ssh/ssh_known_hosts").write_text(known)
         self.run(["/usr/sbin/sshd"])
         self.start_libvirtd()
+
+    def _install_witness(self) -> None:
+        """Copies the guest's kernel and initramfs into the host, unless these are there already (a lab
+        that keeps running should use a witness that was changed meanwhile)."""
+        program, kernel, initrd = build_witness()
+        for source, inside in ((program, "/usr/local/bin/witness"), (kernel, f"{BOOT}/vmlinuz"), (initrd, f"{BOOT}/initrd")):
+            target = self.path(inside)
+            if not target.exists() or target.stat().st_mtime_ns != source.stat().st_mtime_ns:
+                new = target.with_name(target.name + ".new")
+                shutil.copy2(source, new)
+                new.rename(target)
 
     def start_libvirtd(self) -> None:
         """libvirtd in the background; returns when it answers."""
@@ -895,6 +899,7 @@ class Guest:
                     raise LabError(f"{self.name}: {line['text']}")
                 if line.get("type") == "ready":
                     return True
+            self.host  # raises if it died
             return False
         try:
             wait_for(f"{self.name} to boot", ready, timeout)
@@ -1036,6 +1041,7 @@ class Lab:
         reason = why_not()
         if reason:
             raise LabError(reason)
+        build_witness()
         Lab.collect_garbage()
         try:
             self.dir.mkdir(parents=True)
@@ -1208,6 +1214,8 @@ class Lab:
         <devices>. edit: changes the definition's XML before it is used.
         """
         host = host or self.a
+        for h in self.hosts:
+            h._install_witness()
         disks = [dataclasses.replace(d) for d in disks]
         letters = {"virtio": "vd", "scsi": "sd"}
         for d in disks:
