@@ -24,7 +24,7 @@ RUN=(qemu-system-x86 qemu-utils qemu-block-extra libvirt-daemon-system libvirt-c
 TEST=(clang libclang-rt-14-dev clang-format clang-tidy
       nbdkit python3 python3-libvirt python3-libnbd python3-pytest
       openssh-server tini busybox-static xfsprogs btrfs-progs e2fsprogs
-      iproute2 util-linux procps kmod)
+      iproute2 util-linux mount procps kmod)
 KERNEL_META=linux-image-cloud-amd64
 CACHE=${DROVER_LAB_CACHE:-/var/cache/drover-lab}
 
