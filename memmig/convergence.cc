@@ -62,7 +62,7 @@ std::vector<ConvergenceAction> Convergence::step(Instant now, const MigrationPro
         GiveUp{fmt::format("the guest writes its memory faster than it can be sent: {} left after "
                            "{} s in iteration {} "
                            "with {} ms of downtime allowed and its CPUs held up for at most {} %",
-                           format_length(progress.memory_remaining), limits_.give_up_after.count(),
+                           format_length(largest_rest_), limits_.give_up_after.count(),
                            progress.iteration, downtime_.count(), throttle_)});
   }
   return actions;

@@ -360,7 +360,7 @@ Result<std::string> libvirt_uri_of(const std::string& ssh_destination) {
   const bool port_ok =
       port.empty() || (uri && port.size() > 1 && port[0] == ':' &&
                        port.find_first_not_of("0123456789", 1) == std::string::npos);
-  if (rest.empty() || rest.starts_with('-') || user.starts_with('-') || !port_ok ||
+  if (rest.empty() || rest == "[]" || rest.starts_with('-') || user.starts_with('-') || !port_ok ||
       rest.find_first_of("/?# \t\n") != std::string::npos ||
       user.find_first_of("/?# \t\n") != std::string::npos) {
     return fail(Code::InvalidArgument,
