@@ -8,13 +8,19 @@
 //
 // Threads: a reader or writer belongs to the thread of the Loop it was opened with; every call and
 // every callback is on that thread. A TargetImage belongs to one thread too (the receiver's control
-// thread); its calls block.
+// thread); its calls block. Opening a reader or writer may be done on another thread, before the
+// Loop's thread first uses it.
 //
 // Buffers must stay valid until the callback has run. Destroy a reader or writer only when no
-// request is outstanding (checked). Callbacks never run from inside the call that issued them.
+// request is outstanding (checked), and before its Loop; a callback may destroy it. Callbacks never
+// run from inside the call that issued them.
 //
 // Errors: Io with the image's name, the extent and the system's reason; NoSpace when a write finds
-// no room. After an error the image is still usable; the extent's content is undefined.
+// no room; Unreachable when the QEMU process behind an image is gone. After an error the image is
+// still usable; the extent's content is undefined.
+//
+// A disk of zero bytes is refused (InvalidArgument): no guest can have one. Sizes need not be
+// multiples of anything for raw files; qcow2 wants multiples of 512.
 #pragma once
 
 #include <cstddef>
@@ -45,7 +51,8 @@ class ImageReader {
  public:
   virtual ~ImageReader() = default;
   [[nodiscard]] virtual Length size() const = 0;
-  // Reads need not be aligned, but aligned ones (offset, length and memory) are faster.
+  // Reads need not be aligned, but aligned ones (offset, length and memory) are faster. A power of
+  // two, at most 64 KiB.
   [[nodiscard]] virtual Length alignment() const = 0;
   // Fills all of `buffer` from `offset` on; the range lies within size().
   virtual void read(Offset offset, std::span<std::byte> buffer, Done done) = 0;
@@ -61,6 +68,8 @@ class ImageWriter {
  public:
   virtual ~ImageWriter() = default;
   [[nodiscard]] virtual Length size() const = 0;
+  // A power of two, at most 64 KiB. Writes need not be aligned, but aligned ones (offset, length
+  // and memory) are faster.
   [[nodiscard]] virtual Length alignment() const = 0;
   virtual void write(Offset offset, std::span<const std::byte> buffer, Done done) = 0;
   // The extent reads as zeroes afterwards; its space is given back where the image can.
@@ -68,10 +77,14 @@ class ImageWriter {
 };
 
 struct RawSource {
-  std::string path;  // a regular file or a block device
-  Length size;       // of the disk as QEMU reports it; zero: the file's
+  std::string path;     // a regular file or a block device
+  Length size;          // of the disk as QEMU reports it; zero: the file's. A shorter file reads as
+                        // zeroes beyond its end.
+  bool cached = false;  // through the page cache even where O_DIRECT would work
 };
 // O_DIRECT where the filesystem takes it, buffered otherwise; takes no image lock, opens read-only.
+// extents() asks the filesystem (SEEK_DATA) and may block for as long as that takes to read its
+// metadata; of a block device, and where the filesystem doesn't know, all is data.
 Result<std::unique_ptr<ImageReader>> open_raw_reader(Loop& loop, const RawSource& source);
 
 struct NbdSource {
@@ -80,41 +93,49 @@ struct NbdSource {
   unsigned connections = 4;
 };
 // Any format that QEMU reads, through its NBD export (base:allocation for extents).
-// Blocks while it connects (10 s at most).
+// Blocks while it connects (10 s at most). When a connection breaks, the requests on it fail with
+// Unreachable; when none is left, all further ones do.
 Result<std::unique_ptr<ImageReader>> open_nbd_reader(Loop& loop, const NbdSource& source);
 
 enum class Format { Raw, Qcow2 };
 
 struct TargetSpec {
-  std::string path;    // absolute
+  std::string path;  // absolute
   Format format = Format::Raw;
-  bool block_device = false;  // an existing device is written over; never created or removed
-  Length size;                // of the disk, as the guest sees it
-  Length cluster_size;        // qcow2 only; zero: qemu-img's default
+  bool block_device = false;   // an existing device is written over; never created or removed
+  Length size;                 // of the disk, as the guest sees it
+  Length cluster_size;         // qcow2 only; zero: qemu-img's default
   std::string work_directory;  // for the sockets of qemu-storage-daemon; exists, mode 0700
+  bool cached = false;         // through the page cache even where O_DIRECT would work
 };
 
-// A target disk, from its creation to the moment QEMU takes over. Order of life: create() ->
+// A target disk, from its creation to the moment QEMU takes over. Order of life: create_target() ->
 // open_writer() for each thread that writes -> (writers destroyed) -> flush() -> release().
+// After release() only spec() and remove() are left, and release() again, which does nothing.
 class TargetImage {
  public:
   virtual ~TargetImage() = default;  // releases if release() was not called; removes nothing
   [[nodiscard]] virtual const TargetSpec& spec() const = 0;
   // True for images that create() made: all that was never written reads as zeroes.
   [[nodiscard]] virtual bool initially_zero() const = 0;
-  // Every lane has a writer of its own.
+  // Every lane has a writer of its own (at most 32 per image). Destroy it before release().
   virtual Result<std::unique_ptr<ImageWriter>> open_writer(Loop& loop) = 0;
-  // Everything whose write was completed before is on stable storage afterwards.
+  // Everything whose write was completed before is on stable storage afterwards. Once it failed it
+  // never succeeds again: the kernel reports a lost write only once.
   virtual Status flush() = 0;
-  // flush(), then lets go of the image: no lock, no process, no open descriptor is left. Every
-  // writer must be gone.
+  // flush(), then lets go of the image: no lock, no process, no open descriptor is left, also when
+  // it returns an error. Every writer must be gone (checked).
   virtual Status release() = 0;
-  // For a failed move: releases, and deletes the file that create() made. Devices stay.
+  // For a failed move: lets go of the image (without flushing) and deletes the file that
+  // create_target() made, also after release(); something else of that name is left alone (Busy).
+  // Devices stay.
   virtual Status remove() = 0;
 };
 
 // Creates the image exclusively (AlreadyExists if anything is there: invariant 8), thin, of the
-// disk's size. For a block device: checks that it is large enough and nobody else has it open.
+// disk's size, readable by its owner only. For a block device: checks that it is large enough and
+// that no filesystem, volume manager or QEMU holds it (Busy).
+// qcow2: starts a process that ends with the calling thread, so that must live until release().
 Result<std::unique_ptr<TargetImage>> create_target(const TargetSpec& spec);
 
 }  // namespace drover::blockcopy

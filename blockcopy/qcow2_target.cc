@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// qcow2 files as a target: qemu-img formats the file that we made, a qemu-storage-daemon of ours
+// exports it, and each writer has a connection of its own to it.
+#include <fmt/format.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <memory>
+#include <utility>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "base/subprocess.h"
+#include "blockcopy/nbd_connection.h"
+#include "blockcopy/storage_daemon.h"
+#include "blockcopy/target_file.h"
+#include "blockcopy/targets.h"
+
+namespace drover::blockcopy {
+namespace {
+
+// A write-zeroes request carries no data and may be long; not so long that it holds up others.
+constexpr std::uint64_t kMaxZeroes = std::uint64_t{256} << 20;
+
+class NbdWriter final : public ImageWriter {
+ public:
+  NbdWriter(Loop& loop, std::string image, std::shared_ptr<NbdConnection> connection,
+            std::shared_ptr<std::atomic<unsigned>> writers)
+      : loop_(loop),
+        image_(std::move(image)),
+        connection_(std::move(connection)),
+        writers_(std::move(writers)) {
+    connection_->attach(loop);
+    ++*writers_;
+  }
+  ~NbdWriter() override {
+    CHECK(outstanding_ == 0, "a writer goes when its requests are done");
+    connection_->close();
+    --*writers_;
+  }
+
+  [[nodiscard]] Length size() const override { return connection_->size(); }
+  // The NBD protocol leaves open what overlapping writes do, and QEMU widens to this.
+  [[nodiscard]] Length alignment() const override { return connection_->alignment(); }
+
+  void write(Offset offset, std::span<const std::byte> buffer, Done done) override {
+    const Extent whole{offset, Length(buffer.size())};
+    Op* const op = begin("writing", whole, connection_->max_transfer().bytes(), std::move(done));
+    while (!buffer.empty()) {
+      const auto piece =
+          buffer.first(std::min<std::size_t>(buffer.size(), connection_->max_transfer().bytes()));
+      connection_->write(offset, piece, [this, op](int error) { piece_done(op, error); });
+      offset += Length(piece.size());
+      buffer = buffer.subspan(piece.size());
+    }
+  }
+
+  void write_zeroes(Extent extent, Done done) override {
+    Op* const op = begin("zeroing", extent, kMaxZeroes, std::move(done));
+    while (extent.length > Length()) {
+      const Extent piece{extent.offset, std::min(extent.length, Length(kMaxZeroes))};
+      connection_->write_zeroes(piece, [this, op](int error) { piece_done(op, error); });
+      extent = Extent{piece.end(), extent.length - piece.length};
+    }
+  }
+
+ private:
+  struct Op {
+    const char* doing;
+    Extent whole;
+    Done done;
+    std::size_t pieces;
+    int error = 0;
+  };
+
+  Op* begin(const char* doing, const Extent& whole, std::uint64_t limit, Done done) {
+    CHECK(whole.end().bytes() <= size().bytes() && whole.end() >= whole.offset,
+          "a write stays inside the disk");
+    ++outstanding_;
+    const std::uint64_t bytes = whole.length.bytes();
+    auto* op = new Op{doing, whole, std::move(done), (bytes + limit - 1) / limit};
+    if (bytes == 0) {
+      op->pieces = 1;
+      loop_.post([this, op] { piece_done(op, 0); });
+    }
+    return op;
+  }
+
+  void piece_done(Op* op, int error) {
+    if (op->error == 0) op->error = error;
+    if (--op->pieces != 0) return;
+    const Done done = std::move(op->done);
+    Status status = nbd_status(op->error, op->doing, image_, op->whole);
+    delete op;
+    --outstanding_;
+    done(std::move(status));  // may destroy this
+  }
+
+  Loop& loop_;
+  const std::string image_;
+  const std::shared_ptr<NbdConnection> connection_;
+  const std::shared_ptr<std::atomic<unsigned>> writers_;
+  std::size_t outstanding_ = 0;
+};
+
+class Qcow2Target final : public TargetImage {
+ public:
+  Qcow2Target(TargetSpec spec, TargetFile file)
+      : spec_(std::move(spec)),
+        file_(std::move(file)),
+        writers_(std::make_shared<std::atomic<unsigned>>(0)) {}
+  ~Qcow2Target() override {
+    if (!daemon_) return;  // released, removed or never begun
+    if (const Status status = release(); !status) log_warning("{}", status.error().to_string());
+  }
+
+  // Formats the file and starts the daemon.
+  Status begin() {
+    DROVER_TRY(format());
+    StorageDaemonOptions options;
+    options.image_fd = file_.fd();
+    options.image = spec_.path;
+    options.driver = "qcow2";
+    options.writable = true;
+    options.direct = !spec_.cached && takes_direct(file_.fd());
+    options.work_directory = spec_.work_directory;
+    DROVER_ASSIGN(daemon_, StorageDaemon::start(options));
+    DROVER_ASSIGN(control_, daemon_->connect());
+    if (control_->size() != spec_.size) {
+      return fail(Code::Internal, fmt::format("{} has {} bytes instead of {}", spec_.path,
+                                              control_->size().bytes(), spec_.size.bytes()));
+    }
+    return {};
+  }
+
+  [[nodiscard]] const TargetSpec& spec() const override { return spec_; }
+  [[nodiscard]] bool initially_zero() const override { return true; }
+
+  Result<std::unique_ptr<ImageWriter>> open_writer(Loop& loop) override {
+    CHECK(daemon_ != nullptr, "a released image has no writers");
+    if (*writers_ >= kMaxWriters) {
+      return fail(Code::Internal, "too many writers for " + spec_.path);
+    }
+    DROVER_ASSIGN(auto connection, daemon_->connect());
+    return std::make_unique<NbdWriter>(loop, spec_.path, std::move(connection), writers_);
+  }
+
+  Status flush() override {
+    CHECK(daemon_ != nullptr, "a released image is not flushed");
+    if (!flushed_) return flushed_;
+    flushed_ = control_->flush_and_wait();
+    if (flushed_) flushed_ = file_.flush();
+    return flushed_;
+  }
+
+  Status release() override {
+    if (!daemon_) return {};
+    CHECK(*writers_ == 0, "every writer goes before its image");
+    Status status = flush();
+    control_->close();
+    control_.reset();
+    const Status stopped = daemon_->stop();
+    daemon_.reset();
+    if (status) status = stopped;
+    // The daemon may have written something while it closed the image.
+    if (status) status = file_.flush();
+    file_.close();
+    return status;
+  }
+
+  Status remove() override {
+    CHECK(*writers_ == 0, "every writer goes before its image");
+    if (control_) control_->close();
+    control_.reset();
+    daemon_.reset();  // kills it: nobody will read the image
+    return file_.remove();
+  }
+
+ private:
+  Status format() {
+    std::string layout = "preallocation=off";
+    if (spec_.cluster_size != Length()) {
+      layout += fmt::format(",cluster_size={}", spec_.cluster_size.bytes());
+    }
+    ProcessOptions options;
+    options.descriptors = {file_.fd()};
+    DROVER_ASSIGN(const ProcessResult result,
+                  run_process({"qemu-img", "create", "-q", "-f", "qcow2", "-o", layout,
+                               fmt::format("/proc/self/fd/{}", file_.fd()),
+                               std::to_string(spec_.size.bytes())},
+                              options));
+    if (result.exit_code != 0) {
+      // It says no more than this about a full disk.
+      const bool full = result.err.find("No space left") != std::string::npos;
+      return fail(full ? Code::NoSpace : Code::Io,
+                  fmt::format("qemu-img could not format {}: {}", spec_.path, result.err));
+    }
+    return {};
+  }
+
+  const TargetSpec spec_;
+  TargetFile file_;
+  std::shared_ptr<std::atomic<unsigned>> writers_;
+  std::unique_ptr<StorageDaemon> daemon_;  // null: released
+  std::shared_ptr<NbdConnection> control_;
+  Status flushed_;
+};
+
+}  // namespace
+
+Result<std::unique_ptr<TargetImage>> create_qcow2_target(const TargetSpec& spec) {
+  DROVER_ASSIGN(TargetFile file, TargetFile::create(spec.path));
+  auto target = std::make_unique<Qcow2Target>(spec, std::move(file));
+  if (const Status begun = target->begin(); !begun) {
+    (void)target->remove();  // the first error is the one to tell
+    return fail(begun.error());
+  }
+  return target;
+}
+
+}  // namespace drover::blockcopy
