@@ -78,6 +78,8 @@ class DiskMirror {
   };
   [[nodiscard]] const Counters& counters() const { return counters_; }
   [[nodiscard]] const Arbiter& arbiter() const { return arbiter_; }
+  // The holes are known (or need not be).
+  [[nodiscard]] bool scanned() const { return started_ && !scanning_; }
   // Holes are known and nothing is left to copy.
   [[nodiscard]] bool all_copied() const;
 

@@ -1,0 +1,716 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The driver of job/move_machine.h: does what the machine says, and tells it what happened.
+#include "job/move.h"
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <thread>
+#include <utility>
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+#include <poll.h>
+#include <sys/inotify.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "job/event_queue.h"
+#include "job/journal.h"
+#include "job/move_machine.h"
+#include "job/prepare.h"
+#include "job/progress_meter.h"
+#include "memmig/domain_xml.h"
+#include "memmig/image_lock.h"
+#include "mirror/bootstrap.h"
+#include "mirror/engine.h"
+#include "mirror/session.h"
+
+namespace drover::job {
+namespace {
+
+using namespace std::chrono_literals;
+using memmig::GuestEvent;
+using memmig::GuestState;
+using nlohmann::json;
+
+constexpr auto kReserveTimeout = 60s;
+constexpr auto kDrainTimeout = 20s;
+constexpr auto kBarrierTimeout = 60s;
+constexpr auto kControlTimeout = 10s;
+constexpr auto kProgressInterval = 250ms;
+constexpr int kResumeTries = 5;
+constexpr const char* kJobsDirectory = "/var/lib/drover/jobs";
+constexpr const char* kLogDirectory = "/var/log/drover";
+
+Length peak_memory_of_this_process() {
+  std::ifstream status("/proc/self/status");
+  std::string word;
+  while (status >> word) {
+    if (word == "VmHWM:") {
+      std::uint64_t kib = 0;
+      status >> kib;
+      return Length(kib * 1024);
+    }
+  }
+  return {};
+}
+
+std::string new_job_id(const std::string& guest) {
+  std::string id;
+  for (const char c : guest) {
+    const bool plain = std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '-' || c == '_';
+    id += plain ? c : '-';
+  }
+  id.resize(std::min<std::size_t>(id.size(), 40));
+  std::array<unsigned char, 4> random{};
+  const int fd = ::open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+  CHECK(fd >= 0 && ::read(fd, random.data(), random.size()) == 4, "the kernel has random bytes");
+  ::close(fd);
+  return fmt::format("{}-{:02x}{:02x}{:02x}{:02x}", id, random[0], random[1], random[2], random[3]);
+}
+
+class Move {
+ public:
+  Move(const MoveOptions& options, Observer& observer, Cancel& cancel, Prepared prepared)
+      : options_(options),
+        observer_(observer),
+        cancel_(cancel),
+        prepared_(std::move(prepared)),
+        id_(new_job_id(prepared_.guest.name)),
+        directory_(std::string(kJobsDirectory) + "/" + id_) {}
+
+  ~Move() {
+    if (migrating_.joinable()) migrating_.join();
+  }
+
+  Result<Summary> run() {
+    DROVER_TRY(make_directories());
+    log_info("job {}: move of {} to {}", id_, plan().guest, plan().host);
+    if (const Status status = open_journal(); !status) {
+      remove_directory();
+      return fail(status.error());
+    }
+    queue_.push(Begin{});
+    while (!ended(state_)) {
+      if (const std::optional<Event> event = queue_.wait(cancel_, kProgressInterval)) handle(*event);
+      report_progress();
+    }
+    return finish();
+  }
+
+ private:
+  // One thing of a guest's on one host, for messages.
+  [[nodiscard]] const Plan& plan() const { return prepared_.plan; }
+  [[nodiscard]] memmig::Hypervisor& source() { return *prepared_.source; }
+  [[nodiscard]] memmig::Hypervisor& target() { return *prepared_.target; }
+  [[nodiscard]] const std::string& uuid() const { return prepared_.guest.uuid; }
+
+  // --- the machine ---
+
+  void handle(const Event& event) {
+    log_event(event);
+    const Phase before = phase_of(state_);
+    Step next = step(std::move(state_), event);
+    state_ = std::move(next.state);
+    if (phase_of(state_) != before) meter_.enter(phase_of(state_));
+    report_progress(true);
+    for (const Do action : next.actions) {
+      log_info("{}: {}", state_name(state_), action_name(action));
+      if (Status status = journal_->put("state", state_name(state_)); !status && may_still_fail()) {
+        queue_.push(ActionFailed{status.error()});
+        continue;
+      }
+      if (Status status = carry_out(action); !status) {
+        log_error("{} failed: {}", action_name(action), status.error().to_string());
+        queue_.push(ActionFailed{status.error()});
+      }
+    }
+  }
+
+  void log_event(const Event& event) {
+    std::string detail;
+    if (const auto* trouble = std::get_if<Trouble>(&event)) detail = trouble->error.to_string();
+    if (const auto* failed = std::get_if<ActionFailed>(&event)) detail = failed->error.to_string();
+    if (const auto* ended = std::get_if<MigrateEnded>(&event); ended != nullptr && !ended->status) {
+      detail = ended->status.error().to_string() +
+               (ended->source_runs ? " (the source runs)" : " (the source does not run)");
+    }
+    log_info("{}: {} {}", state_name(state_), event_name(event), detail);
+  }
+
+  // A journal that can't be written ends a move that can be undone, and nothing else.
+  [[nodiscard]] bool may_still_fail() const {
+    return !std::holds_alternative<Undoing>(state_) && !std::holds_alternative<AbortingMemory>(state_);
+  }
+
+  Status carry_out(Do action) {
+    switch (action) {
+      case Do::Reserve: return reserve();
+      case Do::Attach: return attach();
+      case Do::EnterStrict: return enter_strict();
+      case Do::StartMemory: return start_memory();
+      case Do::AbortMemory: return abort_memory();
+      case Do::PassBarrier: return pass_barrier();
+      case Do::ResumeTarget: return resume_target();
+      case Do::Commit: return commit();
+      case Do::Undo: return undo();
+    }
+    CHECK(false, "every action is carried out");
+  }
+
+  // --- before ---
+
+  Status make_directories() {
+    std::error_code error;
+    std::filesystem::create_directories(directory_, error);
+    if (error) return fail_errno(error.value(), "creating the job's directory " + directory_);
+    ::chmod(directory_.c_str(), 0700);
+    std::filesystem::create_directories(kLogDirectory, error);
+    return log_to_file(fmt::format("{}/{}.log", kLogDirectory, id_));
+  }
+
+  Status open_journal() {
+    DROVER_ASSIGN(journal_, Journal::open(directory_ + "/journal"));
+    json job = {{"version", 1},       {"kind", "move"},        {"guest", plan().guest},
+                {"uuid", plan().uuid}, {"host", plan().host}, {"keep_source", options_.keep_source}};
+    for (const DiskPlan& disk : plan().disks) {
+      job["disks"].push_back({{"disk", disk.disk},
+                              {"source", disk.source_path},
+                              {"target", disk.target_path},
+                              {"format", disk.target_format},
+                              {"delete_source", disk.delete_source},
+                              {"size", disk.virtual_size.bytes()}});
+    }
+    return journal_->put("job", job.dump());
+  }
+
+  // --- reserve: receiver, link, images ---
+
+  Status reserve() {
+    DROVER_ASSIGN(const mirror::LinkKey key, mirror::random_key());
+    mirror::ReceiverRequest request;
+    request.session = id_;
+    request.key = key;
+    request.port = options_.target_port;
+    request.address = options_.target_address;
+    receiver_started_ = true;
+    DROVER_ASSIGN(const mirror::ReceiverInfo receiver,
+                  mirror::start_receiver({.host = options_.host}, request));
+
+    mirror::MirrorEngine::Options engine_options;
+    engine_options.guest_delay = options_.guest_delay;
+    engine_options.bandwidth = options_.bandwidth;
+    mirror::MirrorEngine::Events events;
+    events.all_copied = [this](bool strict) { queue_.push(AllCopied{strict}); };
+    events.link_lost = [this](const Error& error) { queue_.push(Trouble{error}); };
+    events.disk_failed = [this](const std::string& disk, const Error& error) {
+      queue_.push(Trouble{Error{error.code, "disk " + disk + ": " + error.message, error.hint,
+                                error.retryable}});
+    };
+    events.mirror_gone = [this](const std::string& disk, const Error& error) {
+      if (mirrors_may_go_.load()) return;
+      queue_.push(Trouble{Error{error.code, "QEMU let go of the mirror of disk " + disk + ": " +
+                                error.message, "", true}});
+    };
+    DROVER_ASSIGN(engine_, mirror::MirrorEngine::create(engine_options, events));
+
+    mirror::LinkOptions link;
+    link.address = receiver.address;
+    link.port = receiver.port;
+    link.session = id_;
+    link.key = key;
+    link.lanes = options_.connections;
+    json disks = json::array();
+    for (const memmig::PlannedDisk& disk : prepared_.move_plan.disks) {
+      link.disk_sizes.push_back(disk.virtual_size);
+      disks.push_back({{"path", disk.target_path},
+                       {"format", disk.target_format},
+                       {"block_device", disk.target_block_device},
+                       {"size", disk.virtual_size.bytes()},
+                       {"cluster_size", disk.cluster_size.bytes()}});
+    }
+    DROVER_TRY(engine_->connect(link));
+    linked_ = true;
+    DROVER_TRY(engine_->link().call({{"op", "reserve"}, {"disks", disks}}, kReserveTimeout));
+    queue_.push(Reserved{});
+    return {};
+  }
+
+  // --- attach: exports, readers, mirrors ---
+
+  [[nodiscard]] std::string socket_path(const std::string& name) const {
+    return prepared_.guest.private_directory + "/drover-" + name + ".sock";
+  }
+
+  Status attach() {
+    const memmig::GuestInfo& guest = prepared_.guest;
+    DROVER_ASSIGN(source_events_, source().subscribe(uuid(), [this](const GuestEvent& event) {
+      on_source_event(event);
+    }));
+    std::vector<memmig::ExportSpec> exports;
+    for (const memmig::PlannedDisk& disk : prepared_.move_plan.disks) {
+      if (!disk.source_plain) exports.push_back({disk.disk, disk.source_node, disk.disk, false});
+    }
+    if (!exports.empty()) {
+      exporting_ = true;
+      DROVER_TRY(source().start_exports(uuid(), socket_path("export"), exports));
+    }
+    for (const memmig::PlannedDisk& disk : prepared_.move_plan.disks) {
+      mirror::MirrorEngine::Disk one;
+      one.name = disk.disk;
+      one.size = disk.virtual_size;
+      if (disk.source_plain) {
+        one.source = blockcopy::RawSource{disk.source_path, disk.virtual_size};
+      } else {
+        one.source = blockcopy::NbdSource{socket_path("export"), disk.disk, 4};
+      }
+      if (disk.mirror) {
+        one.server.emplace();
+        one.server->socket_path = socket_path(disk.disk);
+        one.server->socket_uid = static_cast<int>(guest.qemu_uid);
+        one.server->socket_gid = static_cast<int>(guest.qemu_gid);
+        one.server->export_name = disk.disk;
+        one.server->size = disk.virtual_size;
+      }
+      one.target_initially_zero = !disk.target_block_device;
+      DROVER_TRY(engine_->add_disk(one));
+    }
+    for (const memmig::PlannedDisk& disk : prepared_.move_plan.disks) {
+      if (!disk.mirror) continue;
+      attached_.push_back(disk.disk);
+      DROVER_TRY(source().attach_mirror(
+          uuid(), {disk.disk, disk.source_node, socket_path(disk.disk), disk.disk}));
+    }
+    engine_->start();
+    queue_.push(Attached{});
+    return {};
+  }
+
+  void on_source_event(const GuestEvent& event) {
+    log_info("source event: {} {} {}", memmig::event_name(event.kind), event.detail, event.disk);
+    const auto trouble = [&](Code code, std::string what) {
+      queue_.push(Trouble{Error{code, std::move(what), "", true}});
+    };
+    switch (event.kind) {
+      case GuestEvent::Kind::CpusStopped: source_stopped_at_.store(event.received); break;
+      case GuestEvent::Kind::Quiesced: queue_.push(SourceStopped{}); break;
+      case GuestEvent::Kind::Stopped:
+        if (event.detail != "migrated") {
+          trouble(Code::Cancelled, "the guest stopped during the move (" + event.detail + ")");
+        }
+        break;
+      case GuestEvent::Kind::MirrorEnded:
+        if (!mirrors_may_go_.load()) {
+          trouble(Code::Io, "QEMU ended the mirror of disk " + event.disk + ": " + event.detail);
+        }
+        break;
+      case GuestEvent::Kind::DiskError:
+        trouble(Code::Io, "the guest's disk " + event.disk + " had an I/O error on the source: " +
+                              event.detail);
+        break;
+      case GuestEvent::Kind::ConnectionLost:
+        trouble(Code::Unreachable, "the connection to the source's libvirt was lost: " + event.detail);
+        break;
+      // Devices that came or went are looked at before the memory moves.
+      case GuestEvent::Kind::DeviceAdded:
+      case GuestEvent::Kind::DeviceRemoved:
+      case GuestEvent::Kind::Suspended:
+      case GuestEvent::Kind::CpusRunning:
+      case GuestEvent::Kind::Resumed:
+      case GuestEvent::Kind::Started:
+      case GuestEvent::Kind::Shutdown:
+      case GuestEvent::Kind::Crashed:
+      case GuestEvent::Kind::Rebooted:
+      case GuestEvent::Kind::Defined:
+      case GuestEvent::Kind::Undefined: break;
+    }
+  }
+
+  void on_target_event(const GuestEvent& event) {
+    log_info("target event: {} {}", memmig::event_name(event.kind), event.detail);
+    if (event.kind == GuestEvent::Kind::Suspended) queue_.push(TargetSuspended{});
+    if (event.kind == GuestEvent::Kind::CpusRunning) target_runs_at_.store(event.received);
+    if (event.kind == GuestEvent::Kind::ConnectionLost) {
+      queue_.push(Trouble{Error{Code::Unreachable,
+                                "the connection to the target's libvirt was lost: " + event.detail, "",
+                                true}});
+    }
+  }
+
+  // --- handover ---
+
+  Status enter_strict() {
+    DROVER_TRY(engine_->enter_strict());
+    queue_.push(StrictEntered{});
+    return {};
+  }
+
+  [[nodiscard]] std::string memory_socket() const {
+    return "/var/lib/libvirt/qemu/drover-" + id_ + ".sock";
+  }
+
+  // The definition that goes to the target is that of now: devices may have come and gone. Disks may not.
+  Status describe_again() {
+    DROVER_ASSIGN(memmig::GuestInfo guest, source().describe(uuid()));
+    const auto same = [](const memmig::GuestDisk& a, const memmig::GuestDisk& b) {
+      return a.target == b.target && a.path == b.path && a.virtual_size == b.virtual_size;
+    };
+    if (!std::ranges::equal(guest.disks, prepared_.guest.disks, same)) {
+      return fail(Code::Busy, "the guest's disks were changed during the move",
+                  "start the move again: it takes them as they are now");
+    }
+    prepared_.guest = std::move(guest);
+    return {};
+  }
+
+  Status start_memory() {
+    DROVER_TRY(describe_again());
+    const memmig::GuestInfo& guest = prepared_.guest;
+    memmig::MigrateOptions migrate;
+    migrate.guest = uuid();
+    migrate.target = prepared_.target.get();
+    DROVER_ASSIGN(migrate.live_xml,
+                  memmig::rewrite_definition(guest.live_xml,
+                                             memmig::rewrite_of(prepared_.move_plan, true)));
+    if (!guest.inactive_xml.empty()) {
+      DROVER_ASSIGN(migrate.persistent_xml,
+                    memmig::rewrite_definition(guest.inactive_xml,
+                                               memmig::rewrite_of(prepared_.move_plan, false)));
+    }
+    migrate.memory_uri = "unix://" + memory_socket();
+    migrate.bandwidth = options_.bandwidth;
+    migrate.convergence.max_downtime = options_.max_downtime;
+    migrate.convergence.initial_downtime =
+        std::min(migrate.convergence.initial_downtime, options_.max_downtime);
+    DROVER_ASSIGN(target_events_, target().subscribe(uuid(), [this](const GuestEvent& event) {
+      on_target_event(event);
+    }));
+    DROVER_TRY(engine_->link().start_relay({memory_socket(), 0600, static_cast<int>(guest.qemu_uid),
+                                            static_cast<int>(guest.qemu_gid)}));
+    mirrors_may_go_.store(true);  // QEMU ends them when it goes
+    migrating_ = std::thread([this, migrate] {
+      MigrateEnded ended;
+      ended.status = source().migrate(migrate, [this](const memmig::MigrationProgress& progress) {
+        meter_.memory(progress.memory_total, progress.memory_remaining);
+      });
+      if (!ended.status) ended.source_runs = source_runs_again();
+      queue_.push(std::move(ended));
+    });
+    return {};
+  }
+
+  // After a migration that failed: libvirt resumes the source, now or in a moment.
+  bool source_runs_again() {
+    mirrors_may_go_.store(false);
+    for (int tries = 0; tries < 50; ++tries) {
+      const Result<GuestState> state = source().state(uuid());
+      if (state && *state == GuestState::Running) return true;
+      if (state && *state != GuestState::Paused) return false;
+      std::this_thread::sleep_for(100ms);  // libvirt has no event for "this is how I leave it"
+    }
+    return false;
+  }
+
+  Status abort_memory() {
+    const Status aborted = source().abort_migration(uuid());
+    if (!aborted) log_warning("aborting the memory: {}", aborted.error().to_string());
+    // Without its connection the migration fails by itself, if it is not over yet.
+    engine_->link().stop_relay();
+    return {};
+  }
+
+  Status pass_barrier() {
+    const Instant start = now();
+    DROVER_TRY(engine_->drain(kDrainTimeout));
+    const Instant drained = now();
+    DROVER_TRY(engine_->link().barrier(kBarrierTimeout));
+    log_info("barrier: drained in {} us, flushed and released in {} us",
+             std::chrono::duration_cast<std::chrono::microseconds>(drained - start).count(),
+             std::chrono::duration_cast<std::chrono::microseconds>(now() - drained).count());
+    if (!options_.hold_barrier_file.empty()) hold_barrier();
+    queue_.push(BarrierPassed{});
+    return {};
+  }
+
+  // Test switch: creates the file, and waits until somebody has removed it.
+  void hold_barrier() {
+    const std::string& path = options_.hold_barrier_file;
+    const UniqueFd watch(::inotify_init1(IN_CLOEXEC));
+    std::ofstream(path).flush();
+    if (::inotify_add_watch(watch.get(), path.c_str(), IN_DELETE_SELF | IN_ATTRIB) < 0) return;
+    std::array<char, 4096> events{};
+    while (::access(path.c_str(), F_OK) == 0) {
+      if (::read(watch.get(), events.data(), events.size()) < 0) return;
+    }
+  }
+
+  Status resume_target() {
+    DROVER_TRY(journal_->put("barrier", "passed"));
+    for (const DiskPlan& disk : plan().disks) {
+      DROVER_ASSIGN(memmig::ImageLock lock, memmig::lock_image(disk.source_path));
+      source_guard_.push_back(std::move(lock));
+    }
+    Status resumed = target().resume(uuid());
+    for (int tries = 1; !resumed && tries < kResumeTries; ++tries) {
+      log_warning("resuming the target: {}", resumed.error().to_string());
+      std::this_thread::sleep_for(200ms);
+      resumed = target().resume(uuid());
+    }
+    resumed_at_ = now();
+    if (!resumed) return fail(held_error("the target guest could not be resumed: " +
+                                         resumed.error().message));
+    DROVER_TRY(journal_->put("target", "runs"));
+    queue_.push(TargetRuns{});
+    return {};
+  }
+
+  // --- after ---
+
+  Status commit() {
+    DROVER_TRY(source_is_gone());
+    DROVER_ASSIGN(const GuestState state, target().state(uuid()));
+    if (state != GuestState::Running) {
+      summary_.notes.push_back("the guest is " + std::string(memmig::state_name(state)) +
+                               " on the target by now");
+    }
+    DROVER_TRY(journal_->put("state", "committed"));
+    read_counters();
+    if (prepared_.guest.autostart) {
+      note_if_failed("setting autostart on the target", target().set_autostart(uuid(), true));
+    }
+    if (options_.keep_source) {
+      for (const DiskPlan& disk : plan().disks) summary_.kept.push_back(disk.source_path);
+      summary_.notes.push_back("the guest's definition and disks were kept on this host, as asked: "
+                               "do not start both");
+    } else {
+      note_if_failed("removing the guest's definition here", source().undefine(uuid()));
+      source_guard_.clear();
+      for (const DiskPlan& disk : plan().disks) delete_source(disk);
+    }
+    end_receiver();
+    queue_.push(Committed{});
+    return {};
+  }
+
+  // Invariant 6: what is about to be deleted must not run.
+  Status source_is_gone() {
+    for (int tries = 0; tries < 50; ++tries) {
+      const Result<GuestState> state = source().state(uuid());
+      if (!state && state.error().code == Code::NotFound) return {};
+      if (!state) return fail(state.error());
+      if (*state == GuestState::ShutOff) return {};
+      if (*state == GuestState::Running) {
+        return fail(held_error("the source guest runs although the target was resumed"));
+      }
+      if (tries == 10) {
+        // Paused, after a handover that libvirt did not see through: its guest lives on the target.
+        DROVER_TRY(source().destroy(uuid()));
+      }
+      std::this_thread::sleep_for(100ms);
+    }
+    return fail(held_error("libvirt does not end the stopped source guest"));
+  }
+
+  void delete_source(const DiskPlan& disk) {
+    if (!disk.delete_source) {
+      summary_.kept.push_back(disk.source_path);
+      return;
+    }
+    if (::unlink(disk.source_path.c_str()) == 0 || errno == ENOENT) {
+      summary_.deleted.push_back(disk.source_path);
+      return;
+    }
+    summary_.kept.push_back(disk.source_path);
+    summary_.notes.push_back(
+        error_from_errno(errno, "deleting the source's " + disk.source_path).message);
+  }
+
+  void note_if_failed(const std::string& doing, const Status& status) {
+    if (!status) summary_.notes.push_back(doing + " failed: " + status.error().to_string());
+  }
+
+  void read_counters() {
+    const auto status = engine_->status();
+    for (const auto& disk : status.disks) {
+      summary_.data += disk.counters.read_bytes;
+      summary_.mirrored_writes += disk.counters.guest_writes;
+    }
+    summary_.memory_bytes = Length(status.link.memory_bytes);
+    summary_.wire_bytes = Length(status.link.bytes_sent + status.link.memory_bytes);
+    if (const auto stats = engine_->link().call({{"op", "stats"}}, kControlTimeout)) {
+      summary_.receiver_peak_memory = Length(stats->value("peak_memory", std::uint64_t{0}));
+    }
+  }
+
+  void end_receiver() {
+    engine_->link().stop_relay();
+    const auto finished = engine_->link().call({{"op", "finish"}}, kControlTimeout);
+    if (!finished) {
+      summary_.notes.push_back("the receiver on the target did not say goodbye: " +
+                               finished.error().to_string());
+    }
+    engine_->stop();
+    engine_.reset();
+  }
+
+  // --- undo ---
+
+  Status undo() {
+    std::string left;
+    const auto collect = [&](const std::string& doing, const Status& status) {
+      if (!status) left += (left.empty() ? "" : "; ") + doing + ": " + status.error().message;
+    };
+    if (migrating_.joinable()) migrating_.join();
+    mirrors_may_go_.store(true);
+    // The mirrors first: from then on the guest is as it was.
+    for (const std::string& disk : attached_) {
+      collect("detaching the mirror of " + disk, source().detach_mirror(uuid(), disk));
+    }
+    if (exporting_) collect("ending QEMU's NBD export", source().stop_exports(uuid()));
+    target_events_.reset();
+    source_events_.reset();
+    source_guard_.clear();
+    bool removed = !receiver_started_;
+    if (engine_) {
+      if (linked_) {
+        // The source runs, so even images that have seen the barrier are nobody's disks.
+        removed =
+            engine_->link().call({{"op", "remove"}, {"force", true}}, kReserveTimeout).has_value();
+      }
+      engine_->stop();
+      engine_.reset();
+    }
+    // The receiver removes its images by itself when the link is gone; this is for one that was killed.
+    if (!removed) collect("cleaning up on the target", clean_up_target());
+    if (!left.empty()) return fail(Code::Io, left, "see the log of the job");
+    queue_.push(Undone_{});
+    return {};
+  }
+
+  Status clean_up_target() {
+    DROVER_ASSIGN(const ProcessResult result,
+                  mirror::run_on_target({.host = options_.host}, {"drover", "receive", "--cleanup", id_}));
+    if (result.exit_code == 0) return {};
+    return fail(Code::Io, result.err.empty() ? result.out : result.err,
+                "run `drover receive --cleanup " + id_ + "` on " + options_.host);
+  }
+
+  // --- the end ---
+
+  Error held_error(const std::string& what) {
+    std::string source_paths;
+    std::string target_paths;
+    for (const DiskPlan& disk : plan().disks) {
+      source_paths += (source_paths.empty() ? "" : ", ") + disk.source_path;
+      target_paths += (target_paths.empty() ? "" : ", ") + disk.target_path;
+    }
+    return Error{Code::Io, what,
+                 fmt::format("nothing was deleted: the source's images ({}) are complete and still, the "
+                             "target's are {}; the job's journal is {}; make sure that the guest runs on "
+                             "one host only",
+                             source_paths, target_paths, directory_),
+                 false};
+  }
+
+  Result<Summary> finish() {
+    meter_.enter(phase_of(state_));
+    if (migrating_.joinable()) migrating_.join();
+    source_events_.reset();
+    target_events_.reset();
+    journal_.reset();
+    if (const auto* undone = std::get_if<Undone>(&state_)) {
+      remove_directory();
+      return fail(undone->reason);
+    }
+    if (const auto* held = std::get_if<Held>(&state_)) {
+      engine_.reset();
+      return fail(held->reason.hint.empty() ? held_error(held->reason.message) : held->reason);
+    }
+    remove_directory();
+    summary_.guest = plan().guest;
+    summary_.host = plan().host;
+    summary_.disks = plan().disks;
+    summary_.phase_times = meter_.phase_times();
+    summary_.total = meter_.elapsed();
+    const Instant stopped = source_stopped_at_.load();
+    Instant resumed = target_runs_at_.load();
+    if (resumed == Instant()) resumed = resumed_at_;
+    summary_.blackout = std::chrono::duration_cast<std::chrono::microseconds>(resumed - stopped);
+    summary_.runner_peak_memory = peak_memory_of_this_process();
+    return summary_;
+  }
+
+  void remove_directory() {
+    std::error_code ignored;
+    std::filesystem::remove_all(directory_, ignored);
+    // Only if no other job is there.
+    ::rmdir(kJobsDirectory);
+  }
+
+  void report_progress(bool now_please = false) {
+    if (!now_please && !meter_.due()) return;
+    if (engine_ && linked_) meter_.copy(engine_->status());
+    observer_.progress(meter_.progress(phase_of(state_)));
+  }
+
+  const MoveOptions options_;
+  Observer& observer_;
+  Cancel& cancel_;
+  Prepared prepared_;
+  const std::string id_;
+  const std::string directory_;
+  EventQueue queue_;
+  State state_ = Reserving{};
+  ProgressMeter meter_;
+  Summary summary_;
+  std::unique_ptr<Journal> journal_;
+  bool receiver_started_ = false;
+  bool linked_ = false;
+  bool exporting_ = false;
+  std::vector<std::string> attached_;
+  std::unique_ptr<mirror::MirrorEngine> engine_;
+  std::atomic<bool> mirrors_may_go_{false};
+  std::atomic<Instant> source_stopped_at_{};
+  std::atomic<Instant> target_runs_at_{};
+  Instant resumed_at_{};
+  std::vector<memmig::ImageLock> source_guard_;
+  std::thread migrating_;
+  std::unique_ptr<memmig::Subscription> source_events_;
+  std::unique_ptr<memmig::Subscription> target_events_;
+};
+
+}  // namespace
+
+bool Plan::blocked() const {
+  return std::ranges::any_of(findings, [](const memmig::Finding& finding) {
+    return finding.severity == memmig::Severity::Blocker;
+  });
+}
+
+Result<Plan> plan_move(const MoveOptions& options, Cancel& cancel) {
+  DROVER_ASSIGN(Prepared prepared, prepare(options, cancel));
+  return std::move(prepared.plan);
+}
+
+Result<Summary> move(const MoveOptions& options, Observer& observer, Cancel& cancel) {
+  DROVER_ASSIGN(Prepared prepared, prepare(options, cancel));
+  observer.planned(prepared.plan);
+  if (prepared.plan.blocked()) {
+    return fail(Code::Blocked, "guest " + prepared.plan.guest + " can't be moved to " + options.host +
+                                   " as things are; nothing was changed",
+                "see what stops it above");
+  }
+  if (cancel.requested()) return fail(Code::Cancelled, "cancelled; nothing was changed");
+  Move job(options, observer, cancel, std::move(prepared));
+  return job.run();
+}
+
+}  // namespace drover::job

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The main job: move a running guest, disks and memory, to another host. What the command line calls.
+//
+//   job::MoveOptions options{.guest = "web1", .host = "hostb"};
+//   job::Cancel cancel;
+//   Result<job::Summary> summary = job::move(options, observer, cancel);
+//
+// Threads: move() and plan_move() block until the job has ended; they may be called from any thread,
+// one per job. The observer is called from threads of the job's, one call at a time; it must return
+// soon. Cancel::request() may be called from any thread and from a signal handler.
+//
+// Errors: Blocked when the plan has a blocker (Plan::findings say which; the observer got the plan);
+// Cancelled when the user asked; otherwise what went wrong. After an error before the barrier nothing is
+// left of the move on either host and the guest runs on; where that is not so, the message says what
+// holds where and what to do.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/result.h"
+#include "base/units.h"
+#include "memmig/preflight.h"
+
+namespace drover::job {
+
+struct MoveOptions {
+  std::string guest;  // name or UUID
+  std::string host;   // an SSH destination
+  std::map<std::string, std::string> disk_paths;  // "vda" -> absolute path on the target
+  std::string source_uri = "qemu:///system";
+  std::string target_uri;      // empty: qemu+ssh://HOST/system
+  std::string target_address;  // for the link; empty: where SSH goes
+  std::uint16_t target_port = 0;  // the receiver listens on it; 0: any
+  bool keep_source = false;    // the disks' files and the definition stay (the guest is off here)
+  Length bandwidth;            // per second, for the disks' copy and the memory; zero: no limit
+  std::chrono::milliseconds max_downtime{500};
+  unsigned connections = 2;    // data connections of the link
+  std::chrono::milliseconds guest_delay{20};  // invariant 2
+  // Test switch: at the barrier, when both sides are equal and still, this file is created and the job
+  // waits until it is gone.
+  std::string hold_barrier_file;
+};
+
+enum class Phase {
+  Plan,
+  Reserve,
+  Attach,
+  Copy,
+  Synchronised,
+  Memory,
+  Barrier,
+  Resume,
+  Commit,
+  Done,
+  Undo,
+};
+std::string_view phase_name(Phase phase);  // "plan", "reserve", ...
+
+struct DiskPlan {
+  std::string disk;  // "vda"
+  std::string source_path;
+  std::string source_format;
+  bool source_block_device = false;
+  std::string target_path;
+  std::string target_format;
+  bool target_block_device = false;
+  bool delete_source = false;  // after Commit
+  Length virtual_size;
+  Length allocation;  // what it takes on the source; zero: not known
+};
+
+struct Plan {
+  std::string guest;
+  std::string uuid;
+  std::string host;
+  Length memory;
+  std::vector<DiskPlan> disks;  // those that move
+  std::vector<memmig::Finding> findings;
+  [[nodiscard]] bool blocked() const;
+};
+
+struct DiskProgress {
+  std::string disk;
+  Length size;         // as the guest sees it
+  Length data;         // of it, what has to be copied (holes are not); 0 until that is known
+  Length copied;       // of it, what the target has acknowledged; never falls
+  Length dirty;        // to be copied (again), now
+};
+
+struct Progress {
+  Phase phase = Phase::Plan;
+  std::chrono::milliseconds elapsed{0};  // since the job began
+  std::vector<DiskProgress> disks;
+  Length data;    // of all disks
+  Length copied;
+  Length rate;    // per second, over the last seconds
+  std::optional<std::chrono::seconds> time_left;  // of the present phase; absent: not known
+  std::uint64_t mirrored_writes = 0;  // the guest's writes that came through the mirror
+  Length wire_bytes;                  // sent to the target so far, memory included
+  Length memory_total;                // Memory: what QEMU says
+  Length memory_remaining;
+  std::string waiting_for;            // what holds it up, for people; empty: nothing
+};
+
+struct Summary {
+  std::string guest;
+  std::string host;
+  std::vector<DiskPlan> disks;
+  Length data;           // read from the source's disks
+  Length wire_bytes;     // sent, memory included
+  Length memory_bytes;   // of it
+  std::uint64_t mirrored_writes = 0;
+  std::vector<std::pair<Phase, std::chrono::milliseconds>> phase_times;  // in their order
+  std::chrono::milliseconds total{0};
+  // Guest stopped on the source to guest running on the target, by this host's clock.
+  std::chrono::microseconds blackout{0};
+  std::vector<std::string> deleted;  // source files
+  std::vector<std::string> kept;     // and those that were left, with why in the notes
+  std::vector<std::string> notes;    // what the user should know
+  Length runner_peak_memory;         // resident, of the two agents
+  Length receiver_peak_memory;
+};
+
+class Observer {
+ public:
+  virtual ~Observer() = default;
+  virtual void planned(const Plan& plan) = 0;
+  virtual void progress(const Progress& progress) = 0;  // a few times a second, and at each new phase
+  virtual void note(const std::string& text) = 0;       // something the user should know now
+};
+
+class Cancel {
+ public:
+  // Async-signal-safe. Before the barrier the job is undone; later it is finished.
+  void request();
+  [[nodiscard]] bool requested() const { return requested_.load(); }
+  // A descriptor that becomes readable with the request (an eventfd).
+  [[nodiscard]] int fd() const { return fd_; }
+  Cancel();
+  ~Cancel();
+  Cancel(const Cancel&) = delete;
+  Cancel& operator=(const Cancel&) = delete;
+
+ private:
+  std::atomic<bool> requested_{false};
+  int fd_ = -1;
+};
+
+// Examines both hosts and says what a move would do and what would stop it; changes nothing.
+// `drover check` and `--dry-run`.
+Result<Plan> plan_move(const MoveOptions& options, Cancel& cancel);
+
+Result<Summary> move(const MoveOptions& options, Observer& observer, Cancel& cancel);
+
+}  // namespace drover::job

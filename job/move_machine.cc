@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "job/move_machine.h"
+
+#include <array>
+#include <utility>
+
+#include "base/check.h"
+
+namespace drover::job {
+namespace {
+
+template <class... Fs>
+struct Match : Fs... {
+  using Fs::operator()...;
+};
+template <class... Fs>
+Match(Fs...) -> Match<Fs...>;
+
+Error cancelled() {
+  return Error{Code::Cancelled, "the move was cancelled; the guest runs on where it was", "", false};
+}
+
+Step stay(State state) { return {std::move(state), {}}; }
+Step undo(Error reason) { return {Undoing{std::move(reason)}, {Do::Undo}}; }
+Step abort_memory(Error reason) { return {AbortingMemory{std::move(reason)}, {Do::AbortMemory}}; }
+
+// The reason to give the move up, if the event is one.
+const Error* trouble_in(const Event& event) {
+  static const Error kCancelled = cancelled();
+  if (const auto* failed = std::get_if<ActionFailed>(&event)) return &failed->error;
+  if (const auto* trouble = std::get_if<Trouble>(&event)) return &trouble->error;
+  if (std::holds_alternative<CancelWished>(event)) return &kCancelled;
+  return nullptr;
+}
+
+Step on(Reserving state, const Event& event) {
+  if (std::holds_alternative<Begin>(event)) return {state, {Do::Reserve}};
+  if (std::holds_alternative<Reserved>(event)) return {Attaching{}, {Do::Attach}};
+  if (const Error* reason = trouble_in(event)) return undo(*reason);
+  return stay(state);
+}
+
+Step on(Attaching state, const Event& event) {
+  if (std::holds_alternative<Attached>(event)) return stay(Copying{});
+  if (const Error* reason = trouble_in(event)) return undo(*reason);
+  return stay(state);
+}
+
+Step on(Copying state, const Event& event) {
+  if (std::holds_alternative<AllCopied>(event)) return {Synchronising{}, {Do::EnterStrict}};
+  if (const Error* reason = trouble_in(event)) return undo(*reason);
+  return stay(state);
+}
+
+Step on(Synchronising state, const Event& event) {
+  if (const auto* copied = std::get_if<AllCopied>(&event); copied != nullptr && copied->strict) {
+    return {MovingMemory{}, {Do::StartMemory}};
+  }
+  if (const Error* reason = trouble_in(event)) return undo(*reason);
+  return stay(state);
+}
+
+Step resume_if_ready(const MovingMemory& state) {
+  if (!state.barrier_passed || !state.target_suspended) return stay(state);
+  return {Resuming{state.migrate_ended, false}, {Do::ResumeTarget}};
+}
+
+Step memory_ended(MovingMemory state, const MigrateEnded& ended) {
+  if (!ended.status) {
+    if (ended.source_runs) return undo(ended.status.error());
+    Error error = ended.status.error();
+    error.message = "the handover failed and the guest runs on neither host: " + error.message;
+    return stay(Held{std::move(error)});
+  }
+  state.migrate_ended = true;
+  state.target_suspended = true;  // what the call's return says, should the event have been lost
+  if (!std::exchange(state.source_stopped, true)) return {state, {Do::PassBarrier}};
+  return resume_if_ready(state);
+}
+
+Step on(MovingMemory state, const Event& event) {
+  return std::visit(
+      Match{
+          [&](const SourceStopped&) -> Step {
+            if (std::exchange(state.source_stopped, true)) return stay(state);
+            return {state, {Do::PassBarrier}};
+          },
+          [&](const TargetSuspended&) -> Step {
+            state.target_suspended = true;
+            if (!std::exchange(state.source_stopped, true)) return {state, {Do::PassBarrier}};
+            return resume_if_ready(state);
+          },
+          [&](const BarrierPassed&) -> Step {
+            state.barrier_passed = true;
+            return resume_if_ready(state);
+          },
+          [&](const MigrateEnded& ended) -> Step { return memory_ended(state, ended); },
+          [&](const ActionFailed& failed) -> Step {
+            if (state.migrate_ended) return stay(Held{failed.error});
+            return abort_memory(failed.error);
+          },
+          [&](const Trouble& trouble) -> Step {
+            // After the barrier the link has done its work: what happens to it does not matter.
+            if (state.barrier_passed) return stay(state);
+            if (state.migrate_ended) return stay(Held{trouble.error});
+            return abort_memory(trouble.error);
+          },
+          [&](const CancelWished&) -> Step {
+            // Too late once the source has stopped: it is a matter of milliseconds now.
+            if (state.source_stopped) return stay(state);
+            return abort_memory(cancelled());
+          },
+          [&](const Begin&) { return stay(state); },
+          [&](const Reserved&) { return stay(state); },
+          [&](const Attached&) { return stay(state); },
+          [&](const AllCopied&) { return stay(state); },
+          [&](const StrictEntered&) { return stay(state); },
+          [&](const TargetRuns&) { return stay(state); },
+          [&](const Committed&) { return stay(state); },
+          [&](const Undone_&) { return stay(state); },
+      },
+      event);
+}
+
+Step on(const AbortingMemory& state, const Event& event) {
+  const auto* ended = std::get_if<MigrateEnded>(&event);
+  if (ended == nullptr) return stay(state);
+  if (!ended->status && ended->source_runs) return undo(state.reason);
+  Error error = state.reason;
+  error.message = "the handover could not be completed and was too far to be taken back: " + error.message;
+  return stay(Held{std::move(error)});
+}
+
+Step on(Resuming state, const Event& event) {
+  if (std::holds_alternative<TargetRuns>(event)) state.target_runs = true;
+  // An error of libvirt's call no longer matters: the target runs, and its guard keeps the source from
+  // running. The driver makes sure that the source is gone before it commits.
+  if (std::holds_alternative<MigrateEnded>(event)) state.migrate_ended = true;
+  if (const auto* failed = std::get_if<ActionFailed>(&event)) return stay(Held{failed->error});
+  if (state.target_runs && state.migrate_ended) return {Committing{}, {Do::Commit}};
+  return stay(state);
+}
+
+Step on(Committing state, const Event& event) {
+  if (std::holds_alternative<Committed>(event)) return stay(Finished{});
+  if (const auto* failed = std::get_if<ActionFailed>(&event)) return stay(Held{failed->error});
+  return stay(state);
+}
+
+Step on(const Undoing& state, const Event& event) {
+  if (std::holds_alternative<Undone_>(event)) return stay(Undone{state.reason});
+  if (const auto* failed = std::get_if<ActionFailed>(&event)) {
+    Error error = state.reason;
+    error.message += "; and not everything could be undone: " + failed->error.message;
+    if (!failed->error.hint.empty()) error.hint = failed->error.hint;
+    return stay(Undone{std::move(error)});
+  }
+  return stay(state);
+}
+
+Step on(Finished state, const Event&) { return stay(state); }
+Step on(const Undone& state, const Event&) { return stay(state); }
+Step on(const Held& state, const Event&) { return stay(state); }
+
+}  // namespace
+
+Step step(State state, const Event& event) {
+  return std::visit([&](auto& now) { return on(now, event); }, state);
+}
+
+std::string_view event_name(const Event& event) {
+  static constexpr std::array<std::string_view, std::variant_size_v<Event>> kNames = {
+      "begin",           "reserved",     "attached",      "all-copied",  "strict-entered",
+      "source-stopped",  "target-suspended", "migrate-ended", "barrier-passed", "target-runs",
+      "committed",       "undone",       "action-failed", "trouble",     "cancel-wished"};
+  return kNames.at(event.index());
+}
+
+std::string_view action_name(Do action) {
+  switch (action) {
+    case Do::Reserve: return "reserve";
+    case Do::Attach: return "attach";
+    case Do::EnterStrict: return "enter-strict";
+    case Do::StartMemory: return "start-memory";
+    case Do::AbortMemory: return "abort-memory";
+    case Do::PassBarrier: return "pass-barrier";
+    case Do::ResumeTarget: return "resume-target";
+    case Do::Commit: return "commit";
+    case Do::Undo: return "undo";
+  }
+  CHECK(false, "every action has a name");
+}
+
+std::string_view state_name(const State& state) {
+  static constexpr std::array<std::string_view, std::variant_size_v<State>> kNames = {
+      "reserving",       "attaching", "copying",    "synchronising", "moving-memory",
+      "aborting-memory", "resuming",  "committing", "finished",      "undoing",
+      "undone",          "held"};
+  return kNames.at(state.index());
+}
+
+Phase phase_of(const State& state) {
+  return std::visit(Match{
+                        [](const Reserving&) { return Phase::Reserve; },
+                        [](const Attaching&) { return Phase::Attach; },
+                        [](const Copying&) { return Phase::Copy; },
+                        [](const Synchronising&) { return Phase::Synchronised; },
+                        [](const MovingMemory& memory) {
+                          return memory.source_stopped ? Phase::Barrier : Phase::Memory;
+                        },
+                        [](const AbortingMemory&) { return Phase::Undo; },
+                        [](const Resuming&) { return Phase::Resume; },
+                        [](const Committing&) { return Phase::Commit; },
+                        [](const Finished&) { return Phase::Done; },
+                        [](const Undoing&) { return Phase::Undo; },
+                        [](const Undone&) { return Phase::Undo; },
+                        [](const Held&) { return Phase::Barrier; },
+                    },
+                    state);
+}
+
+bool ended(const State& state) {
+  return std::holds_alternative<Finished>(state) || std::holds_alternative<Undone>(state) ||
+         std::holds_alternative<Held>(state);
+}
+
+std::string_view phase_name(Phase phase) {
+  switch (phase) {
+    case Phase::Plan: return "plan";
+    case Phase::Reserve: return "reserve";
+    case Phase::Attach: return "attach";
+    case Phase::Copy: return "copy";
+    case Phase::Synchronised: return "synchronised";
+    case Phase::Memory: return "memory";
+    case Phase::Barrier: return "barrier";
+    case Phase::Resume: return "resume";
+    case Phase::Commit: return "commit";
+    case Phase::Done: return "done";
+    case Phase::Undo: return "undo";
+  }
+  CHECK(false, "every phase has a name");
+}
+
+}  // namespace drover::job

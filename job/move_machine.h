@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The move as a pure state machine: what has happened goes in, what to do next comes out. No I/O, no
+// clock, no thread; the driver is job/move.cc.
+//
+//   Reserving -> Attaching -> Copying -> Synchronising -> MovingMemory -> Resuming -> Committing -> Finished
+//       |            |           |             |               |             |
+//       +------------+-----------+-------------+---------------+             |
+//                              v                               |             |
+//                    (AbortingMemory ->) Undoing -> Undone     +--> Held <---+
+//
+// What can no longer change from where on:
+//  - until MovingMemory everything can be undone, and is, on any error and on the user's wish;
+//  - in MovingMemory, once the source has stopped for good, there is no way back: its images are
+//    complete and still, so whatever is missing can be sent from them. Where that needs a person or a
+//    later `drover resume`, the job is Held, with nothing deleted on either side;
+//  - the target is resumed only after the barrier (invariant 5), the source is deleted only after the
+//    target was seen running and that was journaled (invariant 4).
+//
+// Threads: none.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "base/result.h"
+#include "job/move.h"
+
+namespace drover::job {
+
+// --- what has happened ---
+struct Begin {};
+struct Reserved {};       // images, receiver, link are there
+struct Attached {};       // the mirrors carry the guest's writes, copying has begun
+struct AllCopied {        // nothing is left to copy on any disk
+  bool strict = false;
+};
+struct StrictEntered {};
+struct SourceStopped {};    // for the handover: drained, every write answered
+struct TargetSuspended {};  // memory is over there, the target guest stands still
+struct MigrateEnded {       // libvirt's call has returned
+  Status status;
+  bool source_runs = false;  // asked after an error
+};
+struct BarrierPassed {};
+struct TargetRuns {};
+struct Committed {};
+struct Undone_ {};        // the undo has done all it could
+struct ActionFailed {     // the action under way did not succeed
+  Error error;
+};
+struct Trouble {          // link lost, disk error, mirror gone, guest gone
+  Error error;
+};
+struct CancelWished {};
+
+using Event = std::variant<Begin, Reserved, Attached, AllCopied, StrictEntered, SourceStopped,
+                           TargetSuspended, MigrateEnded, BarrierPassed, TargetRuns, Committed,
+                           Undone_, ActionFailed, Trouble, CancelWished>;
+std::string_view event_name(const Event& event);
+
+// --- what to do ---
+enum class Do {
+  Reserve,
+  Attach,
+  EnterStrict,
+  StartMemory,   // returns at once; MigrateEnded comes later
+  AbortMemory,   // returns at once
+  PassBarrier,   // drain, prove, flush, release
+  ResumeTarget,  // guard the source's images, then resume
+  Commit,        // journal it, then undefine and delete the source, end the receiver
+  Undo,
+};
+std::string_view action_name(Do action);
+
+// --- where it is ---
+struct Reserving {};
+struct Attaching {};
+struct Copying {};
+struct Synchronising {};
+struct MovingMemory {
+  bool source_stopped = false;
+  bool barrier_passed = false;
+  bool target_suspended = false;
+  bool migrate_ended = false;
+};
+struct AbortingMemory {
+  Error reason;
+};
+struct Resuming {
+  bool migrate_ended = false;
+  bool target_runs = false;
+};
+struct Committing {};
+struct Finished {};
+struct Undoing {
+  Error reason;
+};
+struct Undone {
+  Error reason;
+};
+struct Held {
+  Error reason;
+};
+using State = std::variant<Reserving, Attaching, Copying, Synchronising, MovingMemory, AbortingMemory,
+                           Resuming, Committing, Finished, Undoing, Undone, Held>;
+std::string_view state_name(const State& state);
+Phase phase_of(const State& state);
+// Nothing more will happen.
+bool ended(const State& state);
+
+struct Step {
+  State state;
+  std::vector<Do> actions;  // in this order
+};
+// Every pair of state and event is answered: what makes no difference there is ignored.
+Step step(State state, const Event& event);
+
+}  // namespace drover::job

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "job/prepare.h"
+
+#include <future>
+#include <utility>
+
+#include <unistd.h>
+
+#include "memmig/libvirt_hypervisor.h"
+#include "memmig/probe.h"
+#include "mirror/bootstrap.h"
+
+namespace drover::job {
+namespace {
+
+Result<memmig::ProbeAnswer> probe_target(const std::string& host, const memmig::ProbeRequest& request) {
+  const mirror::Ssh ssh{.host = host};
+  DROVER_ASSIGN(const ProcessResult probed,
+                mirror::run_on_target(ssh, {"drover", "receive", "--probe"}, memmig::to_json(request)));
+  if (probed.exit_code == 127) {
+    return fail(Code::NotFound, "drover is not installed on " + host,
+                "install the same version there, so that `ssh " + host + " drover --version` finds it");
+  }
+  if (probed.exit_code != 0) {
+    return fail(Code::Incompatible, "drover on " + host + " does not answer: " + probed.err,
+                "is it the same version? `ssh " + host + " drover --version`");
+  }
+  return memmig::parse_probe_answer(probed.out);
+}
+
+memmig::MovePlan make_plan(const memmig::GuestInfo& guest, const MoveOptions& options) {
+  memmig::PlanOptions wishes;
+  for (const auto& [disk, path] : options.disk_paths) wishes.places.push_back({disk, path});
+  return memmig::plan_move(guest, wishes);
+}
+
+// What people are shown of it.
+Plan shown_plan(const memmig::GuestInfo& guest, const memmig::MovePlan& move_plan,
+                const MoveOptions& options) {
+  Plan plan;
+  plan.guest = guest.name;
+  plan.uuid = guest.uuid;
+  plan.host = options.host;
+  plan.memory = guest.memory;
+  for (const memmig::PlannedDisk& disk : move_plan.disks) {
+    DiskPlan one;
+    one.disk = disk.disk;
+    one.source_path = disk.source_path;
+    one.source_format = disk.source_format;
+    one.source_block_device = disk.source_block_device;
+    one.target_path = disk.target_path;
+    one.target_format = disk.target_format;
+    one.target_block_device = disk.target_block_device;
+    one.delete_source = disk.delete_source && !options.keep_source;
+    one.virtual_size = disk.virtual_size;
+    one.allocation = disk.allocation;
+    plan.disks.push_back(std::move(one));
+  }
+  return plan;
+}
+
+}  // namespace
+
+Result<Prepared> prepare(const MoveOptions& options, Cancel& cancel) {
+  if (::geteuid() != 0) {
+    return fail(Code::Denied, "drover needs root: it reads the guests' disks and drives libvirt",
+                "run it with sudo");
+  }
+  Prepared prepared;
+  // The target's libvirt takes longest (SSH): ask it meanwhile.
+  auto connecting = std::async(std::launch::async,
+                               [&]() -> Result<std::unique_ptr<memmig::Hypervisor>> {
+                                 std::string uri = options.target_uri;
+                                 if (uri.empty()) {
+                                   DROVER_ASSIGN(uri, memmig::libvirt_uri_of(options.host));
+                                 }
+                                 return memmig::connect_libvirt({.uri = uri});
+                               });
+  DROVER_ASSIGN(prepared.source, memmig::connect_libvirt({.uri = options.source_uri}));
+  DROVER_ASSIGN(prepared.guest, prepared.source->describe(options.guest));
+  prepared.move_plan = make_plan(prepared.guest, options);
+  prepared.plan = shown_plan(prepared.guest, prepared.move_plan, options);
+  // What already stops the move here needs no target.
+  prepared.plan.findings = memmig::examine_source(prepared.guest, prepared.move_plan);
+  if (memmig::blocked(prepared.plan.findings)) return prepared;
+  if (cancel.requested()) return fail(Code::Cancelled, "cancelled; nothing was changed");
+
+  DROVER_ASSIGN(const memmig::ProbeAnswer target_probe,
+                probe_target(options.host,
+                             memmig::probe_request(prepared.guest, prepared.move_plan)));
+  DROVER_ASSIGN(prepared.target, connecting.get());
+  memmig::settle_plan(prepared.move_plan, target_probe);
+  prepared.plan = shown_plan(prepared.guest, prepared.move_plan, options);
+  DROVER_ASSIGN(const memmig::ProbeAnswer source_probe, memmig::probe_here({}));
+  const memmig::HostQuestion question = memmig::host_question(prepared.guest);
+  DROVER_ASSIGN(const memmig::HostFacts source, prepared.source->facts(question));
+  DROVER_ASSIGN(const memmig::HostFacts target, prepared.target->facts(question));
+  prepared.plan.findings = memmig::examine(
+      {prepared.guest, source, source_probe, target, target_probe, prepared.move_plan});
+  return prepared;
+}
+
+}  // namespace drover::job

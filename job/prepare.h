@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What comes before a move: both hosts are asked what they have, and the plan is made of the answers.
+// Changes nothing on either host.
+#pragma once
+
+#include <memory>
+
+#include "base/result.h"
+#include "job/move.h"
+#include "memmig/hypervisor.h"
+#include "memmig/preflight.h"
+
+namespace drover::job {
+
+struct Prepared {
+  Plan plan;                   // what people are shown
+  memmig::MovePlan move_plan;  // the same in full
+  memmig::GuestInfo guest;
+  std::unique_ptr<memmig::Hypervisor> source;
+  std::unique_ptr<memmig::Hypervisor> target;  // null when a blocker kept it from being asked
+};
+
+// Denied if not root; NotFound for the guest; Unreachable, Denied, NotFound, Incompatible when one of the
+// hosts can't be asked. Everything that would stop the move itself is a finding of the plan.
+Result<Prepared> prepare(const MoveOptions& options, Cancel& cancel);
+
+}  // namespace drover::job

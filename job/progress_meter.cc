@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "job/progress_meter.h"
+
+#include <algorithm>
+
+namespace drover::job {
+
+using std::chrono::duration_cast;
+using std::chrono::milliseconds;
+
+constexpr auto kInterval = std::chrono::milliseconds(250);
+constexpr auto kRateWindow = std::chrono::seconds(4);
+
+ProgressMeter::ProgressMeter() : start_(now()), phase_start_(start_) {}
+
+void ProgressMeter::enter(Phase phase) {
+  const Instant time = now();
+  phase_times_.emplace_back(phase_, duration_cast<milliseconds>(time - phase_start_));
+  phase_ = phase;
+  phase_start_ = time;
+}
+
+void ProgressMeter::copy(const mirror::MirrorEngine::EngineStatus& status) {
+  progress_.disks.resize(status.disks.size());
+  progress_.data = progress_.copied = Length();
+  progress_.mirrored_writes = 0;
+  for (std::size_t i = 0; i < status.disks.size(); ++i) {
+    const auto& disk = status.disks[i];
+    DiskProgress& shown = progress_.disks[i];
+    shown.disk = disk.name;
+    shown.size = disk.size;
+    shown.data = disk.data;
+    shown.dirty = disk.left;
+    // What guests write meanwhile makes chunks dirty again; what is shown does not fall for it.
+    if (disk.left < disk.data) shown.copied = std::max(shown.copied, disk.data - disk.left);
+    progress_.data += shown.data;
+    progress_.copied += shown.copied;
+    progress_.mirrored_writes += disk.counters.guest_writes;
+  }
+  progress_.wire_bytes = Length(status.link.bytes_sent + status.link.memory_bytes);
+  const Instant time = now();
+  samples_.push_back({time, progress_.copied});
+  while (samples_.size() > 2 && samples_.front().at < time - kRateWindow) samples_.pop_front();
+}
+
+void ProgressMeter::memory(Length total, Length remaining) {
+  const std::lock_guard lock(mutex_);
+  memory_total_ = total;
+  memory_remaining_ = remaining;
+}
+
+bool ProgressMeter::due() const { return now() - last_ >= kInterval; }
+
+Progress ProgressMeter::progress(Phase phase) {
+  last_ = now();
+  progress_.phase = phase;
+  progress_.elapsed = elapsed();
+  progress_.rate = Length();
+  progress_.time_left.reset();
+  if (samples_.size() >= 2) {
+    const std::chrono::duration<double> span = samples_.back().at - samples_.front().at;
+    const Length moved = samples_.back().copied - samples_.front().copied;
+    if (span.count() > 0.2) {
+      progress_.rate = Length(static_cast<std::uint64_t>(static_cast<double>(moved.bytes()) / span.count()));
+    }
+  }
+  if (phase == Phase::Copy && progress_.rate > Length() && progress_.data >= progress_.copied) {
+    progress_.time_left = std::chrono::seconds((progress_.data - progress_.copied) / progress_.rate);
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    progress_.memory_total = memory_total_;
+    progress_.memory_remaining = memory_remaining_;
+  }
+  return progress_;
+}
+
+milliseconds ProgressMeter::elapsed() const { return duration_cast<milliseconds>(now() - start_); }
+
+}  // namespace drover::job

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The source's data path of one job: the event loop with its thread, the link to the receiver, and for
+// each disk its NBD server, its image reader and its mirror.
+//
+//   DROVER_ASSIGN(auto engine, MirrorEngine::create(options, events));
+//   DROVER_TRY(engine->connect(link_options));        // the receiver is there
+//   ... engine->link().call(reserve) ...
+//   DROVER_TRY(engine->add_disk(...));                // from here on QEMU may connect
+//   engine->start();                                  // copying begins
+//   ... events.all_copied ... engine->enter_strict() ... events.all_copied ...
+//   DROVER_TRY(engine->drain(5s));                    // the guest has stopped: nothing is on its way
+//   engine->stop();
+//
+// Threads: the calls block and belong to one thread, the job's; status() may be called from any.
+// Events come on the engine's thread: hand them on and return, call nothing of the engine's.
+//
+// Memory: bounded by the two buffer pools (kCopyBuffers, kWriteBuffers of a chunk each) whatever the
+// disks' sizes, plus three bits per chunk.
+#pragma once
+
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "base/result.h"
+#include "base/units.h"
+#include "blockcopy/image.h"
+#include "mirror/disk_mirror.h"
+#include "mirror/link.h"
+
+namespace drover::mirror {
+
+class MirrorEngine {
+ public:
+  static constexpr std::size_t kCopyBuffers = 32;
+  static constexpr std::size_t kWriteBuffers = 96;
+
+  struct Options {
+    Length chunk_size = kMaxChunk;
+    Duration guest_delay = std::chrono::milliseconds(20);
+    Length bandwidth;  // of the copy, per second; zero: no limit
+  };
+  struct Disk {
+    std::string name;  // "vda"
+    Length size;
+    std::variant<blockcopy::RawSource, blockcopy::NbdSource> source;
+    std::optional<NbdServerOptions> server;  // where QEMU's mirror connects; none: nobody writes
+    bool target_initially_zero = true;
+  };
+  struct Events {
+    // Nothing is left to copy on any disk. Again each time that becomes true, and when strict mode
+    // begins while it is.
+    std::function<void(bool strict)> all_copied;
+    // Strict mode ended because the link was lost.
+    std::function<void(const Error&)> link_lost;
+    // A disk could not be read here or written there: the job can't succeed.
+    std::function<void(const std::string& disk, const Error&)> disk_failed;
+    // QEMU's mirror job let go of the disk.
+    std::function<void(const std::string& disk, const Error&)> mirror_gone;
+  };
+
+  static Result<std::unique_ptr<MirrorEngine>> create(const Options& options, Events events);
+  virtual ~MirrorEngine() = default;  // stop()s
+
+  virtual Status connect(LinkOptions options) = 0;
+  [[nodiscard]] virtual Link& link() = 0;  // connect() was successful
+  // In the order of LinkOptions::disk_sizes. Opens the source image and listens for QEMU.
+  virtual Status add_disk(const Disk& disk) = 0;
+  virtual void start() = 0;
+  // Every disk must have been copied once; Busy while a lane is down.
+  virtual Status enter_strict() = 0;
+  virtual void leave_strict() = 0;
+  virtual void set_bandwidth(Length per_second) = 0;
+  // Waits until every write that QEMU sent has been applied on the target and no chunk is left to copy.
+  virtual Status drain(std::chrono::milliseconds timeout) = 0;
+  // Ends copying, the NBD servers (QEMU drops its mirror jobs) and the link. Idempotent.
+  virtual void stop() = 0;
+
+  struct DiskStatus {
+    std::string name;
+    Length size;
+    Length data;    // what had to be copied when copying began (holes are not); 0: not known yet
+    Length left;    // to be copied or on its way, now
+    DiskMirror::Counters counters;
+    std::uint64_t expired = 0;  // writes answered because the bound was reached
+    bool connected = false;     // QEMU's mirror
+  };
+  struct EngineStatus {
+    std::vector<DiskStatus> disks;
+    bool strict = false;
+    LinkCounters link;
+  };
+  [[nodiscard]] virtual EngineStatus status() const = 0;
+};
+
+}  // namespace drover::mirror

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "job/move_machine.h"
+
+#include <algorithm>
+#include <set>
+
+#include <gtest/gtest.h>
+
+#include "base/random.h"
+
+namespace drover::job {
+namespace {
+
+const Error kError{Code::Unreachable, "the link broke", "", true};
+MigrateEnded migrated() { return MigrateEnded{{}, false}; }
+MigrateEnded migrate_failed(bool source_runs) {
+  return MigrateEnded{tl::unexpected<Error>(kError), source_runs};
+}
+
+// Feeds events one after the other; keeps what was to be done.
+struct Run {
+  State state = Reserving{};
+  std::vector<Do> done;
+  void feed(const Event& event) {
+    Step next = step(std::move(state), event);
+    state = std::move(next.state);
+    done.insert(done.end(), next.actions.begin(), next.actions.end());
+  }
+  void feed_all(std::initializer_list<Event> events) {
+    for (const Event& event : events) feed(event);
+  }
+  [[nodiscard]] bool did(Do action) const { return std::ranges::count(done, action) > 0; }
+};
+
+const std::initializer_list<Event> kToMemory = {Begin{}, Reserved{}, Attached{}, AllCopied{false},
+                                                StrictEntered{}, AllCopied{true}};
+
+TEST(MoveMachine, AMoveWithoutTroubleDoesEachThingOnceInOrder) {
+  Run run;
+  run.feed_all(kToMemory);
+  run.feed_all({SourceStopped{}, BarrierPassed{}, TargetSuspended{}, TargetRuns{}, migrated(),
+                Committed{}});
+  EXPECT_TRUE(std::holds_alternative<Finished>(run.state));
+  EXPECT_EQ(run.done, (std::vector<Do>{Do::Reserve, Do::Attach, Do::EnterStrict, Do::StartMemory,
+                                       Do::PassBarrier, Do::ResumeTarget, Do::Commit}));
+}
+
+TEST(MoveMachine, TheOrderOfLibvirtsNewsDoesNotMatter) {
+  std::vector<Event> news = {SourceStopped{}, TargetSuspended{}, migrated()};
+  std::vector<std::size_t> order = {0, 1, 2};
+  do {
+    Run run;
+    run.feed_all(kToMemory);
+    bool passing = false;
+    for (const std::size_t i : order) {
+      run.feed(news[i]);
+      if (!passing && run.did(Do::PassBarrier)) {
+        passing = true;
+        run.feed(BarrierPassed{});
+      }
+    }
+    run.feed_all({TargetRuns{}, Committed{}});
+    EXPECT_TRUE(std::holds_alternative<Finished>(run.state)) << state_name(run.state);
+    EXPECT_EQ(std::ranges::count(run.done, Do::PassBarrier), 1);
+    EXPECT_EQ(std::ranges::count(run.done, Do::ResumeTarget), 1);
+  } while (std::ranges::next_permutation(order).found);
+}
+
+TEST(MoveMachine, TroubleBeforeTheMemoryIsUndone) {
+  for (std::size_t steps = 1; steps < kToMemory.size(); ++steps) {
+    for (const Event& trouble : {Event(Trouble{kError}), Event(CancelWished{})}) {
+      Run run;
+      for (std::size_t i = 0; i < steps; ++i) run.feed(std::data(kToMemory)[i]);
+      run.feed(trouble);
+      EXPECT_TRUE(run.did(Do::Undo)) << steps;
+      run.feed(Undone_{});
+      EXPECT_TRUE(std::holds_alternative<Undone>(run.state));
+    }
+  }
+}
+
+TEST(MoveMachine, TroubleInMemoryAbortsAndUndoesWhenTheSourceRunsAgain) {
+  Run run;
+  run.feed_all(kToMemory);
+  run.feed_all({Trouble{kError}, migrate_failed(true), Undone_{}});
+  EXPECT_TRUE(run.did(Do::AbortMemory));
+  ASSERT_TRUE(std::holds_alternative<Undone>(run.state));
+  EXPECT_EQ(std::get<Undone>(run.state).reason.message, kError.message);
+}
+
+TEST(MoveMachine, AnAbortThatComesTooLateHoldsTheJobAndDeletesNothing) {
+  Run run;
+  run.feed_all(kToMemory);
+  run.feed_all({SourceStopped{}, ActionFailed{kError}, migrated()});
+  EXPECT_TRUE(std::holds_alternative<Held>(run.state));
+  EXPECT_FALSE(run.did(Do::Undo));
+  EXPECT_FALSE(run.did(Do::Commit));
+  EXPECT_FALSE(run.did(Do::ResumeTarget));
+}
+
+TEST(MoveMachine, CancelAfterTheSourceStoppedFinishesTheMove) {
+  Run run;
+  run.feed_all(kToMemory);
+  run.feed_all({SourceStopped{}, CancelWished{}, BarrierPassed{}, TargetSuspended{}, migrated(),
+                TargetRuns{}, Committed{}});
+  EXPECT_TRUE(std::holds_alternative<Finished>(run.state));
+}
+
+TEST(MoveMachine, ATargetThatDoesNotResumeHoldsTheJob) {
+  Run run;
+  run.feed_all(kToMemory);
+  run.feed_all({SourceStopped{}, BarrierPassed{}, TargetSuspended{}, ActionFailed{kError}, migrated()});
+  EXPECT_TRUE(std::holds_alternative<Held>(run.state));
+  EXPECT_FALSE(run.did(Do::Commit));
+  EXPECT_FALSE(run.did(Do::Undo));
+}
+
+// Whatever comes in whatever order, doubled or late: the rules hold.
+TEST(MoveMachine, NoOrderOfEventsBreaksTheInvariants) {
+  for (std::uint64_t seed = 1; seed <= 200000; ++seed) {
+    Random random(seed);
+    Run run;
+    bool barrier = false;
+    bool target_runs = false;
+    for (int i = 0; i < 40; ++i) {
+      const std::vector<Event> all = {Begin{},          Reserved{},      Attached{},
+                                      AllCopied{false}, AllCopied{true}, StrictEntered{},
+                                      SourceStopped{},  TargetSuspended{}, migrated(),
+                                      migrate_failed(random.one_in(2)), BarrierPassed{},
+                                      TargetRuns{},     Committed{},     Undone_{}};
+      Event event = all[random.below(all.size())];
+      if (random.one_in(60)) event = Trouble{kError};
+      if (random.one_in(60)) event = ActionFailed{kError};
+      if (random.one_in(60)) event = CancelWished{};
+      // What a driver can't report before it was told to do it.
+      if (std::holds_alternative<BarrierPassed>(event) && !run.did(Do::PassBarrier)) continue;
+      if (std::holds_alternative<TargetRuns>(event) && !run.did(Do::ResumeTarget)) continue;
+      const bool over = ended(run.state);
+      const std::size_t before = run.done.size();
+      barrier = barrier || std::holds_alternative<BarrierPassed>(event);
+      target_runs = target_runs || std::holds_alternative<TargetRuns>(event);
+      run.feed(event);
+      for (std::size_t k = before; k < run.done.size(); ++k) {
+        ASSERT_FALSE(over) << "seed " << seed << ": something is done after the end";
+        if (run.done[k] == Do::ResumeTarget) {
+          ASSERT_TRUE(barrier) << "seed " << seed << ": invariant 5";
+        }
+        if (run.done[k] == Do::Commit) ASSERT_TRUE(target_runs) << "seed " << seed << ": invariant 4";
+        if (run.done[k] == Do::Undo) {
+          ASSERT_FALSE(run.did(Do::ResumeTarget)) << "seed " << seed << ": undone after the resume";
+        }
+      }
+    }
+    for (const Do action : std::set<Do>(run.done.begin(), run.done.end())) {
+      ASSERT_EQ(std::ranges::count(run.done, action), 1)
+          << "seed " << seed << ": " << action_name(action) << " twice";
+    }
+  }
+}
+
+}  // namespace
+}  // namespace drover::job
