@@ -409,7 +409,9 @@ bool Core::make_room(Connection& connection, std::size_t need) {
   if (connection.begin + need <= capacity) return true;
 
   // To the beginning of a buffer: this one, if nobody was given a part of it, else a new one.
+  // Giving this one back first may return the same one, which the processor's cache still knows.
   const std::size_t begin = need <= kRequestHeader ? kPayloadAlignment - kRequestHeader : 0;
+  if (unread == 0) connection.buffer.reset();
   Buffer target = connection.buffer;
   if (!target || connection.kept > 0) target = pool_.try_take();
   if (!target) return false;
