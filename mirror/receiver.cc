@@ -107,14 +107,9 @@ class Store {
   }
 
   void add_lane(std::shared_ptr<LaneReceiver> lane) {
-    if (auto status = lane->start(); !status) {
+    if (auto status = lane->start(images_); !status) {
       log_error("starting lane {}: {}", lane->index(), status.error().message);
       return;
-    }
-    if (!images_.empty()) {
-      if (auto status = lane->attach(images_); !status) {
-        log_error("lane {}: {}", lane->index(), status.error().message);
-      }
     }
     lanes_.push_back(std::move(lane));
   }

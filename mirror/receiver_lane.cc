@@ -37,8 +37,9 @@ LaneReceiver::LaneReceiver(Options options, UniqueFd fd, std::unique_ptr<Tls> tl
 
 LaneReceiver::~LaneReceiver() { CHECK(!thread_.joinable(), "finish() comes first"); }
 
-Status LaneReceiver::start() {
+Status LaneReceiver::start(const std::vector<std::unique_ptr<blockcopy::TargetImage>>& images) {
   DROVER_ASSIGN(loop_, Loop::create());
+  if (!images.empty()) DROVER_TRY(open_writers(images));
   tls_->grow_buffers(kInput, kOutput);
   thread_ = std::thread([this] {
     send_output();
@@ -62,29 +63,32 @@ void LaneReceiver::run_parked(const std::function<void()>& work) {
   go_on.set_value();
 }
 
+// A TargetImage belongs to the worker's thread (which may start helpers that end with it), its
+// writers to this lane's, which does not run or stands still.
+Status LaneReceiver::open_writers(
+    const std::vector<std::unique_ptr<blockcopy::TargetImage>>& images) {
+  std::vector<blockcopy::ImageWriter*> writers;
+  for (const auto& image : images) {
+    auto writer = image->open_writer(*loop_);
+    if (!writer) {
+      writers_.clear();
+      return fail(std::move(writer).error());
+    }
+    writers.push_back(writer->get());
+    writers_.push_back(std::move(*writer));
+  }
+  applier_ = std::make_unique<Applier>(
+      std::move(writers),
+      [this](std::uint64_t sequence, std::uint16_t, Status result) {
+        answer(sequence, std::move(result));
+      },
+      options_.applier);
+  return {};
+}
+
 Status LaneReceiver::attach(const std::vector<std::unique_ptr<blockcopy::TargetImage>>& images) {
   Status status;
-  // A TargetImage belongs to the worker's thread (which may start helpers that end with it), its
-  // writers to this lane's.
-  run_parked([&] {
-    std::vector<blockcopy::ImageWriter*> writers;
-    for (const auto& image : images) {
-      auto writer = image->open_writer(*loop_);
-      if (!writer) {
-        status = fail(std::move(writer).error());
-        writers_.clear();
-        return;
-      }
-      writers.push_back(writer->get());
-      writers_.push_back(std::move(*writer));
-    }
-    applier_ = std::make_unique<Applier>(
-        std::move(writers),
-        [this](std::uint64_t sequence, std::uint16_t, Status result) {
-          answer(sequence, std::move(result));
-        },
-        options_.applier);
-  });
+  run_parked([&] { status = open_writers(images); });
   return status;
 }
 

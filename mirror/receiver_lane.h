@@ -64,7 +64,9 @@ class LaneReceiver {
   LaneReceiver(const LaneReceiver&) = delete;
   LaneReceiver& operator=(const LaneReceiver&) = delete;
 
-  Status start();
+  // With the session's images if there are any already: the source may send as soon as it is
+  // welcome.
+  Status start(const std::vector<std::unique_ptr<blockcopy::TargetImage>>& images);
   [[nodiscard]] unsigned index() const { return options_.index; }
 
   // From now on frames are applied to these images. The images stay until detach().
@@ -76,6 +78,7 @@ class LaneReceiver {
   void finish();
 
  private:
+  Status open_writers(const std::vector<std::unique_ptr<blockcopy::TargetImage>>& images);
   void run_parked(const std::function<void()>& work);
   void receive();
   void on_received(int count);

@@ -65,7 +65,9 @@ class Outward {
       }
     }
     DROVER_ASSIGN(sent_, link_.send());
-    return moved;
+    // Room again for what found none before: nothing would wake us.
+    const bool more = !buffer_.left().empty() || link_.tls().unflushed() || (ended_ && !closed_);
+    return moved || (sent_ && more);
   }
 
   [[nodiscard]] bool can_read() const { return !ended_ && buffer_.left().empty(); }

@@ -1,0 +1,845 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The link and the receiver together, over real TCP and TLS on loopback: what the source queues is
+// what the target's disks hold; who does not belong is refused without harm; what breaks ends as
+// docs/protocol.md says.
+#include "mirror/link.h"
+
+#include <fcntl.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+
+#include <fstream>
+#include <numeric>
+
+#include "tests/contract/link_support.h"
+
+namespace drover::mirror::test {
+namespace {
+
+using testing::ElementsAre;
+using testing::HasSubstr;
+
+constexpr const char* kSession = "job-1";
+
+class LinkTest : public testing::Test {
+ protected:
+  LinkTest() { key_ = *random_key(); }
+  ~LinkTest() override {
+    for (const auto& disk : disks_) disk->open_gate();
+  }
+
+  void add_disk(Length size) {
+    disks_.push_back(std::make_unique<ModelDisk>(size, disks_.size() + 1));
+  }
+  [[nodiscard]] ReceiverOptions receiver_options() {
+    ReceiverOptions options;
+    options.session = kSession;
+    options.key = key_;
+    options.jobs_directory = dir_ / "jobs";
+    options.create_image =
+        [this](
+            const blockcopy::TargetSpec& spec) -> Result<std::unique_ptr<blockcopy::TargetImage>> {
+      return disks_.at(std::stoul(spec.path.substr(1)))->create(spec);
+    };
+    return options;
+  }
+  void start_receiver() { receiver_ = std::make_unique<TestReceiver>(receiver_options()); }
+
+  [[nodiscard]] LinkOptions link_options(unsigned lanes = 2) const {
+    LinkOptions options;
+    options.address = "127.0.0.1";
+    options.port = receiver_->port();
+    options.session = kSession;
+    options.key = key_;
+    options.lanes = lanes;
+    for (const auto& disk : disks_) options.disk_sizes.emplace_back(disk->bytes().size());
+    options.chunk_size = chunk_;
+    return options;
+  }
+  [[nodiscard]] nlohmann::json reserve_request() const {
+    nlohmann::json disks = nlohmann::json::array();
+    for (std::size_t i = 0; i < disks_.size(); ++i) {
+      disks.push_back({{"path", "/" + std::to_string(i)},
+                       {"format", "raw"},
+                       {"block_device", true},
+                       {"size", disks_[i]->bytes().size()}});
+    }
+    return {{"op", "reserve"}, {"disks", disks}};
+  }
+  // Receiver, link and images.
+  void set_up(TestSource& source, const LinkOptions& options) {
+    const Status connected = source.connect(options);
+    ASSERT_TRUE(connected.has_value()) << connected.error().to_string();
+    const auto reserved = source.link().call(reserve_request(), kPatience);
+    ASSERT_TRUE(reserved.has_value()) << reserved.error().to_string();
+  }
+  [[nodiscard]] Endpoint endpoint() const {
+    return {.address = "127.0.0.1", .port = receiver_->port(), .key = key_};
+  }
+  [[nodiscard]] Hello hello(ConnectionKind kind, unsigned lane = 0) const {
+    Hello made;
+    made.kind = kind;
+    made.session = kSession;
+    made.lanes = 1;
+    made.lane = lane;
+    for (const auto& disk : disks_) made.limits.disk_sizes.emplace_back(disk->bytes().size());
+    made.limits.chunk_size = chunk_;
+    return made;
+  }
+  void expect_nothing_left() { EXPECT_FALSE(std::filesystem::exists(dir_ / "jobs/job-1")); }
+
+  TempDir dir_;
+  LinkKey key_{};
+  Length chunk_ = 1_MiB;
+  std::vector<std::unique_ptr<ModelDisk>> disks_;
+  std::unique_ptr<TestReceiver> receiver_;
+};
+
+// A disk with data, runs of zeroes of all sizes, and an odd tail.
+Bytes disk_with_holes(Random& random, std::size_t size) {
+  Bytes bytes = random_bytes(random, size);
+  for (std::size_t at = 0; at < size;) {
+    const std::size_t run = 1 + random.below(random.one_in(4) ? 3U << 20 : 20000);
+    if (random.one_in(2)) {
+      std::fill_n(bytes.begin() + static_cast<std::ptrdiff_t>(at), std::min(run, size - at),
+                  std::byte{0});
+    }
+    at += run;
+  }
+  return bytes;
+}
+
+void copy_all(TestSource& source, const Bytes& disk, Length chunk, std::uint32_t lanes) {
+  for (std::uint64_t at = 0, i = 0; at < disk.size(); at += chunk.bytes(), ++i) {
+    const Extent extent{Offset(at), Length(std::min(chunk.bytes(), disk.size() - at))};
+    source.copy(static_cast<std::uint32_t>(i % lanes), 0, disk, extent, true, i);
+  }
+}
+
+struct CopyCase {
+  unsigned lanes;
+  Encoding encoding;
+};
+class LinkCopyTest : public LinkTest, public testing::WithParamInterface<CopyCase> {};
+
+TEST_P(LinkCopyTest, TheTargetHoldsWhatTheSourceSent) {
+  Random random(GetParam().lanes);
+  const Bytes disk = disk_with_holes(random, (24U << 20) + 12345);
+  add_disk(Length(disk.size()));
+  start_receiver();
+  TestSource source;
+  LinkOptions options = link_options(GetParam().lanes);
+  options.encode = {GetParam().encoding, 1};
+  set_up(source, options);
+  copy_all(source, disk, chunk_, GetParam().lanes);
+  ASSERT_TRUE(source.wait_answers());
+  EXPECT_EQ(source.applied_tokens().size(), 25U);
+  const Status barrier = source.link().barrier(kPatience);
+  ASSERT_TRUE(barrier.has_value()) << barrier.error().to_string();
+  EXPECT_TRUE(disks_[0]->bytes() == disk);
+  EXPECT_TRUE(disks_[0]->flushed);
+  EXPECT_TRUE(disks_[0]->released);
+  const LinkCounters counters = source.link().counters();
+  EXPECT_EQ(counters.frames_sent, 25U);
+  EXPECT_LT(counters.bytes_sent, disk.size());
+  ASSERT_TRUE(source.link().call({{"op", "finish"}}, kPatience).has_value());
+  EXPECT_TRUE(receiver_->wait().has_value());
+  EXPECT_FALSE(disks_[0]->removed);
+  EXPECT_TRUE(source.lost_lanes().empty());
+  expect_nothing_left();
+}
+INSTANTIATE_TEST_SUITE_P(LanesAndEncodings, LinkCopyTest,
+                         testing::Values(CopyCase{1, Encoding::Plain}, CopyCase{2, Encoding::Lz4},
+                                         CopyCase{3, Encoding::Zstd}, CopyCase{4, Encoding::Plain},
+                                         CopyCase{16, Encoding::Plain}));
+
+// Copies, writes and zeroes of the same chunks, as fast as they go out, on several lanes; the
+// target completes its writes in any order. The last one queued wins everywhere.
+TEST_F(LinkTest, OfFramesOfOneChunkTheLaterOneWins) {
+  chunk_ = 64_KiB;
+  constexpr std::uint32_t kLanes = 3;
+  constexpr std::uint64_t kChunks = 24;
+  add_disk(chunk_ * kChunks);
+  start_receiver();
+  TestSource source;
+  set_up(source, link_options(kLanes));
+  Bytes truth(disks_[0]->bytes().size());
+  Random random(7);
+  for (std::uint64_t i = 0; i < 6000; ++i) {
+    const std::uint64_t chunk = random.below(kChunks);
+    const auto lane = static_cast<std::uint32_t>(chunk % kLanes);
+    const std::uint64_t within = random.below(chunk_.bytes());
+    const Extent extent{Offset(chunk * chunk_.bytes() + within),
+                        Length(1 + random.below(std::min<std::uint64_t>(
+                                       chunk_.bytes() - within, random.one_in(8) ? 65536 : 9000)))};
+    const auto bytes = std::span(truth).subspan(extent.offset.bytes(), extent.length.bytes());
+    switch (random.below(4)) {
+      case 0:
+        source.copy(lane, 0, truth, {Offset(chunk * chunk_.bytes()), chunk_}, false, i);
+        break;
+      case 1:
+        std::ranges::fill(bytes, std::byte{0});
+        source.zero(lane, 0, extent, i);
+        break;
+      default:
+        for (std::byte& byte : bytes) byte = static_cast<std::byte>(random.next());
+        source.write(lane, 0, truth, extent, i);
+    }
+  }
+  ASSERT_TRUE(source.wait_answers());
+  const Status barrier = source.link().barrier(kPatience);
+  ASSERT_TRUE(barrier.has_value()) << barrier.error().to_string();
+  EXPECT_TRUE(disks_[0]->bytes() == truth);
+  EXPECT_TRUE(source.refused_tokens().empty());
+}
+
+TEST_F(LinkTest, RealImagesHoldWhatWasSentAndStayThin) {
+  Random random(3);
+  Bytes disk(64U << 20);
+  const Bytes data = random_bytes(random, 5U << 20);
+  std::ranges::copy(data, disk.begin() + (20 << 20));
+  add_disk(Length(disk.size()));
+  ReceiverOptions options = receiver_options();
+  options.create_image = nullptr;
+  receiver_ = std::make_unique<TestReceiver>(options);
+  TestSource source;
+  const std::string path = dir_ / "disk.raw";
+  ASSERT_TRUE(source.connect(link_options()).has_value());
+  const auto reserved = source.link().call(
+      {{"op", "reserve"}, {"disks", {{{"path", path}, {"format", "raw"}, {"size", disk.size()}}}}},
+      kPatience);
+  ASSERT_TRUE(reserved.has_value()) << reserved.error().to_string();
+  EXPECT_EQ((*reserved)["disks"][0]["initially_zero"], true);
+  copy_all(source, disk, chunk_, 2);
+  ASSERT_TRUE(source.wait_answers());
+  ASSERT_TRUE(source.link().call({{"op", "flush"}}, kPatience).has_value());
+  ASSERT_TRUE(source.link().barrier(kPatience).has_value());
+  ASSERT_TRUE(source.link().call({{"op", "finish"}}, kPatience).has_value());
+  EXPECT_TRUE(receiver_->wait().has_value());
+  std::ifstream in(path, std::ios::binary);
+  Bytes found(disk.size());
+  in.read(reinterpret_cast<char*>(found.data()), static_cast<std::streamsize>(found.size()));
+  EXPECT_EQ(in.gcount(), static_cast<std::streamsize>(disk.size()));
+  EXPECT_TRUE(found == disk);
+  struct stat info {};
+  ASSERT_EQ(::stat(path.c_str(), &info), 0);
+  EXPECT_LE(info.st_blocks * 512, 6 << 20);
+  expect_nothing_left();
+}
+
+// --- who does not belong ---
+
+TEST_F(LinkTest, AWrongKeyIsDeniedAndTheRightOneStillWelcome) {
+  add_disk(1_MiB);
+  start_receiver();
+  TestSource stranger;
+  LinkOptions wrong = link_options();
+  wrong.key[5] ^= std::byte{1};
+  const Status denied = stranger.connect(wrong);
+  ASSERT_FALSE(denied.has_value());
+  EXPECT_EQ(denied.error().code, Code::Denied) << denied.error().to_string();
+  LinkOptions other_job = link_options();
+  other_job.session = "job-2";
+  EXPECT_FALSE(stranger.connect(other_job).has_value());
+  TestSource source;
+  set_up(source, link_options());
+}
+
+std::string read_until_closed(int fd) {
+  std::string all;
+  std::array<char, 4096> piece{};
+  while (true) {
+    pollfd polled{fd, POLLIN, 0};
+    if (::poll(&polled, 1, 60000) <= 0) return "it was not closed";
+    const ssize_t count = ::recv(fd, piece.data(), piece.size(), 0);
+    if (count <= 0) return all;
+    all.append(piece.data(), static_cast<std::size_t>(count));
+  }
+}
+
+TEST_F(LinkTest, StrangersAreClosedAndHarmNothing) {
+  add_disk(1_MiB);
+  start_receiver();
+  const std::array<std::string, 4> greetings = {
+      "GET / HTTP/1.1\r\nHost: x\r\n\r\n", std::string(100000, '\0'), std::string(70000, '\x16'),
+      // A handshake record that promises 16 MiB.
+      std::string("\x16\x03\x01\x40\x00\x01\xff\xff\xff", 9) + std::string(16380, 'x')};
+  for (const std::string& greeting : greetings) {
+    auto fd = connect_tcp("127.0.0.1", receiver_->port(), now() + kPatience);
+    ASSERT_TRUE(fd.has_value());
+    (void)!::send(fd->get(), greeting.data(), greeting.size(), MSG_NOSIGNAL);
+    EXPECT_NE(read_until_closed(fd->get()), "it was not closed");
+  }
+  TestSource source;
+  set_up(source, link_options());
+}
+
+TEST_F(LinkTest, WhoSaysNothingIsClosedInTime) {
+  add_disk(1_MiB);
+  ReceiverOptions options = receiver_options();
+  options.handshake = 50ms;
+  receiver_ = std::make_unique<TestReceiver>(options);
+  auto fd = connect_tcp("127.0.0.1", receiver_->port(), now() + kPatience);
+  ASSERT_TRUE(fd.has_value());
+  EXPECT_EQ(read_until_closed(fd->get()), "");
+}
+
+TEST_F(LinkTest, ManyHalfOpenConnectionsKeepNobodyOut) {
+  add_disk(1_MiB);
+  start_receiver();  // which gives each of them 10 s
+  std::vector<UniqueFd> crowd;
+  for (int i = 0; i < 200; ++i) {
+    auto fd = connect_tcp("127.0.0.1", receiver_->port(), now() + kPatience);
+    ASSERT_TRUE(fd.has_value());
+    crowd.push_back(std::move(*fd));
+  }
+  TestSource source;
+  set_up(source, link_options());
+  // The oldest have been closed.
+  EXPECT_EQ(read_until_closed(crowd.front().get()), "");
+}
+
+// --- peers with the key that break the rules ---
+
+class LinkHostileTest : public LinkTest {
+ protected:
+  void SetUp() override {
+    add_disk(4_MiB);
+    start_receiver();
+    auto control = open_connection(endpoint(), hello(ConnectionKind::Control), now() + kPatience);
+    ASSERT_TRUE(control.has_value()) << control.error().to_string();
+    control_ = std::make_unique<TlsSocket>(std::move(*control));
+    auto lane = open_connection(endpoint(), hello(ConnectionKind::Lane), now() + kPatience);
+    ASSERT_TRUE(lane.has_value()) << lane.error().to_string();
+    lane_ = std::make_unique<TlsSocket>(std::move(*lane));
+  }
+  // The answer to a control message, with its id.
+  nlohmann::json ask(nlohmann::json request) {
+    request["id"] = ++id_;
+    say(*control_, *encode_message(request));
+    return hear();
+  }
+  nlohmann::json hear() {
+    auto text = control_->read_message(kMaxMessage, now() + kPatience);
+    EXPECT_TRUE(text.has_value());
+    return text ? nlohmann::json::parse(*text) : nlohmann::json();
+  }
+  static void say(TlsSocket& to, std::string_view bytes) {
+    const Status said = to.write_all(bytes, now() + kPatience);
+    EXPECT_TRUE(said.has_value()) << said.error().to_string();
+  }
+  void expect_closed(TlsSocket& socket) {
+    // Whatever it still says (beats, answers), then the end.
+    Bytes sink(65536);
+    while (true) {
+      auto count = socket.tls().read(sink);
+      if (!count || socket.tls().closed()) return;
+      if (*count > 0) continue;
+      ASSERT_TRUE(wait_for(socket.fd(), POLLIN, now() + kPatience, -1, "the end").has_value());
+      auto received = socket.receive();
+      if (!received) return;
+    }
+  }
+  [[nodiscard]] static std::string frame(FrameHeader header, std::string_view payload) {
+    std::array<std::byte, kHeaderSize> head{};
+    encode_header(header, head);
+    return std::string(reinterpret_cast<const char*>(head.data()), head.size()) +
+           std::string(payload);
+  }
+  [[nodiscard]] static std::string write_frame(std::uint64_t sequence, std::uint64_t offset,
+                                               const std::string& payload) {
+    FrameHeader header;
+    header.type = FrameType::Write;
+    header.sequence = sequence;
+    header.extent = {Offset(offset), Length(payload.size())};
+    encode_write(header, std::as_bytes(std::span(payload)));
+    return frame(header, payload);
+  }
+
+  std::unique_ptr<TlsSocket> control_;
+  std::unique_ptr<TlsSocket> lane_;
+  std::uint64_t id_ = 0;
+};
+
+struct BadFrame {
+  const char* name;
+  std::function<std::string()> bytes;
+};
+
+TEST_F(LinkHostileTest, FramesThatBreakTheRulesEndTheLaneAndTouchNoDisk) {
+  FrameHeader good;
+  good.type = FrameType::Write;
+  good.sequence = 1;
+  good.extent = {Offset(0), Length(512)};
+  const std::string payload(512, 'x');
+  encode_write(good, std::as_bytes(std::span(payload)));
+  const auto changed = [&](const std::function<void(FrameHeader&)>& change) {
+    FrameHeader header = good;
+    change(header);
+    return frame(header, payload);
+  };
+  const std::vector<std::pair<std::string, std::string>> bad = {
+      {"garbage", std::string(kHeaderSize, '\xa5')},
+      {"a payload that does not match its checksum",
+       changed([](FrameHeader& h) { h.checksum ^= 1; })},
+      {"a sequence that skips", changed([](FrameHeader& h) { h.sequence = 2; })},
+      {"a disk that does not exist", changed([](FrameHeader& h) { h.disk = 1; })},
+      {"an extent beyond the disk",
+       changed([](FrameHeader& h) { h.extent.offset = Offset(4U << 20); })},
+      {"an oversized payload", changed([](FrameHeader& h) { h.payload_length = 1U << 30; })},
+      {"an answer",
+       changed([](FrameHeader& h) { h = FrameHeader{.type = FrameType::Ack, .sequence = 1}; })},
+      {"a truncated frame", frame(good, payload.substr(0, 100))},
+  };
+  ASSERT_TRUE(ask(reserve_request()).contains("ok"));
+  std::uint64_t epoch = 1;
+  for (const auto& [name, bytes] : bad) {
+    SCOPED_TRACE(name);
+    say(*lane_, bytes);
+    if (name == "a truncated frame") {
+      ASSERT_TRUE(lane_->tls().close().has_value());
+      ASSERT_TRUE(lane_->send().has_value());
+    }
+    expect_closed(*lane_);
+    // The session goes on: a new epoch, a new lane, which works.
+    ++epoch;
+    Hello again = hello(ConnectionKind::Control);
+    again.epoch = epoch;
+    auto control = open_connection(endpoint(), again, now() + kPatience);
+    ASSERT_TRUE(control.has_value()) << control.error().to_string();
+    control_ = std::make_unique<TlsSocket>(std::move(*control));
+    again.kind = ConnectionKind::Lane;
+    auto lane = open_connection(endpoint(), again, now() + kPatience);
+    ASSERT_TRUE(lane.has_value()) << lane.error().to_string();
+    lane_ = std::make_unique<TlsSocket>(std::move(*lane));
+  }
+  EXPECT_TRUE(
+      std::ranges::all_of(disks_[0]->bytes(), [](std::byte b) { return b == std::byte{}; }));
+  say(*lane_, write_frame(1, 512, "drover"));
+  std::array<std::byte, kHeaderSize> answer{};
+  std::size_t have = 0;
+  while (have < answer.size()) {
+    auto count = lane_->tls().read(std::span(answer).subspan(have));
+    ASSERT_TRUE(count.has_value());
+    have += *count;
+    if (have == answer.size() || *count > 0) continue;
+    ASSERT_TRUE(wait_for(lane_->fd(), POLLIN, now() + kPatience, -1, "an answer").has_value());
+    ASSERT_TRUE(lane_->receive().has_value());
+  }
+  EXPECT_EQ(std::memcmp(disks_[0]->bytes().data() + 512, "drover", 6), 0);
+}
+
+TEST_F(LinkHostileTest, AFrameBeforeAnyImageEndsTheLane) {
+  say(*lane_, write_frame(1, 0, "x"));
+  expect_closed(*lane_);
+  EXPECT_TRUE(ask({{"op", "stats"}}).contains("result"));
+}
+
+TEST_F(LinkHostileTest, ASecondControlConnectionIsRefused) {
+  const auto second =
+      open_connection(endpoint(), hello(ConnectionKind::Control), now() + kPatience);
+  ASSERT_FALSE(second.has_value());
+  EXPECT_EQ(second.error().code, Code::Busy);
+  EXPECT_TRUE(ask({{"op", "stats"}}).contains("result"));
+}
+
+TEST_F(LinkHostileTest, ATakenLaneOneTooManyAndOneOfAnotherEpochAreRefused) {
+  for (const unsigned index : {0U, 1U}) {
+    const auto lane =
+        open_connection(endpoint(), hello(ConnectionKind::Lane, index), now() + kPatience);
+    EXPECT_FALSE(lane.has_value());
+  }
+  Hello old = hello(ConnectionKind::Lane);
+  old.epoch = 2;
+  EXPECT_FALSE(open_connection(endpoint(), old, now() + kPatience).has_value());
+}
+
+TEST_F(LinkHostileTest, ANewEpochReplacesTheOldOneWhichIsNotTakenBack) {
+  ASSERT_TRUE(ask(reserve_request()).contains("ok"));
+  Hello newer = hello(ConnectionKind::Control);
+  newer.epoch = 5;
+  auto control = open_connection(endpoint(), newer, now() + kPatience);
+  ASSERT_TRUE(control.has_value()) << control.error().to_string();
+  expect_closed(*control_);
+  expect_closed(*lane_);
+  for (const std::uint64_t epoch : {1U, 4U, 5U}) {
+    Hello older = hello(ConnectionKind::Control);
+    older.epoch = epoch;
+    EXPECT_FALSE(open_connection(endpoint(), older, now() + kPatience).has_value()) << epoch;
+  }
+  EXPECT_FALSE(disks_[0]->removed);
+  control_ = std::make_unique<TlsSocket>(std::move(*control));
+  EXPECT_TRUE(ask({{"op", "remove"}}).contains("ok"));
+  EXPECT_TRUE(disks_[0]->removed);
+}
+
+TEST_F(LinkHostileTest, AProtocolOfAnotherVersionIsRefused) {
+  nlohmann::json json = hello_to_json(hello(ConnectionKind::Control));
+  json["protocol"] = 2U;
+  const auto parsed = hello_from_json(json);
+  ASSERT_FALSE(parsed.has_value());
+  EXPECT_EQ(parsed.error().code, Code::Incompatible);
+}
+
+TEST_F(LinkHostileTest, UnknownAndUntimelyOperationsAreAnsweredWithErrors) {
+  EXPECT_EQ(ask({{"op", "explode"}})["error"]["code"], "invalid-argument");
+  EXPECT_EQ(ask({{"op", "barrier"}, {"lanes", nlohmann::json::array()}})["error"]["code"],
+            "protocol");
+  EXPECT_EQ(ask({{"op", "reserve"}})["error"]["code"], "protocol");
+  nlohmann::json relative = reserve_request();
+  relative["disks"][0]["path"] = "disk.raw";
+  EXPECT_EQ(ask(relative)["error"]["code"], "invalid-argument");
+  nlohmann::json other_size = reserve_request();
+  other_size["disks"][0]["size"] = 5;
+  EXPECT_EQ(ask(other_size)["error"]["code"], "protocol");
+  nlohmann::json format = reserve_request();
+  format["disks"][0]["format"] = "vmdk";
+  EXPECT_EQ(ask(format)["error"]["code"], "incompatible");
+  ASSERT_TRUE(ask(reserve_request()).contains("ok"));
+  EXPECT_EQ(ask(reserve_request())["error"]["code"], "already-exists");
+  EXPECT_EQ(ask({{"op", "finish"}})["error"]["code"], "protocol");
+}
+
+TEST_F(LinkHostileTest, AControlConnectionThatTalksNonsenseEndsTheSession) {
+  ASSERT_TRUE(ask(reserve_request()).contains("ok"));
+  say(*control_, std::string("\xff\xff\xff\x7f", 4));
+  expect_closed(*control_);
+  EXPECT_FALSE(receiver_->wait().has_value());
+  EXPECT_TRUE(disks_[0]->removed);
+  expect_nothing_left();
+}
+
+TEST_F(LinkHostileTest, JsonThatNestsIsRefused) {
+  const std::string deep = std::string(200000, '[') + std::string(200000, ']');
+  const auto length = static_cast<std::uint32_t>(deep.size());
+  std::string message(4, '\0');
+  std::memcpy(message.data(), &length, 4);
+  say(*control_, message + deep);
+  expect_closed(*control_);
+}
+
+// A source whose frames are not what it says at the barrier.
+TEST_F(LinkHostileTest, ABarrierThatDoesNotMatchNamesTheLaneAndKeepsTheImages) {
+  ASSERT_TRUE(ask(reserve_request()).contains("ok"));
+  say(*lane_, write_frame(1, 0, "drover"));
+  LaneDigest digest;
+  const nlohmann::json answer = ask({{"op", "barrier"}, {"lanes", {digest.to_json()}}});
+  EXPECT_EQ(answer["error"]["code"], "protocol");
+  EXPECT_THAT(answer["error"]["message"].get<std::string>(), HasSubstr("data connection 0"));
+  EXPECT_EQ(ask({{"op", "remove"}})["error"]["code"], "denied");
+  control_.reset();
+  EXPECT_FALSE(receiver_->wait().has_value());
+  EXPECT_FALSE(disks_[0]->removed);
+  EXPECT_TRUE(disks_[0]->released);
+  const auto cleaned = cleanup_receiver(dir_ / "jobs", kSession);
+  ASSERT_FALSE(cleaned.has_value());
+  EXPECT_EQ(cleaned.error().code, Code::Busy) << "the receiver object still holds its lock";
+}
+
+// --- what breaks ---
+
+TEST_F(LinkTest, AResetInTheMiddleLosesTheLanesAndRemovesTheImages) {
+  add_disk(64_MiB);
+  start_receiver();
+  Network network(receiver_->port());
+  network.cut_after(1, 9U << 20);
+  TestSource source;
+  LinkOptions options = link_options(2);
+  options.port = network.port();
+  set_up(source, options);
+  Random random(1);
+  const Bytes disk = random_bytes(random, 64U << 20);
+  std::thread sender([&] { copy_all(source, disk, chunk_, 2); });
+  EXPECT_TRUE(source.wait_lost(1));
+  sender.join();
+  auto lost = source.lost_lanes();
+  ASSERT_EQ(lost.size(), 1U);
+  EXPECT_EQ(lost.begin()->first, 0U);
+  EXPECT_EQ(lost.begin()->second.code, Code::Unreachable);
+  // One lane is no session: the source may still end it in order.
+  EXPECT_TRUE(source.link().call({{"op", "stats"}}, kPatience).has_value());
+  EXPECT_EQ(source.link().barrier(kPatience).error().code, Code::Unreachable);
+  EXPECT_FALSE(disks_[0]->removed);
+  network.cut_all();
+  EXPECT_TRUE(source.wait_lost(2));
+  EXPECT_FALSE(source.link().call({{"op", "stats"}}, kPatience).has_value());
+  EXPECT_FALSE(receiver_->wait().has_value());
+  EXPECT_TRUE(disks_[0]->removed);
+  EXPECT_EQ(source.lost_lanes().size(), 2U);
+  expect_nothing_left();
+}
+
+TEST_F(LinkTest, AfterTheBarrierALostLinkKeepsTheImages) {
+  add_disk(1_MiB);
+  start_receiver();
+  TestSource source;
+  set_up(source, link_options());
+  ASSERT_TRUE(source.link().barrier(kPatience).has_value());
+  const std::string directory = receiver_->directory();
+  source.disconnect();
+  EXPECT_FALSE(receiver_->wait().has_value());
+  EXPECT_FALSE(disks_[0]->removed);
+  receiver_.reset();
+  std::ifstream in(directory + "/record.json");
+  EXPECT_EQ(nlohmann::json::parse(in)["barrier"], true);
+  const auto cleaned = cleanup_receiver(dir_ / "jobs", kSession);
+  ASSERT_FALSE(cleaned.has_value());
+  EXPECT_EQ(cleaned.error().code, Code::Denied);
+}
+
+TEST_F(LinkTest, RemoveTakesTheImagesBackAndAfterTheBarrierOnlyByForce) {
+  add_disk(1_MiB);
+  start_receiver();
+  TestSource source;
+  set_up(source, link_options());
+  ASSERT_TRUE(source.link().barrier(kPatience).has_value());
+  EXPECT_EQ(source.link().call({{"op", "remove"}}, kPatience).error().code, Code::Denied);
+  EXPECT_FALSE(disks_[0]->removed);
+  EXPECT_TRUE(source.link().call({{"op", "remove"}, {"force", true}}, kPatience).has_value());
+  EXPECT_TRUE(disks_[0]->removed);
+  source.disconnect();
+  EXPECT_TRUE(receiver_->wait().has_value());
+  expect_nothing_left();
+}
+
+TEST_F(LinkTest, ToldToEndItRemovesItsImages) {
+  add_disk(1_MiB);
+  start_receiver();
+  TestSource source;
+  set_up(source, link_options());
+  receiver_->stop();
+  EXPECT_FALSE(receiver_->wait().has_value());
+  EXPECT_TRUE(disks_[0]->removed);
+  EXPECT_TRUE(source.wait_lost(2));
+  expect_nothing_left();
+}
+
+TEST_F(LinkTest, WhenNobodyComesItEnds) {
+  ReceiverOptions options = receiver_options();
+  options.first_contact = 20ms;
+  receiver_ = std::make_unique<TestReceiver>(options);
+  const Status ended = receiver_->wait();
+  ASSERT_FALSE(ended.has_value());
+  EXPECT_EQ(ended.error().code, Code::Unreachable);
+  expect_nothing_left();
+}
+
+TEST_F(LinkTest, ASilentLaneIsNoticedByBothEnds) {
+  add_disk(1_MiB);
+  start_receiver();
+  Network network(receiver_->port());
+  TestSource source;
+  LinkOptions options = link_options(2);
+  options.port = network.port();
+  options.silence_timeout = 300ms;
+  set_up(source, options);
+  network.stall(2);
+  ASSERT_TRUE(source.wait_lost(1));
+  auto lost = source.lost_lanes();
+  ASSERT_EQ(lost.size(), 1U);
+  EXPECT_EQ(lost.begin()->first, 1U);
+  EXPECT_THAT(lost.begin()->second.message, HasSubstr("nothing was heard"));
+  network.stall_all();
+  ASSERT_TRUE(source.wait_lost(2));
+  EXPECT_EQ(source.link().call({{"op", "stats"}}, kPatience).error().code, Code::Unreachable);
+  EXPECT_FALSE(receiver_->wait().has_value());
+  EXPECT_TRUE(disks_[0]->removed);
+}
+
+TEST_F(LinkTest, SlowDisksAreNoSilence) {
+  add_disk(8_MiB);
+  start_receiver();
+  TestSource source;
+  LinkOptions options = link_options(1);
+  options.silence_timeout = 200ms;
+  set_up(source, options);
+  disks_[0]->close_gate();
+  Random random(1);
+  const Bytes disk = random_bytes(random, 8U << 20);
+  copy_all(source, disk, chunk_, 1);
+  // Several times the silence, of which nothing is awaited but that it passes.
+  const Instant later = now() + 1s;
+  while (now() < later) {
+    ASSERT_TRUE(source.link().call({{"op", "stats"}}, kPatience).has_value());
+    std::this_thread::sleep_for(50ms);
+  }
+  EXPECT_TRUE(source.lost_lanes().empty());
+  disks_[0]->open_gate();
+  EXPECT_TRUE(source.wait_answers());
+}
+
+TEST_F(LinkTest, NoSpaceOnTheTargetComesBackAsNoSpace) {
+  add_disk(8_MiB);
+  start_receiver();
+  TestSource source;
+  set_up(source, link_options(1));
+  disks_[0]->full_from = 5U << 20;
+  Random random(1);
+  copy_all(source, random_bytes(random, 8U << 20), chunk_, 1);
+  ASSERT_TRUE(source.wait_answers());
+  const auto refused = source.refused_tokens();
+  EXPECT_EQ(refused.size(), 3U);
+  for (const auto& [token, error] : refused) {
+    EXPECT_GE(token, 5U);
+    EXPECT_EQ(error.code, Code::NoSpace);
+    EXPECT_THAT(error.message, HasSubstr("no space left"));
+  }
+  EXPECT_TRUE(source.lost_lanes().empty());
+}
+
+TEST_F(LinkTest, AFrameThatWaitsCanBeAbandonedOneUnderWayNot) {
+  add_disk(256_MiB);
+  start_receiver();
+  TestSource source(256);
+  set_up(source, link_options(1));
+  disks_[0]->close_gate();
+  // More than the receiver's buffers and the network hold: the last one waits at the source.
+  Random random(1);
+  const Bytes chunk = random_bytes(random, 1U << 20);
+  constexpr std::uint64_t kFrames = 200;
+  for (std::uint64_t i = 0; i < kFrames; ++i) {
+    source.send(0, {.type = FrameType::Copy, .extent = {Offset(i << 20), 1_MiB}, .token = i},
+                chunk);
+  }
+  EXPECT_TRUE(source.abandon(0, kFrames - 1));
+  EXPECT_FALSE(source.abandon(0, kFrames - 1));
+  EXPECT_FALSE(source.abandon(0, 12345));
+  disks_[0]->open_gate();
+  ASSERT_TRUE(source.wait_answers());
+  const auto applied = source.applied_tokens();
+  EXPECT_EQ(applied.size(), kFrames - 1);
+  EXPECT_EQ(std::ranges::count(applied, kFrames - 1), 0);
+  EXPECT_FALSE(source.abandon(0, 0));
+  EXPECT_TRUE(source.link().barrier(kPatience).has_value());
+}
+
+TEST_F(LinkTest, TheBarrierWaitsForAnswersButNotForEver) {
+  add_disk(1_MiB);
+  start_receiver();
+  TestSource source;
+  set_up(source, link_options(1));
+  disks_[0]->close_gate();
+  source.write(0, 0, Bytes(512, std::byte{1}), {Offset(0), Length(512)});
+  source.on_engine([] {});
+  EXPECT_EQ(source.link().barrier(50ms).error().code, Code::Busy);
+  disks_[0]->open_gate();
+  EXPECT_TRUE(source.link().barrier(kPatience).has_value());
+}
+
+// --- memory ---
+
+class UnixServer {
+ public:
+  explicit UnixServer(const std::string& path) {
+    sockaddr_un name{};
+    name.sun_family = AF_UNIX;
+    std::ranges::copy(path, name.sun_path);
+    fd_ = UniqueFd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    EXPECT_EQ(::bind(fd_.get(), reinterpret_cast<sockaddr*>(&name), sizeof name), 0);
+    EXPECT_EQ(::listen(fd_.get(), 8), 0);
+  }
+  UniqueFd accept() {
+    pollfd polled{fd_.get(), POLLIN, 0};
+    EXPECT_EQ(::poll(&polled, 1, 60000), 1);
+    return UniqueFd(::accept4(fd_.get(), nullptr, nullptr, SOCK_CLOEXEC));
+  }
+
+ private:
+  UniqueFd fd_;
+};
+
+UniqueFd connect_to(const std::string& path) {
+  sockaddr_un name{};
+  name.sun_family = AF_UNIX;
+  std::ranges::copy(path, name.sun_path);
+  UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  EXPECT_EQ(::connect(fd.get(), reinterpret_cast<sockaddr*>(&name), sizeof name), 0);
+  return fd;
+}
+
+void send_all(int fd, const Bytes& bytes) {
+  for (std::size_t at = 0; at < bytes.size();) {
+    const ssize_t sent = ::send(fd, bytes.data() + at, bytes.size() - at, MSG_NOSIGNAL);
+    if (sent <= 0) break;
+    at += static_cast<std::size_t>(sent);
+  }
+  ::shutdown(fd, SHUT_WR);
+}
+
+Bytes receive_all(int fd) {
+  Bytes all;
+  Bytes piece(1U << 20);
+  while (true) {
+    const ssize_t count = ::recv(fd, piece.data(), piece.size(), 0);
+    if (count <= 0) return all;
+    all.insert(all.end(), piece.begin(), piece.begin() + count);
+  }
+}
+
+// On one machine the two ends can't have the same path: the receiver sees the target's through a
+// link to another directory.
+TEST_F(LinkTest, MemoryTravelsBothWaysAtOnceAndEndsWithBoth) {
+  add_disk(1_MiB);
+  start_receiver();
+  TestSource source;
+  set_up(source, link_options());
+  // The source's path is a name that moves: the relay listens on it, then the target's server does.
+  const std::string path = dir_ / "memory.sock";
+  ASSERT_TRUE(source.link().start_relay({.unix_path = path, .mode = 0660}).has_value());
+  struct stat info {};
+  ASSERT_EQ(::stat(path.c_str(), &info), 0);
+  EXPECT_EQ(info.st_mode & 0777U, 0660U);
+  const std::string relay_path = dir_ / "relay.sock";
+  ASSERT_EQ(::rename(path.c_str(), relay_path.c_str()), 0);
+  UnixServer server(path);
+  Random random(1);
+  const Bytes there = random_bytes(random, 100U << 20);
+  const Bytes back = random_bytes(random, 100U << 20);
+  const UniqueFd qemu = connect_to(relay_path);
+  const UniqueFd incoming = server.accept();
+  Bytes arrived;
+  Bytes returned;
+  std::thread sends([&] { send_all(qemu.get(), there); });
+  std::thread answers([&] { send_all(incoming.get(), back); });
+  std::thread receives([&] { arrived = receive_all(incoming.get()); });
+  returned = receive_all(qemu.get());
+  for (std::thread* thread : {&sends, &answers, &receives}) thread->join();
+  EXPECT_TRUE(arrived == there);
+  EXPECT_TRUE(returned == back);
+  EXPECT_GE(source.link().counters().memory_bytes, there.size() + back.size());
+
+  // One direction ends, the other goes on.
+  const UniqueFd second = connect_to(relay_path);
+  const UniqueFd second_incoming = server.accept();
+  send_all(second.get(), Bytes(1000, std::byte{7}));
+  EXPECT_EQ(receive_all(second_incoming.get()).size(), 1000U);
+  send_all(second_incoming.get(), Bytes(2000, std::byte{8}));
+  EXPECT_EQ(receive_all(second.get()).size(), 2000U);
+
+  // stop_relay() breaks what is left.
+  const UniqueFd third = connect_to(relay_path);
+  const UniqueFd third_incoming = server.accept();
+  source.link().stop_relay();
+  EXPECT_TRUE(receive_all(third.get()).empty());
+  EXPECT_TRUE(receive_all(third_incoming.get()).empty());
+}
+
+TEST_F(LinkTest, MemoryThatNobodyAwaitsOnTheTargetIsClosed) {
+  add_disk(1_MiB);
+  start_receiver();
+  TestSource source;
+  set_up(source, link_options());
+  const std::string path = dir_ / "memory.sock";
+  ASSERT_TRUE(source.link().start_relay({.unix_path = path}).has_value());
+  const std::string relay_path = dir_ / "relay.sock";
+  ASSERT_EQ(::rename(path.c_str(), relay_path.c_str()), 0);
+  const UniqueFd qemu = connect_to(relay_path);
+  EXPECT_TRUE(receive_all(qemu.get()).empty());
+  EXPECT_EQ(source.link().start_relay({.unix_path = relay_path}).error().code, Code::AlreadyExists);
+}
+
+}  // namespace
+}  // namespace drover::mirror::test
