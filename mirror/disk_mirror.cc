@@ -43,7 +43,8 @@ DiskMirror::~DiskMirror() { CHECK(idle(), "a mirror is drained before it goes");
 void DiskMirror::start() {
   CHECK(!started_, "a mirror starts once");
   started_ = true;
-  if (options_.target_initially_zero) scan_from(Offset(0));
+  if (options_.target_initially_zero) return scan_from(Offset(0));
+  events_.changed();
 }
 
 void DiskMirror::scan_from(Offset at) {
@@ -59,18 +60,20 @@ void DiskMirror::on_extents(Offset at, Result<std::vector<blockcopy::MappedExten
   scanning_ = false;
   if (stopped_) return;
   // Not knowing the holes costs time, not correctness: everything is read then.
-  if (!result || result->empty()) return;
+  if (!result || result->empty()) return events_.changed();
   for (const blockcopy::MappedExtent& run : *result) {
     CHECK(run.extent.offset == at, "extents come without gaps");
     if (!run.data) arbiter_.scan_hole(run.extent);
     at = run.extent.end();
   }
-  if (at < Offset(options_.arbiter.disk_size.bytes())) scan_from(at);
+  if (at < Offset(options_.arbiter.disk_size.bytes())) return scan_from(at);
+  events_.changed();
 }
 
 bool DiskMirror::start_copy() {
   if (!started_ || scanning_ || stopped_) return false;
-  if (arbiter_.summary().copying >= options_.max_copies) return false;
+  const Arbiter::Summary summary = arbiter_.summary();
+  if (summary.pending == 0 || summary.copying >= options_.max_copies) return false;
   Buffer buffer = copy_buffers_.try_take();
   if (!buffer) return false;
   const std::optional<CopyTicket> ticket = arbiter_.start_copy();

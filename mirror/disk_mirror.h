@@ -40,6 +40,7 @@ class DiskMirror {
   struct Events {
     std::function<void(std::uint64_t id)> acknowledge;  // answer QEMU's request: done
     std::function<void(const Error&)> failed;           // the disk can't be copied: read or write error
+    std::function<void()> changed;  // the holes are known: start_copy() may succeed now
     std::function<Instant()> now;
   };
 

@@ -186,6 +186,7 @@ class Engine final : public MirrorEngine, private Answers {
     events.failed = [this, raw_disk](const Error& error) {
       if (!stopping_) events_.disk_failed(raw_disk->name, error);
     };
+    events.changed = [this] { loop_->post([this] { pump(); }); };
     events.now = [] { return now(); };
     one->mirror = std::make_unique<DiskMirror>(options, *one->reader, *link_, copy_buffers_, events);
 
@@ -193,7 +194,7 @@ class Engine final : public MirrorEngine, private Answers {
       NbdServer::Events server_events;
       server_events.request = [this, raw_disk](NbdRequest request) {
         raw_disk->mirror->guest(std::move(request));
-        settle();
+        pump();
       };
       server_events.connected = [raw_disk] { raw_disk->connected = true; };
       server_events.disconnected = [this, raw_disk](const Error& error) {

@@ -428,6 +428,7 @@ void MirrorSim::set_up() {
   mirror::DiskMirror::Events events;
   events.acknowledge = [this](std::uint64_t id) { answered(id); };
   events.failed = [this](const Error& error) { violate("it gave up: " + error.message); };
+  events.changed = [] {};  // here somebody tries all the time
   events.now = [this] { return clock_; };
   mirror_ = std::make_unique<mirror::DiskMirror>(options, *reader_, *lanes_, *copy_buffers_, events);
   mirror_->start();
