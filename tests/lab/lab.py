@@ -25,23 +25,22 @@ Host      run(cmd) popen(cmd)    a command inside the host; the process object i
 Disk      one disk of a guest: size, format, data, cache ... (see the class)
 Guest     status()               the witness's last report, wherever the guest runs
   command("full-verify")         and every other command of witness/witness.c; returns its answer
-  host  domain()  disks()  wait_report()  stop() ...
+  verify()                       the same, as a call: {"ok": True, "mismatches": 0, ...}
+  host  domain()  disks()  wait_report()  mismatches()  console()  destroy()
 
 From the command line: `lab.py up` keeps a lab running until `lab.py down`; see `lab.py --help`.
 
 A host is a network, mount, UTS, IPC and PID namespace over an overlay of the machine's own root, with a
 real sshd and a real libvirtd. Its PID 1 is tini: when that dies, everything in it is gone. Nothing has
 a name on the machine (no `ip netns`, no mounts outside), so labs do not collide and a lab that was
-killed leaves only its directory, which the next one removes.
+killed leaves only its directory and loop devices, which the next one removes.
 """
 from __future__ import annotations
 
 import argparse
-import array
 import contextlib
 import ctypes
 import dataclasses
-import fcntl
 import fnmatch
 import hashlib
 import json
@@ -496,9 +495,10 @@ class Host:
         host_key = upper / "etc/ssh/ssh_host_ed25519_key"
         _tool(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", self.name, "-f", str(host_key)])
         ssh = self.dir / "home/.ssh"
-        for src, dst in ((key, "id_ed25519"), (Path(f"{key}.pub"), "id_ed25519.pub"), (Path(f"{key}.pub"), "authorized_keys")):
-            shutil.copy(src, ssh / dst)
-            (ssh / dst).chmod(0o600)
+        public = Path(f"{key}.pub")
+        for file, name in ((key, "id_ed25519"), (public, "id_ed25519.pub"), (public, "authorized_keys")):
+            shutil.copy(file, ssh / name)
+            (ssh / name).chmod(0o600)
         # /usr/local/bin/drover is a link, so that a rebuilt program is the one that runs next.
         (upper / "usr/local/bin/drover").symlink_to(self.lab.drover_inside)
 
@@ -534,7 +534,8 @@ class Host:
         """Copies the guest's kernel and initramfs into the host, unless these are there already (a lab
         that keeps running should use a witness that was changed meanwhile)."""
         program, kernel, initrd = build_witness()
-        for source, inside in ((program, "/usr/local/bin/witness"), (kernel, f"{BOOT}/vmlinuz"), (initrd, f"{BOOT}/initrd")):
+        for source, inside in ((program, "/usr/local/bin/witness"), (kernel, f"{BOOT}/vmlinuz"),
+                               (initrd, f"{BOOT}/initrd")):
             target = self.path(inside)
             if not target.exists() or target.stat().st_mtime_ns != source.stat().st_mtime_ns:
                 new = target.with_name(target.name + ".new")
