@@ -257,7 +257,8 @@ class Engine final : public MirrorEngine, private Answers {
   // After anything has happened: timers, and what others wait for.
   void settle() {
     if (!deadline_timer_) arm_deadline();
-    bool copied = started_ && !disks_.empty();
+    bool scanned = started_;
+    Length left;
     bool synchronised = true;
     bool idle = true;
     for (const auto& disk : disks_) {
@@ -265,7 +266,8 @@ class Engine final : public MirrorEngine, private Answers {
         disk->data_known = true;
         disk->data = left_of(*disk);
       }
-      copied = copied && disk->mirror->all_copied();
+      scanned = scanned && disk->mirror->scanned();
+      left += left_of(*disk);
       synchronised = synchronised && disk->mirror->arbiter().synchronised();
       idle = idle && disk->mirror->idle();
     }
@@ -277,6 +279,7 @@ class Engine final : public MirrorEngine, private Answers {
       idle_->set_value();
       idle_.reset();
     }
+    const bool copied = scanned && left <= (strict_ ? Length() : kHandoverRest);
     if (copied && !std::exchange(told_copied_, true) && !stopping_) events_.all_copied(strict_);
     if (!copied) told_copied_ = false;
   }

@@ -39,6 +39,9 @@ class MirrorEngine {
  public:
   static constexpr std::size_t kCopyBuffers = 32;
   static constexpr std::size_t kWriteBuffers = 96;
+  // A guest that writes all the time may keep making a few chunks Pending again for ever; in strict mode
+  // it no longer can, and so much is copied in a moment.
+  static constexpr Length kHandoverRest = 32_MiB;
 
   struct Options {
     Length chunk_size = kMaxChunk;
@@ -53,8 +56,8 @@ class MirrorEngine {
     bool target_initially_zero = true;
   };
   struct Events {
-    // Nothing is left to copy on any disk. Again each time that becomes true, and when strict mode
-    // begins while it is.
+    // Not strict: at most kHandoverRest is left to copy, the handover may begin. Strict: nothing is left
+    // on any disk. Again each time that becomes true.
     std::function<void(bool strict)> all_copied;
     // Strict mode ended because the link was lost.
     std::function<void(const Error&)> link_lost;

@@ -15,6 +15,7 @@
 
 #include "base/random.h"
 #include "mirror/disk_mirror.h"
+#include "mirror/lane_queue.h"
 
 namespace drover::sim {
 namespace {
@@ -173,7 +174,7 @@ class SimLanes final : public mirror::Lanes {
     bool down = false;
     std::uint64_t epoch = 1;
     std::uint64_t sequence = 0;
-    std::deque<mirror::OutFrame> queue;                // not begun
+    std::optional<mirror::LaneQueue> queue;            // not begun
     std::deque<Bytes> wire;                            // encoded, in order
     std::map<std::uint64_t, std::uint64_t> tokens;     // sequence -> token
     std::deque<std::pair<std::uint64_t, std::uint64_t>> answers;  // epoch, sequence
@@ -254,6 +255,7 @@ class MirrorSim {
 
 SimLanes::SimLanes(MirrorSim& sim, LaneIndex count) : sim_(sim), lanes_(count) {
   for (LaneIndex i = 0; i < count; ++i) {
+    lanes_[i].queue.emplace(sim.limits_.chunk_size);
     lanes_[i].applier = std::make_unique<mirror::Applier>(
         std::vector<blockcopy::ImageWriter*>{sim.writer_.get()},
         [this, i](std::uint64_t sequence, std::uint16_t, const Status& status) {
@@ -266,15 +268,11 @@ SimLanes::SimLanes(MirrorSim& sim, LaneIndex count) : sim_(sim), lanes_(count) {
 
 void SimLanes::send(std::uint32_t lane, mirror::OutFrame frame) {
   if (lanes_[lane].down) return sim_.violate("a frame was sent on a lane that is down");
-  lanes_[lane].queue.push_back(std::move(frame));
+  lanes_[lane].queue->push(std::move(frame));
 }
 
 bool SimLanes::abandon(std::uint32_t lane, std::uint64_t token) {
-  auto& queue = lanes_[lane].queue;
-  const auto found = std::ranges::find(queue, token, &mirror::OutFrame::token);
-  if (found == queue.end()) return false;
-  queue.erase(found);
-  return true;
+  return lanes_[lane].queue->abandon(token);
 }
 
 void SimLanes::lose(LaneIndex index) {
@@ -283,7 +281,7 @@ void SimLanes::lose(LaneIndex index) {
   for (std::uint64_t arrive = sim_.random_.below(lane.wire.size() + 1); arrive > 0; --arrive) {
     deliver_one(lane);
   }
-  lane.queue.clear();
+  lane.queue->clear();
   lane.wire.clear();
   lane.tokens.clear();
   lane.answers.clear();
@@ -303,8 +301,7 @@ void SimLanes::lose(LaneIndex index) {
 }
 
 void SimLanes::encode_one(Lane& lane) {
-  mirror::OutFrame frame = std::move(lane.queue.front());
-  lane.queue.pop_front();
+  const mirror::OutFrame frame = *lane.queue->pop();
   FrameHeader header;
   header.type = frame.type;
   header.disk = frame.disk;
@@ -367,7 +364,7 @@ bool SimLanes::step() {
     for (std::uint64_t k = 0; k < 3; ++k) {
       switch ((choice + k) % 3) {
         case 0:
-          if (lane.queue.empty()) break;
+          if (lane.queue->empty()) break;
           encode_one(lane);
           return true;
         case 1:
@@ -395,7 +392,7 @@ bool SimLanes::step() {
 
 bool SimLanes::quiet() const {
   return std::ranges::all_of(lanes_, [](const Lane& lane) {
-    return !lane.down && lane.queue.empty() && lane.wire.empty() && lane.answers.empty() &&
+    return !lane.down && lane.queue->empty() && lane.wire.empty() && lane.answers.empty() &&
            lane.applier->in_flight() == 0;
   });
 }

@@ -18,7 +18,7 @@ MigrateEnded migrate_failed(bool source_runs) {
 }
 
 // Feeds events one after the other; keeps what was to be done.
-struct Run {
+struct Walk {
   State state = Reserving{};
   std::vector<Do> done;
   void feed(const Event& event) {
@@ -36,7 +36,7 @@ const std::initializer_list<Event> kToMemory = {Begin{}, Reserved{}, Attached{},
                                                 StrictEntered{}, AllCopied{true}};
 
 TEST(MoveMachine, AMoveWithoutTroubleDoesEachThingOnceInOrder) {
-  Run run;
+  Walk run;
   run.feed_all(kToMemory);
   run.feed_all({SourceStopped{}, BarrierPassed{}, TargetSuspended{}, TargetRuns{}, migrated(),
                 Committed{}});
@@ -49,7 +49,7 @@ TEST(MoveMachine, TheOrderOfLibvirtsNewsDoesNotMatter) {
   std::vector<Event> news = {SourceStopped{}, TargetSuspended{}, migrated()};
   std::vector<std::size_t> order = {0, 1, 2};
   do {
-    Run run;
+    Walk run;
     run.feed_all(kToMemory);
     bool passing = false;
     for (const std::size_t i : order) {
@@ -69,7 +69,7 @@ TEST(MoveMachine, TheOrderOfLibvirtsNewsDoesNotMatter) {
 TEST(MoveMachine, TroubleBeforeTheMemoryIsUndone) {
   for (std::size_t steps = 1; steps < kToMemory.size(); ++steps) {
     for (const Event& trouble : {Event(Trouble{kError}), Event(CancelWished{})}) {
-      Run run;
+      Walk run;
       for (std::size_t i = 0; i < steps; ++i) run.feed(std::data(kToMemory)[i]);
       run.feed(trouble);
       EXPECT_TRUE(run.did(Do::Undo)) << steps;
@@ -80,7 +80,7 @@ TEST(MoveMachine, TroubleBeforeTheMemoryIsUndone) {
 }
 
 TEST(MoveMachine, TroubleInMemoryAbortsAndUndoesWhenTheSourceRunsAgain) {
-  Run run;
+  Walk run;
   run.feed_all(kToMemory);
   run.feed_all({Trouble{kError}, migrate_failed(true), Undone_{}});
   EXPECT_TRUE(run.did(Do::AbortMemory));
@@ -89,7 +89,7 @@ TEST(MoveMachine, TroubleInMemoryAbortsAndUndoesWhenTheSourceRunsAgain) {
 }
 
 TEST(MoveMachine, AnAbortThatComesTooLateHoldsTheJobAndDeletesNothing) {
-  Run run;
+  Walk run;
   run.feed_all(kToMemory);
   run.feed_all({SourceStopped{}, ActionFailed{kError}, migrated()});
   EXPECT_TRUE(std::holds_alternative<Held>(run.state));
@@ -99,7 +99,7 @@ TEST(MoveMachine, AnAbortThatComesTooLateHoldsTheJobAndDeletesNothing) {
 }
 
 TEST(MoveMachine, CancelAfterTheSourceStoppedFinishesTheMove) {
-  Run run;
+  Walk run;
   run.feed_all(kToMemory);
   run.feed_all({SourceStopped{}, CancelWished{}, BarrierPassed{}, TargetSuspended{}, migrated(),
                 TargetRuns{}, Committed{}});
@@ -107,7 +107,7 @@ TEST(MoveMachine, CancelAfterTheSourceStoppedFinishesTheMove) {
 }
 
 TEST(MoveMachine, ATargetThatDoesNotResumeHoldsTheJob) {
-  Run run;
+  Walk run;
   run.feed_all(kToMemory);
   run.feed_all({SourceStopped{}, BarrierPassed{}, TargetSuspended{}, ActionFailed{kError}, migrated()});
   EXPECT_TRUE(std::holds_alternative<Held>(run.state));
@@ -119,7 +119,7 @@ TEST(MoveMachine, ATargetThatDoesNotResumeHoldsTheJob) {
 TEST(MoveMachine, NoOrderOfEventsBreaksTheInvariants) {
   for (std::uint64_t seed = 1; seed <= 200000; ++seed) {
     Random random(seed);
-    Run run;
+    Walk run;
     bool barrier = false;
     bool target_runs = false;
     for (int i = 0; i < 40; ++i) {
@@ -145,7 +145,9 @@ TEST(MoveMachine, NoOrderOfEventsBreaksTheInvariants) {
         if (run.done[k] == Do::ResumeTarget) {
           ASSERT_TRUE(barrier) << "seed " << seed << ": invariant 5";
         }
-        if (run.done[k] == Do::Commit) ASSERT_TRUE(target_runs) << "seed " << seed << ": invariant 4";
+        if (run.done[k] == Do::Commit) {
+          ASSERT_TRUE(target_runs) << "seed " << seed << ": invariant 4";
+        }
         if (run.done[k] == Do::Undo) {
           ASSERT_FALSE(run.did(Do::ResumeTarget)) << "seed " << seed << ": undone after the resume";
         }
