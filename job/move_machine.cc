@@ -34,7 +34,9 @@ const Error* trouble_in(const Event& event) {
 }
 
 Step on(Reserving state, const Event& event) {
-  if (std::holds_alternative<Begin>(event)) return {state, {Do::Reserve}};
+  if (std::holds_alternative<Begin>(event) && !std::exchange(state.begun, true)) {
+    return {state, {Do::Reserve}};
+  }
   if (std::holds_alternative<Reserved>(event)) return {Attaching{}, {Do::Attach}};
   if (const Error* reason = trouble_in(event)) return undo(*reason);
   return stay(state);

@@ -76,7 +76,9 @@ enum class Do {
 std::string_view action_name(Do action);
 
 // --- where it is ---
-struct Reserving {};
+struct Reserving {
+  bool begun = false;
+};
 struct Attaching {};
 struct Copying {};
 struct Synchronising {};
