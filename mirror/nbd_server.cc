@@ -540,6 +540,8 @@ Result<std::unique_ptr<NbdServer>> NbdServer::listen(Loop& loop, BufferPool& poo
                                                      const NbdServerOptions& options,
                                                      Events events) {
   CHECK(events.request != nullptr, "somebody must handle the requests");
+  CHECK(options.max_in_flight >= 1 && options.max_in_flight <= NbdSession::kMaxSlots,
+        "a client has 1 to 1024 requests in flight");
   auto core = std::make_shared<Core>(loop, pool, options, std::move(events));
   auto server = std::make_unique<Server>(core);
   DROVER_TRY(core->open());

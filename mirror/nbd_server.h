@@ -66,10 +66,10 @@ struct NbdServerOptions {
 
 // Threads: all on the loop's thread.
 //
-// Lifetime: the Loop must outlive the server, and the pool the Loop (a receive into one of its
-// buffers may be under way). Destroying the server with requests outstanding is safe, also from
-// inside one of its events: the client sees the connection close (QEMU drops the mirror job, the
-// guest runs on).
+// Lifetime: the Loop must outlive the server, and the pool the Loop: a receive into one of its
+// buffers may be under way, so that one comes back only when the loop runs on, or goes. Destroying
+// the server with requests outstanding is safe, also from inside one of its events: the client sees
+// the connection close (QEMU drops the mirror job, the guest runs on).
 class NbdServer {
  public:
   // Called for each request; answer with complete(), in any order, now or later.
@@ -77,7 +77,8 @@ class NbdServer {
   // `connected`: a client finished its handshake. A mirror job has one connection; a second client
   // is refused (its connection closes at once) while one is there. `disconnected`, once for each
   // `connected`: it is gone, and why (Protocol if it was thrown out). Requests outstanding then
-  // need no complete().
+  // need no complete(). While nothing is read (max_in_flight requests are unanswered, or no buffer
+  // is free) nobody notices that a client has gone.
   struct Events {
     Handler request;
     std::function<void()> connected;
