@@ -235,6 +235,7 @@ class Store {
       }
       spec.format = format == "raw" ? blockcopy::Format::Raw : blockcopy::Format::Qcow2;
       DROVER_ASSIGN(spec.block_device, get_bool(disk, "block_device", false));
+      DROVER_ASSIGN(spec.cached, get_bool(disk, "cached", false));
       DROVER_ASSIGN(const std::uint64_t size, get_unsigned(disk, "size"));
       spec.size = Length(size);
       if (spec.size != limits_.disk_sizes[specs.size()]) {
