@@ -11,7 +11,6 @@ import socket
 import stat
 import subprocess
 import threading
-import time
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -247,6 +246,84 @@ def tcp_relay(source: Host, target: Host, port: int) -> Relay:
     return Relay(_in_network_of(source, listen), lambda: _in_network_of(target, connect))
 
 
+class RpcRelay:
+    """Between a libvirt client on `client_host` and the libvirtd of `server_host`, over their unix sockets: can lose
+    the answer to one procedure, together with the connection, after everything that came before it."""
+
+    FINISH3_PARAMS = 306  # libvirt's remote_protocol.x: REMOTE_PROC_DOMAIN_MIGRATE_FINISH3_PARAMS
+
+    def __init__(self, client_host: Host, server_host: Host, path: str = "/run/relay-sock") -> None:
+        self.path = path
+        self._file = client_host.path(path)
+        self._server = str(server_host.path("/run/libvirt/libvirt-sock"))
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(self._file))
+        self._listener.listen(8)
+        self.lose_answer_to: Optional[int] = None
+        self.hold: Optional[threading.Event] = None  # the answer is lost only when this is set
+        self.lost = threading.Event()
+        self.answered: list[int] = []
+        self._sockets: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    @property
+    def uri(self) -> str:
+        return f"qemu+unix:///system?socket={self.path}"
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.socket(socket.AF_UNIX)
+            far.connect(self._server)
+            self._sockets += [near, far]
+            for target, args in ((_copy, (near, far)), (self._answers, (far, near))):
+                t = threading.Thread(target=target, args=args, daemon=True)
+                t.start()
+                self._threads.append(t)
+
+    def _answers(self, server: socket.socket, client: socket.socket) -> None:
+        """Message by message. Each has a length, then program, version, procedure, type (1: answer), serial, status."""
+        buffer = b""
+        try:
+            while data := server.recv(1 << 18):
+                buffer += data
+                while len(buffer) >= 28 and len(buffer) >= (length := int.from_bytes(buffer[:4], "big")):
+                    message, buffer = buffer[:length], buffer[length:]
+                    procedure, kind = (int.from_bytes(message[i:i + 4], "big") for i in (12, 16))
+                    if kind == 1:
+                        self.answered.append(procedure)
+                        if procedure == self.lose_answer_to:
+                            if self.hold is not None:
+                                self.hold.wait(60)
+                            self.lost.set()
+                            return
+                    client.sendall(message)
+        except OSError:
+            pass
+        finally:
+            for s in (server, client):
+                try:
+                    s.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass
+
+    def close(self) -> None:
+        for s in [self._listener, *self._sockets]:
+            try:
+                s.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+        for t in self._threads:
+            t.join(10)
+        for s in [self._listener, *self._sockets]:
+            s.close()
+        self._file.unlink(missing_ok=True)
+
+
 class Endpoint:
     """qemu-nbd on an image of the target, reachable at a socket in the source guest's private directory."""
 
@@ -287,10 +364,10 @@ class Move:
     """A move by hand: mirrors into qemu-nbd, copy while the guest is quiet, memory through a relay."""
 
     def __init__(self, lab: Lab, guest: Guest, target: Host, directory: str = "/var/lib/libvirt/images/moved",
-                 scheme: str = "unix") -> None:
+                 scheme: str = "unix", target_uri: Optional[str] = None) -> None:
         self.lab, self.guest, self.source, self.target = lab, guest, guest.host, target
         self.directory, self.scheme = directory, scheme
-        self.tool = Tool(self.source, target=f"qemu+ssh://{target.name}/system?no_tty=1")
+        self.tool = Tool(self.source, target=target_uri or f"qemu+ssh://{target.name}/system?no_tty=1")
         self.info = self.tool.call("describe", guest=guest.name)
         self.uuid = self.info["uuid"]
         self.endpoints: dict[str, Endpoint] = {}
@@ -382,4 +459,4 @@ def milliseconds(begin: dict[str, Any], end: dict[str, Any]) -> float:
     return (end["time"] - begin["time"]) * 1000
 
 
-__all__ = ["Endpoint", "Move", "Relay", "Tool", "ToolError", "TOOL", "milliseconds", "tcp_relay", "unix_relay", "time"]
+__all__ = ["Endpoint", "Move", "Relay", "RpcRelay", "Tool", "ToolError", "TOOL", "milliseconds", "tcp_relay", "unix_relay"]

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "memmig/domain_xml.h"
+#include "memmig/image_lock.h"
 #include "memmig/libvirt_hypervisor.h"
 
 namespace drover::memmig {
@@ -236,6 +237,21 @@ class Tool {
     if (what == "undefine") return done(on(line).undefine(guest));
     if (what == "autostart") return done(on(line).set_autostart(guest, line.at("value")));
     if (what == "subscribe") return subscribe(line.value("on", "source"), guest);
+    if (what == "guard") {
+      std::vector<ImageLock> locks;
+      for (const std::string& path : line.at("paths").get<std::vector<std::string>>()) {
+        DROVER_ASSIGN(ImageLock lock, lock_image(path));
+        locks.push_back(std::move(lock));
+      }
+      const std::lock_guard lock(mutex_);
+      locks_ = std::move(locks);
+      return json(nullptr);
+    }
+    if (what == "unguard") {
+      const std::lock_guard lock(mutex_);
+      locks_.clear();
+      return json(nullptr);
+    }
     if (what == "rewrite") {
       Rewrite rewrite;
       rewrite.live = line.value("live", true);
@@ -292,6 +308,7 @@ class Tool {
   std::unique_ptr<Hypervisor> target_;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Subscription>> subscriptions_;
+  std::vector<ImageLock> locks_;
   std::vector<std::thread> threads_;
 };
 
