@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The program `drover`, without what it drives: that comes in as functions, so that tests give
+// others.
+//
+//   int main(int argc, char** argv) {
+//     return cli::run({argv + 1, argv + argc}, {job::move, job::plan_move, receive}, {});
+//   }
+//
+// Threads: call run() from a process's only thread. It returns the exit code (cli/exit_codes.h);
+// what was to be said has been said. Afterwards SIGINT, SIGTERM, SIGHUP and SIGQUIT are as before
+// (with a terminal: see run_away_from_keyboard in cli/signals.h).
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "base/result.h"
+#include "cli/command_line.h"
+#include "cli/config.h"
+#include "cli/terminal.h"
+#include "job/move.h"
+
+namespace drover::cli {
+
+// The link seam.
+struct Services {
+  std::function<Result<job::Summary>(const job::MoveOptions&, job::Observer&, job::Cancel&)> move;
+  std::function<Result<job::Plan>(const job::MoveOptions&, job::Cancel&)> plan_move;
+  // Speaks on standard output itself; returns the exit code. No thread has been started before it.
+  std::function<int(const ReceiveCommand&)> receive;
+};
+
+struct Surroundings {
+  int out = 1;
+  int err = 2;
+  std::string config_path{kConfigPath};
+  TerminalEnvironment environment = TerminalEnvironment::of_process();
+  // Work where the keyboard's signals don't reach (forks when there is a terminal).
+  bool away_from_keyboard = true;
+};
+
+int run(const std::vector<std::string>& arguments, const Services& services,
+        const Surroundings& surroundings);
+
+}  // namespace drover::cli

@@ -1,0 +1,367 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cli/command_line.h"
+
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <memory>
+#include <optional>
+
+#include "cli/config.h"
+#include "cli/text.h"
+#include "cli/values.h"
+
+namespace drover::cli {
+
+namespace {
+
+constexpr const char* kPurpose =
+    "drover moves running virtual machines, disks and memory, between hosts that share nothing.";
+
+constexpr const char* kMainExamples = R"(Examples:
+  drover check web1 hostb                     what would stop a move, on both hosts
+  drover move web1 hostb                      the running guest and all its disks
+  drover move --help                          the options of a command
+
+`drover receive` is the target's side; drover starts it there itself, over SSH.
+Manual pages: drover(1), drover-move(1), drover-check(1).)";
+
+constexpr const char* kMoveExamples = R"(Examples:
+  drover move web1 hostb
+  drover move web1 hostb --dry-run
+  drover move web1 root@192.0.2.7 --disk vda=/srv/nvme/web1.raw --bandwidth 800mbit
+  drover move web1 hostb --json | jq -r 'select(.event == "progress").percent'
+
+Ctrl-C undoes the move: the guest runs on here and nothing is left on the target.
+Manual page: drover-move(1).)";
+
+constexpr const char* kCheckExamples = R"(Examples:
+  drover check web1 hostb
+  drover check web1 hostb --disk vda=/srv/nvme/web1.raw --json
+
+Exit code: 0 when a move can begin, 4 when something stops it.
+Manual page: drover-check(1).)";
+
+constexpr const char* kReceiveNotes =
+    R"(drover starts it on the target over SSH, with the job on its standard input.)";
+
+// CLI11's help, without its upper-case remarks.
+class HelpFormatter : public CLI::Formatter {
+ public:
+  HelpFormatter() {
+    column_width(26);
+    label("Positionals", "Arguments");
+    label("OPTIONS", "OPTION...");
+    label("SUBCOMMAND", "COMMAND");
+  }
+  std::string make_option_opts(const CLI::Option* option) const override {
+    return option->get_option_text().empty() ? "" : " " + option->get_option_text();
+  }
+  std::string make_option_name(const CLI::Option* option, bool is_positional) const override {
+    std::string name = CLI::Formatter::make_option_name(option, is_positional);
+    if (const std::size_t comma = name.find(','); comma != std::string::npos) {
+      name.insert(comma + 1, 1, ' ');
+    }
+    return name;
+  }
+  std::string make_usage(const CLI::App* app, std::string name) const override {
+    const CLI::App* const parent = app->get_parent();
+    if (parent != nullptr) name = parent->get_name() + " " + name;
+    return "\n" + CLI::Formatter::make_usage(app, name);
+  }
+  std::string make_footer(const CLI::App* app) const override { return app->get_footer() + "\n"; }
+};
+
+// What the user wrote; values are checked after CLI11 is done, so that all errors read alike.
+struct Written {
+  std::string guest;
+  std::string host;
+  std::vector<std::string> disks;
+  std::optional<std::string> source_uri;
+  std::optional<std::string> target_uri;
+  std::optional<std::string> address;
+  std::optional<std::string> port;
+  std::optional<std::string> bandwidth;
+  std::optional<std::string> max_downtime;
+  std::optional<std::string> connections;
+  std::optional<std::string> guest_delay;
+  std::string hold_barrier;
+  std::string config;
+  bool keep_source = false;
+  bool dry_run = false;
+  bool json = false;
+  bool verbose = false;
+  bool probe = false;
+  std::string cleanup;
+};
+
+CLI::Option* value(CLI::App& app, const std::string& name, std::optional<std::string>& into,
+                   const std::string& placeholder, const std::string& help) {
+  return app.add_option(name, into, help)->option_text(placeholder);
+}
+
+void flag(CLI::App& app, const std::string& name, bool& into, const std::string& help) {
+  app.add_flag(name, into, help)->disable_flag_override();
+}
+
+std::string with_default(const std::string& help, const std::string& standard) {
+  return fmt::format("{} [default: {}]", help, standard);
+}
+
+// What `drover move` and `drover check` have in common.
+void add_common(CLI::App& app, Written& written, const job::MoveOptions& defaults) {
+  app.add_option("VM", written.guest, "the guest: its name or UUID")->required()->option_text(" ");
+  app.add_option("HOST", written.host, "where to: an SSH destination, as ssh takes it")
+      ->required()
+      ->option_text(" ");
+  app.add_option("--disk", written.disks,
+                 "put the guest's disk TARGET (as vda) at PATH on the target;\n"
+                 "may be given once for each disk [default: the same path as here]")
+      ->option_text("TARGET=PATH")
+      ->allow_extra_args(false);
+  value(app, "--target-uri", written.target_uri, "URI",
+        with_default("libvirt on the target", "qemu+ssh://HOST/system"));
+  value(app, "--source-uri", written.source_uri, "URI",
+        with_default("libvirt on this host", defaults.source_uri));
+  value(app, "--address", written.address, "ADDR",
+        with_default("the target's address for the data", "where SSH goes"));
+  value(app, "--port", written.port, "N",
+        with_default(
+            "the target listens on this TCP port for the data",
+            defaults.target_port == 0 ? "any free one" : std::to_string(defaults.target_port)));
+}
+
+void add_output(CLI::App& app, Written& written, const std::string& config_path) {
+  app.add_option("--config", written.config,
+                 with_default("file with defaults for these options", config_path))
+      ->option_text("FILE");
+  flag(app, "--json", written.json, "print one JSON object per line, for programs");
+  flag(app, "--verbose", written.verbose, "log in detail; progress as lines");
+}
+
+void add_move(CLI::App& app, Written& written, const job::MoveOptions& defaults) {
+  flag(app, "--dry-run", written.dry_run, "print the plan and what would stop it; change nothing");
+  flag(app, "--keep-source", written.keep_source,
+       with_default("leave the disks' files and the definition here",
+                    defaults.keep_source ? "yes" : "no"));
+  value(app, "--bandwidth", written.bandwidth, "RATE",
+        with_default("limit for disks and memory, per second: 100M (MiB),\n800mbit, none",
+                     format_rate_setting(defaults.bandwidth)));
+  value(app, "--max-downtime", written.max_downtime, "T",
+        with_default("how long the guest may stand still at the switch",
+                     format_time(defaults.max_downtime)));
+  value(app, "--connections", written.connections, "N",
+        with_default(fmt::format("TCP connections for the data, 1 to {}", kMostConnections),
+                     std::to_string(defaults.connections)));
+  value(app, "--guest-delay", written.guest_delay, "T",
+        with_default("how much longer than on its own disk a guest's write may\ntake "
+                     "before the switch",
+                     format_time(defaults.guest_delay)));
+  app.add_option("--hold-barrier", written.hold_barrier, "")->group("");  // test switch
+}
+
+tl::unexpected<Error> usage(const std::string& command, const std::string& message,
+                            std::string hint = {}) {
+  if (hint.empty()) hint = "drover" + command + " --help lists the options";
+  return fail(Code::InvalidArgument, message, std::move(hint));
+}
+
+// One value of the command line, with the option's name in the error.
+template <class T, class Parse, class Set>
+Status take(const std::string& option, const T& text, Parse parse, Set set) {
+  auto parsed = parse(text);
+  if (!parsed) {
+    return fail(Code::InvalidArgument, option + ": " + parsed.error().message, parsed.error().hint);
+  }
+  set(*parsed);
+  return {};
+}
+
+Status apply(const Written& written, job::MoveOptions& options) {
+  if (written.guest.empty()) return fail(Code::InvalidArgument, "VM is empty");
+  options.guest = written.guest;
+  DROVER_TRY(check_host(written.host));
+  options.host = written.host;
+  for (const std::string& text : written.disks) {
+    bool again = false;
+    DROVER_TRY(take("--disk", text, parse_disk,
+                    [&](const auto& disk) { again = !options.disk_paths.emplace(disk).second; }));
+    if (again) {
+      return fail(Code::InvalidArgument,
+                  "--disk: '" + printable(text) + "' names a disk that was named before");
+    }
+  }
+  if (written.source_uri) options.source_uri = *written.source_uri;
+  if (written.target_uri) options.target_uri = *written.target_uri;
+  if (written.address) options.target_address = *written.address;
+  for (const auto& [name, text] :
+       {std::pair("--source-uri", written.source_uri),
+        std::pair("--target-uri", written.target_uri), std::pair("--address", written.address)}) {
+    if (text && text->empty()) {
+      return fail(Code::InvalidArgument, std::string(name) + ": the value is empty");
+    }
+  }
+  if (written.port) {
+    DROVER_TRY(take(
+        "--port", *written.port,
+        [](const auto& t) {
+          return parse_count(t, {0, kMostPort});
+        },
+        [&](std::uint64_t port) { options.target_port = static_cast<std::uint16_t>(port); }));
+  }
+  if (written.bandwidth) {
+    DROVER_TRY(take("--bandwidth", *written.bandwidth, parse_rate,
+                    [&](Length rate) { options.bandwidth = rate; }));
+  }
+  if (written.max_downtime) {
+    DROVER_TRY(take("--max-downtime", *written.max_downtime, parse_max_downtime,
+                    [&](std::chrono::milliseconds time) { options.max_downtime = time; }));
+  }
+  if (written.guest_delay) {
+    DROVER_TRY(take("--guest-delay", *written.guest_delay, parse_guest_delay,
+                    [&](std::chrono::milliseconds time) { options.guest_delay = time; }));
+  }
+  if (written.connections) {
+    DROVER_TRY(take(
+        "--connections", *written.connections,
+        [](const auto& t) {
+          return parse_count(t, {1, kMostConnections});
+        },
+        [&](std::uint64_t count) { options.connections = static_cast<unsigned>(count); }));
+  }
+  if (written.keep_source) options.keep_source = true;
+  options.hold_barrier_file = written.hold_barrier;
+  return {};
+}
+
+// The file that --config names: it has to be read before --help can say what the defaults are.
+ConfigFile config_file(const std::vector<std::string>& arguments, const std::string& standard) {
+  static constexpr std::string_view kOption = "--config";
+  for (std::size_t i = 0; i < arguments.size(); ++i) {
+    const std::string& argument = arguments[i];
+    if (argument == "--") break;
+    if (argument == kOption && i + 1 < arguments.size()) return {arguments[i + 1], true};
+    if (argument.starts_with(std::string(kOption) + "=")) {
+      return {argument.substr(kOption.size() + 1), true};
+    }
+  }
+  return {standard, false};
+}
+
+bool asks_for_help(const std::vector<std::string>& arguments) {
+  for (const std::string& argument : arguments) {
+    if (argument == "--help" || argument == "-h") return true;
+  }
+  return false;
+}
+
+// CLI11's errors in the program's own words where its own are hard to understand.
+tl::unexpected<Error> parse_error(const CLI::ParseError& error, const CLI::App& app,
+                                  const std::vector<std::string>& arguments) {
+  const auto used = app.get_subcommands();
+  const std::string command = used.empty() ? "" : " " + used.front()->get_name();
+  if (dynamic_cast<const CLI::ExtrasError*>(&error) != nullptr) {
+    const std::vector<std::string> extra = app.remaining(true);
+    const std::string first = extra.empty() ? "" : extra.front();
+    const std::string what = !first.empty() && first.front() == '-' ? "unknown option"
+                             : used.empty()                         ? "unknown command"
+                                                                    : "one argument too many:";
+    const bool is_command = used.empty() && what == "unknown command";
+    return usage(command, what + " '" + printable(first) + "'",
+                 is_command ? "drover --help lists the commands" : "");
+  }
+  if (dynamic_cast<const CLI::RequiredError*>(&error) != nullptr) {
+    if (used.empty()) {
+      if (!arguments.empty() && !arguments.front().empty()) {
+        const bool option = arguments.front().front() == '-';
+        return usage("",
+                     (option ? "unknown option '" : "unknown command '") +
+                         printable(arguments.front()) + "'",
+                     option ? "" : "drover --help lists the commands");
+      }
+      return usage("", "no command was given", "drover --help lists the commands");
+    }
+    return usage(command, printable(error.what()),
+                 fmt::format("usage: drover{} VM HOST [OPTION...]; --help says more", command));
+  }
+  return usage(command, printable(error.what()));
+}
+
+}  // namespace
+
+Result<Command> parse_command_line(const std::vector<std::string>& arguments,
+                                   const std::string& config_path) {
+  job::MoveOptions defaults;
+  const ConfigFile file = config_file(arguments, config_path);
+  const bool receives = !arguments.empty() && arguments.front() == "receive";
+  if (!receives) {
+    const Status loaded = load_config(file, defaults);
+    // A broken file must not keep anybody from reading the help.
+    if (!loaded && !asks_for_help(arguments)) {
+      return fail(Code::InvalidArgument, loaded.error().message, loaded.error().hint);
+    }
+  }
+
+  Written written;
+  CLI::App app(kPurpose, "drover");
+  app.formatter(std::make_shared<HelpFormatter>());
+  app.set_help_flag("-h,--help", "print this and end");
+  app.set_version_flag("--version", "drover " DROVER_VERSION, "print the version and end");
+  app.require_subcommand(1);
+  app.footer(kMainExamples);
+
+  CLI::App* const move = app.add_subcommand("move", "Move a running guest to another host.");
+  move->group("Commands");
+  move->footer(kMoveExamples);
+  add_common(*move, written, defaults);
+  add_move(*move, written, defaults);
+  add_output(*move, written, file.path);
+
+  CLI::App* const check =
+      app.add_subcommand("check", "Say what would stop a move, on both hosts; change nothing.");
+  check->group("Commands");
+  check->footer(kCheckExamples);
+  add_common(*check, written, defaults);
+  add_output(*check, written, file.path);
+
+  CLI::App* const receive =
+      app.add_subcommand("receive", "Receive a guest: the target's side of a move (internal).");
+  receive->group("");
+  receive->footer(kReceiveNotes);
+  flag(*receive, "--probe", written.probe, "say in one line of JSON what this host can do");
+  receive->add_option("--cleanup", written.cleanup, "remove what JOB has left on this host")
+      ->option_text("JOB")
+      ->excludes("--probe");
+
+  try {
+    std::vector<std::string> reversed(arguments.rbegin(), arguments.rend());
+    app.parse(reversed);
+  } catch (const CLI::CallForHelp&) {
+    const auto used = app.get_subcommands();
+    return ShowCommand{used.empty() ? app.help() : used.front()->help()};
+  } catch (const CLI::CallForVersion& version) {
+    return ShowCommand{std::string(version.what()) + "\n"};
+  } catch (const CLI::ParseError& error) {
+    return parse_error(error, app, arguments);
+  }
+
+  if (receive->parsed()) {
+    if (written.probe) return ReceiveCommand{ReceiveCommand::Mode::Probe, ""};
+    if (receive->count("--cleanup") > 0) {
+      if (written.cleanup.empty()) return usage(" receive", "--cleanup: the job's name is empty");
+      return ReceiveCommand{ReceiveCommand::Mode::Cleanup, written.cleanup};
+    }
+    return ReceiveCommand{};
+  }
+  job::MoveOptions options = defaults;
+  if (const Status status = apply(written, options); !status) {
+    const std::string command = move->parsed() ? " move" : " check";
+    return usage(command, status.error().message, status.error().hint);
+  }
+  if (move->parsed()) {
+    return MoveCommand{options, written.dry_run, written.json, written.verbose};
+  }
+  return CheckCommand{options, written.json, written.verbose};
+}
+
+}  // namespace drover::cli

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The command line as a value: what the user asked for, checked, with the configuration file's
+// defaults in it. Nothing is done here but reading that file.
+//
+//   Result<Command> command = parse_command_line({"move", "web1", "hostb", "--dry-run"},
+//   kConfigPath);
+//
+// Errors: InvalidArgument for everything a user can get wrong here, whatever it was.
+//
+// Threads: any.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "base/result.h"
+#include "job/move.h"
+
+namespace drover::cli {
+
+struct MoveCommand {
+  job::MoveOptions options;
+  bool dry_run = false;
+  bool json = false;
+  bool verbose = false;
+};
+
+struct CheckCommand {
+  job::MoveOptions options;
+  bool json = false;
+  bool verbose = false;
+};
+
+// The target's side; drover starts it itself.
+struct ReceiveCommand {
+  enum class Mode { Serve, Probe, Cleanup };
+  Mode mode = Mode::Serve;
+  std::string job;  // Cleanup
+};
+
+// --help and --version: to be printed on standard output.
+struct ShowCommand {
+  std::string text;
+};
+
+using Command = std::variant<MoveCommand, CheckCommand, ReceiveCommand, ShowCommand>;
+
+// `arguments` without the program's name.
+Result<Command> parse_command_line(const std::vector<std::string>& arguments,
+                                   const std::string& config_path);
+
+}  // namespace drover::cli

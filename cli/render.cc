@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cli/render.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "cli/finding.h"
+#include "cli/values.h"
+
+namespace drover::cli {
+
+namespace {
+
+using std::chrono::duration_cast;
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
+// ---- the plan -----------------------------------------------------------------------------------
+
+std::string plan_title(const job::Plan& plan) {
+  std::string out = fmt::format("Move {} to {}: {}", printable(plan.guest), printable(plan.host),
+                                plural(plan.disks.size(), "disk"));
+  Length size;
+  Length used;
+  bool all_known = !plan.disks.empty();
+  for (const job::DiskPlan& disk : plan.disks) {
+    size += disk.virtual_size;
+    used += disk.allocation;
+    if (disk.allocation == Length(0)) all_known = false;
+  }
+  if (!plan.disks.empty()) out += " of " + format_length(size);
+  if (all_known) out += " (" + format_length(used) + " in use)";
+  return out + ", " + format_length(plan.memory) + " of memory";
+}
+
+std::string image(const std::string& path, const std::string& format, bool block_device) {
+  return fmt::format("{} ({}{})", printable(path), printable(format),
+                     block_device ? ", block device" : "");
+}
+
+std::string plan_disk(const job::DiskPlan& disk, const Style& style) {
+  std::string out =
+      "  " + style.bold(printable(disk.disk)) + "  " + format_length(disk.virtual_size);
+  if (disk.allocation > Length(0)) out += " (" + format_length(disk.allocation) + " in use)";
+  out += "\n      from  " + image(disk.source_path, disk.source_format, disk.source_block_device);
+  out += disk.delete_source ? ", deleted after the move" : ", kept";
+  out += "\n      to    " + image(disk.target_path, disk.target_format, disk.target_block_device);
+  return out + "\n";
+}
+
+std::string finding_text(const FindingText& finding, const Style& style) {
+  std::string out = "  ";
+  out += finding.blocker ? style.bad("blocked") : style.warning("warning");
+  out += "  ";
+  out += printable_lines(finding.what, 11) + "\n";
+  if (!finding.why.empty()) out += "     why:  " + printable_lines(finding.why, 11) + "\n";
+  if (!finding.to_do.empty()) out += "   to do:  " + printable_lines(finding.to_do, 11) + "\n";
+  return out;
+}
+
+// ---- progress -----------------------------------------------------------------------------------
+
+// One part of a progress line. Those with the smallest rank stay when there is little room.
+struct Part {
+  int rank;
+  std::string text;
+};
+constexpr std::string_view kGap = "  ";
+
+bool copies(job::Phase phase) {
+  return phase == job::Phase::Copy || phase == job::Phase::Synchronised ||
+         phase == job::Phase::Memory;
+}
+
+std::string amount(const job::Progress& progress) {
+  if (progress.phase == job::Phase::Copy && progress.data > Length(0)) {
+    return fmt::format("{} of {}", format_length(std::min(progress.copied, progress.data)),
+                       format_length(progress.data));
+  }
+  if (progress.phase == job::Phase::Memory && progress.memory_total > Length(0)) {
+    const Length remaining = std::min(progress.memory_remaining, progress.memory_total);
+    return fmt::format("{} of {}", format_length(progress.memory_total - remaining),
+                       format_length(progress.memory_total));
+  }
+  return {};
+}
+
+std::string time_left(const job::Progress& progress) {
+  if (progress.time_left) return format_clock(*progress.time_left) + " left";
+  if (progress.phase == job::Phase::Copy || progress.phase == job::Phase::Memory) {
+    return "time left unknown";
+  }
+  return {};
+}
+
+std::string each_disk(const ProgressView& view) {
+  std::string out;
+  for (std::size_t i = 0; i < view.progress.disks.size(); ++i) {
+    out += fmt::format("{}{} {}%", i == 0 ? "" : ", ", printable(view.progress.disks[i].disk),
+                       view.disk_percent[i]);
+  }
+  return out;
+}
+
+std::string disks_done(const ProgressView& view) {
+  const auto done = std::count(view.disk_percent.begin(), view.disk_percent.end(), 100);
+  return fmt::format("{} of {} disks done", done, view.disk_percent.size());
+}
+
+std::string head(const ProgressView& view, std::string_view phase) {
+  return view.progress.phase == job::Phase::Undo ? std::string(phase)
+                                                 : fmt::format("[{:3}%] {}", view.percent, phase);
+}
+
+std::string waiting(const job::Progress& progress) {
+  return progress.waiting_for.empty() ? "" : "waiting for " + printable(progress.waiting_for);
+}
+
+// The parts behind the head, in the order in which they are written.
+std::vector<Part> parts(const ProgressView& view, std::string disks) {
+  const job::Progress& progress = view.progress;
+  std::vector<Part> out;
+  const auto add = [&](int rank, std::string text) {
+    if (!text.empty()) out.push_back({rank, std::move(text)});
+  };
+  add(0, waiting(progress));
+  if (!copies(progress.phase)) return out;
+  add(3, amount(progress));
+  add(2, format_rate(progress.rate));
+  add(1, time_left(progress));
+  if (progress.phase == job::Phase::Copy && progress.disks.size() > 1) add(4, std::move(disks));
+  if (progress.mirrored_writes > 0) {
+    add(5, plural(progress.mirrored_writes, "guest write") + " mirrored");
+  }
+  return out;
+}
+
+// All parts that fit, by rank, in their order.
+std::string fit(const std::string& start, const std::vector<Part>& all, std::size_t width) {
+  std::vector<bool> taken(all.size(), false);
+  std::size_t room = width - std::min(width, columns(start));
+  for (int rank = 0; rank <= 5; ++rank) {
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      const std::size_t wanted = kGap.size() + columns(all[i].text);
+      if (all[i].rank != rank || wanted > room) continue;
+      taken[i] = true;
+      room -= wanted;
+    }
+  }
+  std::string out = start;
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    if (taken[i]) out += std::string(kGap) + all[i].text;
+  }
+  return out;
+}
+
+// ---- the summary --------------------------------------------------------------------------------
+
+std::string row(std::string_view name, const std::string& text) {
+  return "  " + padded(std::string(name), 10) + text + "\n";
+}
+
+std::string list(std::string_view name, const std::vector<std::string>& lines) {
+  std::string out;
+  for (std::size_t i = 0; i < lines.size(); ++i) {
+    out += row(i == 0 ? name : "", printable_lines(lines[i], 12));
+  }
+  return out;
+}
+
+std::string blackout_text(std::chrono::microseconds blackout) {
+  if (blackout < milliseconds(10)) {
+    return fmt::format("{}.{} ms", blackout.count() / 1000, blackout.count() / 100 % 10);
+  }
+  return format_span(duration_cast<milliseconds>(blackout));
+}
+
+}  // namespace
+
+std::string render_plan(const job::Plan& plan, Purpose purpose, const Style& style) {
+  std::string out = style.bold(plan_title(plan)) + "\n";
+  for (const job::DiskPlan& disk : plan.disks) out += plan_disk(disk, style);
+  const std::vector<FindingText> findings = findings_of(plan);
+  if (!findings.empty()) out += "\n";
+  std::uint64_t blockers = 0;
+  for (const FindingText& finding : findings) {
+    out += finding_text(finding, style);
+    if (finding.blocker) ++blockers;
+  }
+  out += "\n";
+  if (purpose == Purpose::Move) return out;
+  const std::string guest = printable(plan.guest);
+  const std::string host = printable(plan.host);
+  if (blockers > 0) {
+    out += style.bad(fmt::format("{} can't move to {}", guest, host)) + ": " +
+           plural(blockers, "blocker") + ", see above";
+  } else {
+    out += style.good(fmt::format("{} can move to {}", guest, host));
+    if (!findings.empty()) out += ", with " + plural(findings.size(), "warning");
+  }
+  return out + ". Nothing was changed.\n";
+}
+
+std::string render_progress_line(const ProgressView& view, std::size_t width) {
+  std::string start = head(view, phase_label(view.progress.phase));
+  if (columns(start) > width) start = head(view, job::phase_name(view.progress.phase));
+  if (columns(start) > width && view.progress.phase != job::Phase::Undo) {
+    start = fmt::format("{}%", view.percent);
+  }
+  start = clip(start, width);
+
+  // What it waits for is the news: it is shortened rather than left out.
+  std::vector<Part> all = parts(view, each_disk(view));
+  const std::size_t room = width - columns(start);
+  for (Part& part : all) {
+    if (part.rank == 0 && room > kGap.size() + 8) part.text = clip(part.text, room - kGap.size());
+    const bool disks = part.rank == 4;
+    if (disks && columns(part.text) > room / 2) part.text = disks_done(view);
+  }
+  return fit(start, all, width);
+}
+
+std::string render_progress_text(const ProgressView& view) {
+  std::string out =
+      fmt::format("{:>7}  {}", format_clock(duration_cast<seconds>(view.progress.elapsed)),
+                  head(view, phase_label(view.progress.phase)));
+  for (const Part& part : parts(view, each_disk(view))) out += std::string(kGap) + part.text;
+  return out;
+}
+
+std::string render_note(const std::string& text, const Style& style) {
+  return style.bold("note:") + " " + printable_lines(text, 6) + "\n";
+}
+
+std::string render_summary(const job::Summary& summary, const Style& style) {
+  std::string out =
+      style.good(fmt::format("{} runs on {}", printable(summary.guest), printable(summary.host))) +
+      fmt::format(". It stood still for {}; the move took {}.\n\n", blackout_text(summary.blackout),
+                  format_span(summary.total));
+  Length size;
+  for (const job::DiskPlan& disk : summary.disks) size += disk.virtual_size;
+  std::string disks = plural(summary.disks.size(), "disk");
+  if (!summary.disks.empty()) {
+    disks += " of " + format_length(size) + ", " + format_length(summary.data) + " of it read";
+  }
+  out += row("moved", disks);
+  out += row("sent", fmt::format("{}, {} of it memory", format_length(summary.wire_bytes),
+                                 format_length(summary.memory_bytes)));
+  out += row("mirrored", plural(summary.mirrored_writes, "guest write"));
+  std::string times;
+  for (const auto& [phase, time] : summary.phase_times) {
+    times += fmt::format("{}{} {}", times.empty() ? "" : ", ", job::phase_name(phase),
+                         format_span(time));
+  }
+  if (!times.empty()) out += row("phases", times);
+  if (summary.runner_peak_memory > Length(0)) {
+    std::string memory = format_length(summary.runner_peak_memory) + " here";
+    if (summary.receiver_peak_memory > Length(0)) {
+      memory += fmt::format(", {} on {}", format_length(summary.receiver_peak_memory),
+                            printable(summary.host));
+    }
+    out += row("memory", "drover took " + memory);
+  }
+  out += list("deleted", summary.deleted);
+  out += list("kept", summary.kept);
+  out += list("note", summary.notes);
+  return out;
+}
+
+std::string render_error(const Error& error, const Style& style) {
+  std::string out = style.bad("drover:") + " " + printable_lines(error.message, 8) + "\n";
+  if (!error.hint.empty()) out += "  hint: " + printable_lines(error.hint, 8) + "\n";
+  return out;
+}
+
+std::string render_interruption(const Interruption& interruption, Purpose purpose) {
+  const std::string guest = printable(interruption.guest);
+  if (purpose == Purpose::Examine) {
+    return interruption.again ? "drover: still waiting for an answer of the hosts\n"
+                              : "drover: interrupted; nothing was changed\n";
+  }
+  const bool finish = past_undoing(interruption.progress.phase);
+  if (!interruption.again) {
+    return finish ? fmt::format(
+                        "drover: interrupted too late to undo: {} has been handed over to {}, and "
+                        "the move is finished instead\n",
+                        guest, printable(interruption.host))
+                  : fmt::format(
+                        "drover: interrupted: undoing the move; {} runs on here. Please wait.\n",
+                        guest);
+  }
+  const std::string what = waiting(interruption.progress);
+  return fmt::format("drover: still {}, {}; stopping now would leave things behind\n",
+                     finish ? "finishing" : "undoing", what.empty() ? "please wait" : what);
+}
+
+}  // namespace drover::cli

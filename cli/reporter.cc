@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cli/reporter.h"
+
+#include "cli/json_events.h"
+#include "cli/terminal.h"
+
+namespace drover::cli {
+
+Reporter::Reporter(Output& output, const Options& options)
+    : output_(output),
+      options_(options),
+      style_(options.colours),
+      error_style_(options.error_colours),
+      pace_(options.json ? kJsonInterval : kLineInterval) {
+  interruption_.guest = options.guest;
+  interruption_.host = options.host;
+}
+
+void Reporter::planned(const job::Plan& plan) {
+  const std::lock_guard lock(mutex_);
+  tracker_.planned(plan);
+  interruption_.guest = plan.guest;
+  interruption_.host = plan.host;
+  output_.out(options_.json ? json_plan(plan) + "\n" : render_plan(plan, options_.purpose, style_));
+}
+
+void Reporter::progress(const job::Progress& progress) {
+  const std::lock_guard lock(mutex_);
+  interruption_.progress = progress;
+  const ProgressView view = tracker_.update(progress);
+  if (!options_.json && options_.redraw) {
+    output_.status(render_progress_line(view, line_width(options_.width_of)));
+    return;
+  }
+  if (!pace_.due(progress)) return;
+  output_.out((options_.json ? json_progress(view) : render_progress_text(view)) + "\n",
+              Output::Keep::IfRoom);
+}
+
+void Reporter::note(const std::string& text) {
+  const std::lock_guard lock(mutex_);
+  output_.out(options_.json ? json_note(text) + "\n" : render_note(text, style_));
+}
+
+void Reporter::finished(const job::Summary& summary) {
+  const std::lock_guard lock(mutex_);
+  output_.out(options_.json ? json_summary(summary) + "\n"
+                            : "\n" + render_summary(summary, style_));
+}
+
+void Reporter::failed(const Error& error) {
+  const std::lock_guard lock(mutex_);
+  if (options_.json) output_.out(json_error(error) + "\n");
+  output_.err(render_error(error, error_style_));
+}
+
+void Reporter::interrupted() {
+  const std::lock_guard lock(mutex_);
+  const std::string text = render_interruption(interruption_, options_.purpose);
+  interruption_.again = true;
+  if (options_.json) {
+    constexpr std::string_view kName = "drover: ";
+    output_.out(json_note(text.substr(kName.size(), text.size() - kName.size() - 1)) + "\n");
+  }
+  output_.err(text);
+}
+
+}  // namespace drover::cli
