@@ -4,6 +4,8 @@
 // connection at a time, so several connections share the work; it does not matter whether the
 // server calls itself "multi-conn", which is about flushes.
 #include <algorithm>
+#include <iterator>
+#include <list>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -22,7 +24,7 @@ class NbdReader final : public ImageReader {
   NbdReader(std::string image, std::vector<std::shared_ptr<NbdConnection>> connections)
       : image_(std::move(image)), connections_(std::move(connections)) {}
   ~NbdReader() override {
-    CHECK(outstanding_ == 0, "a reader goes when its requests are done");
+    CHECK(ops_.empty() && asked_ == 0, "a reader goes when its requests are done");
     for (const auto& connection : connections_) connection->close();
   }
 
@@ -32,9 +34,11 @@ class NbdReader final : public ImageReader {
   void read(Offset offset, std::span<std::byte> buffer, Done done) override {
     CHECK(offset.bytes() <= size().bytes() && buffer.size() <= size().bytes() - offset.bytes(),
           "a read stays inside the disk");
-    ++outstanding_;
     const std::uint64_t limit = connections_.front()->max_transfer().bytes();
-    auto* op = new Op{Extent{offset, Length(buffer.size())}, std::move(done)};
+    Op* const op = &ops_.emplace_back();
+    op->self = std::prev(ops_.end());
+    op->whole = Extent{offset, Length(buffer.size())};
+    op->done = std::move(done);
     // Counted before the first is issued; an empty read is one request too, for the callback's
     // sake.
     op->pieces = std::max<std::size_t>(1, (buffer.size() + limit - 1) / limit);
@@ -53,11 +57,11 @@ class NbdReader final : public ImageReader {
   void extents(Extent range, ExtentsDone done) override {
     CHECK(range.length > Length() && range.end().bytes() <= size().bytes(),
           "extents are asked for inside the disk");
-    ++outstanding_;
+    ++asked_;
     auto op = std::make_shared<ExtentsOp>();
     op->done = std::move(done);
     pick().extents(range, op->found, [this, op, range](int error) {
-      --outstanding_;
+      --asked_;
       if (const Status status = nbd_status(error, "asking for the extents of", image_, range)) {
         op->done(std::move(op->found));
       } else {
@@ -77,6 +81,7 @@ class NbdReader final : public ImageReader {
     Done done;
     std::size_t pieces = 0;
     int error = 0;
+    std::list<Op>::iterator self;
   };
   struct ExtentsOp {
     std::vector<MappedExtent> found;
@@ -100,15 +105,15 @@ class NbdReader final : public ImageReader {
     if (--op->pieces != 0) return;
     const Done done = std::move(op->done);
     Status status = nbd_status(op->error, "reading", image_, op->whole);
-    delete op;
-    --outstanding_;
+    ops_.erase(op->self);
     done(std::move(status));  // may destroy this
   }
 
   const std::string image_;
   const std::vector<std::shared_ptr<NbdConnection>> connections_;
   Loop* loop_ = nullptr;
-  std::size_t outstanding_ = 0;
+  std::list<Op> ops_;      // reads under way
+  std::size_t asked_ = 0;  // extents() under way
 };
 
 }  // namespace

@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <iterator>
+#include <list>
 #include <memory>
 #include <utility>
 
@@ -38,7 +40,7 @@ class NbdWriter final : public ImageWriter {
     ++*writers_;
   }
   ~NbdWriter() override {
-    CHECK(outstanding_ == 0, "a writer goes when its requests are done");
+    CHECK(ops_.empty(), "a writer goes when its requests are done");
     connection_->close();
     --*writers_;
   }
@@ -70,19 +72,24 @@ class NbdWriter final : public ImageWriter {
 
  private:
   struct Op {
-    const char* doing;
+    const char* doing = nullptr;
     Extent whole;
     Done done;
-    std::size_t pieces;
+    std::size_t pieces = 0;
     int error = 0;
+    std::list<Op>::iterator self;
   };
 
   Op* begin(const char* doing, const Extent& whole, std::uint64_t limit, Done done) {
     CHECK(whole.end().bytes() <= size().bytes() && whole.end() >= whole.offset,
           "a write stays inside the disk");
-    ++outstanding_;
     const std::uint64_t bytes = whole.length.bytes();
-    auto* op = new Op{doing, whole, std::move(done), (bytes + limit - 1) / limit};
+    Op* const op = &ops_.emplace_back();
+    op->self = std::prev(ops_.end());
+    op->doing = doing;
+    op->whole = whole;
+    op->done = std::move(done);
+    op->pieces = (bytes + limit - 1) / limit;
     if (bytes == 0) {
       op->pieces = 1;
       loop_.post([this, op] { piece_done(op, 0); });
@@ -95,8 +102,7 @@ class NbdWriter final : public ImageWriter {
     if (--op->pieces != 0) return;
     const Done done = std::move(op->done);
     Status status = nbd_status(op->error, op->doing, image_, op->whole);
-    delete op;
-    --outstanding_;
+    ops_.erase(op->self);
     done(std::move(status));  // may destroy this
   }
 
@@ -104,7 +110,7 @@ class NbdWriter final : public ImageWriter {
   const std::string image_;
   const std::shared_ptr<NbdConnection> connection_;
   const std::shared_ptr<std::atomic<unsigned>> writers_;
-  std::size_t outstanding_ = 0;
+  std::list<Op> ops_;
 };
 
 class Qcow2Target final : public TargetImage {

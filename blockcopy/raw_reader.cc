@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <iterator>
+#include <list>
 #include <utility>
 
 #include "base/check.h"
@@ -27,7 +29,9 @@ class RawReader final : public ImageReader {
   RawReader(Loop& loop, RawFile file) : loop_(loop), file_(std::move(file)) {
     fd_ = file_.is_direct() ? file_.direct.get() : file_.buffered.get();
   }
-  ~RawReader() override { CHECK(outstanding_ == 0, "a reader goes when its requests are done"); }
+  ~RawReader() override {
+    CHECK(ops_.empty() && asked_ == 0, "a reader goes when its requests are done");
+  }
 
   [[nodiscard]] Length size() const override { return file_.size; }
   [[nodiscard]] Length alignment() const override { return file_.alignment; }
@@ -36,8 +40,12 @@ class RawReader final : public ImageReader {
     CHECK(offset.bytes() <= file_.size.bytes() &&
               buffer.size() <= file_.size.bytes() - offset.bytes(),
           "a read stays inside the disk");
-    ++outstanding_;
-    auto* op = new Op{Extent{offset, Length(buffer.size())}, offset, buffer, std::move(done)};
+    Op* const op = &ops_.emplace_back();
+    op->self = std::prev(ops_.end());
+    op->whole = Extent{offset, Length(buffer.size())};
+    op->position = offset;
+    op->left = buffer;
+    op->done = std::move(done);
     if (buffer.empty()) {
       loop_.post([this, op] { finish(op, {}); });
       return;
@@ -48,10 +56,10 @@ class RawReader final : public ImageReader {
   void extents(Extent range, ExtentsDone done) override {
     CHECK(range.length > Length() && range.end().bytes() <= file_.size.bytes(),
           "extents are asked for inside the disk");
-    ++outstanding_;
+    ++asked_;
     loop_.post([this, range, done = std::move(done)] {
       auto found = find_extents(range);
-      --outstanding_;
+      --asked_;
       done(std::move(found));
     });
   }
@@ -64,6 +72,7 @@ class RawReader final : public ImageReader {
     Done done;
     Buffer bounce;
     int attempts = 0;
+    std::list<Op>::iterator self;
   };
 
   void next_piece(Op* op) {
@@ -163,8 +172,7 @@ class RawReader final : public ImageReader {
 
   void finish(Op* op, Status status) {
     const Done done = std::move(op->done);
-    delete op;
-    --outstanding_;
+    ops_.erase(op->self);
     done(std::move(status));  // may destroy this
   }
 
@@ -203,7 +211,8 @@ class RawReader final : public ImageReader {
   RawFile file_;
   int fd_ = -1;
   Bounces bounces_;
-  std::size_t outstanding_ = 0;
+  std::list<Op> ops_;      // reads under way
+  std::size_t asked_ = 0;  // extents() under way
 };
 
 }  // namespace

@@ -14,6 +14,8 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <iterator>
+#include <list>
 #include <optional>
 #include <utility>
 
@@ -52,7 +54,7 @@ class RawWriter final : public ImageWriter {
     ++state_->writers;
   }
   ~RawWriter() override {
-    CHECK(outstanding_ == 0, "a writer goes when its requests are done");
+    CHECK(ops_.empty(), "a writer goes when its requests are done");
     --state_->writers;
   }
 
@@ -84,6 +86,7 @@ class RawWriter final : public ImageWriter {
     Done done;
     Buffer bounce;
     int attempts = 0;
+    std::list<Op>::iterator self = {};
   };
   // What to do about the next bytes of an operation.
   struct Piece {
@@ -98,8 +101,8 @@ class RawWriter final : public ImageWriter {
     CHECK(operation.whole.end().bytes() <= file_.size.bytes() &&
               operation.whole.end() >= operation.whole.offset,
           "a write stays inside the disk");
-    ++outstanding_;
-    auto* op = new Op(std::move(operation));
+    Op* const op = &ops_.emplace_back(std::move(operation));
+    op->self = std::prev(ops_.end());
     if (op->left == Length()) {
       loop_.post([this, op] { finish(op, {}); });
       return;
@@ -251,8 +254,7 @@ class RawWriter final : public ImageWriter {
 
   void finish(Op* op, Status status) {
     const Done done = std::move(op->done);
-    delete op;
-    --outstanding_;
+    ops_.erase(op->self);
     done(std::move(status));  // may destroy this
   }
 
@@ -261,7 +263,7 @@ class RawWriter final : public ImageWriter {
   const RawFile& file_;
   ZeroBy zero_by_ = ZeroBy::PunchHole;
   Bounces bounces_;
-  std::size_t outstanding_ = 0;
+  std::list<Op> ops_;
 };
 
 // Raw files; `made` is empty for a block device.
@@ -299,7 +301,7 @@ class RawTarget final : public TargetImage {
 
   Status release() override {
     if (state_ == nullptr) return {};
-    const Status flushed = flush();
+    Status flushed = flush();
     let_go();
     return flushed;
   }

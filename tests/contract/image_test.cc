@@ -47,7 +47,7 @@ const std::array<Kind, 9> kKinds = {{
 
 // Odd at the end in every way: below a sector's, a page's, a cluster's and a chunk's bounds.
 const std::array<std::uint64_t, 6> kSizes = {
-    512, 4096, 65536 * 5, (1 << 20) + 512, (3 << 20) + 4096 + 512, 3000};
+    512, 4096, 5 * std::uint64_t{65536}, (1 << 20) + 512, (3 << 20) + 4096 + 512, 3000};
 
 // Random extents of a disk, most of them small, none aligned on purpose.
 Extent random_extent(Random& random, std::uint64_t size) {

@@ -177,20 +177,21 @@ TEST(ChildProcessTest, RunsUntilTerminated) {
 }
 
 TEST(ChildProcessTest, KillsWhatIgnoresTheRequestAndSaysSo) {
-  std::array<int, 2> ends{};
-  ASSERT_EQ(::pipe2(ends.data(), O_CLOEXEC), 0);
-  auto child = ChildProcess::start(
-      {"/bin/sh", "-c", "trap '' TERM; echo r; while :; do sleep 1; done"}, {.output = ends[1]});
+  std::array<int, 2> in{};
+  std::array<int, 2> out{};
+  ASSERT_EQ(::pipe2(in.data(), O_CLOEXEC), 0);
+  ASSERT_EQ(::pipe2(out.data(), O_CLOEXEC), 0);
+  auto child = ChildProcess::start({"/bin/sh", "-c", "trap '' TERM; echo r; read line"},
+                                   {.input = in[0], .output = out[1]});
   ASSERT_TRUE(child.has_value()) << child.error().to_string();
   char ready = 0;
-  ASSERT_EQ(::read(ends[0], &ready, 1), 1);
+  ASSERT_EQ(::read(out[0], &ready, 1), 1);
   const auto code = child->terminate(milliseconds(1));
   ASSERT_FALSE(code.has_value());
   EXPECT_EQ(code.error().code, Code::Unreachable);
   EXPECT_FALSE(child->running());
   EXPECT_FALSE(exists(child->pid()));
-  ::close(ends[0]);
-  ::close(ends[1]);
+  for (const int fd : {in[0], in[1], out[0], out[1]}) ::close(fd);
 }
 
 TEST(ChildProcessTest, DiesWithItsObject) {
