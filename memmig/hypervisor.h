@@ -93,7 +93,7 @@ struct GuestDisk {
   bool slice = false;  // only a part of the file is the disk: never read the file directly
 
   // Of a running guest only:
-  std::string node;       // QEMU's top node of this disk, below drover's own filter
+  std::string node;       // QEMU's node of its top image, below all filters
   std::string block_job;  // what runs on it and is not drover's ("backup", "commit", ...), or empty
 
   Length virtual_size;  // as the guest sees it

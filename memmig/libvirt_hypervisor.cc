@@ -487,6 +487,8 @@ class LibvirtHypervisor final : public Hypervisor {
   void describe_process(GuestInfo& info) const;
   Result<MirrorState> mirror_of(virDomainPtr domain, const std::string& disk,
                                 std::string* bitmap_node) const;
+  Result<std::string> root_node(virDomainPtr domain, const std::string& disk,
+                                const std::string& doing) const;
   Result<bool> job_present(virDomainPtr domain, const std::string& job) const;
   Status detach(virDomainPtr domain, const std::string& disk, bool keep_bitmap) const;
   std::optional<MigrationProgress> statistics(virDomainPtr domain, bool completed) const;
@@ -797,6 +799,17 @@ void LibvirtHypervisor::describe_process(GuestInfo& info) const {
   }
 }
 
+// What QEMU calls the top of the disk of that device; a filter, if there is one. Empty: not found.
+std::string top_node(const json& devices, const std::string& alias) {
+  for (const json& device : devices) {
+    const std::string qdev = string_of(device, "qdev");
+    if (!alias.empty() && (qdev == alias || contains(qdev, "/" + alias + "/"))) {
+      return string_of(field(device, "inserted"), "node-name");
+    }
+  }
+  return {};
+}
+
 // The bytes that an image and its backing files take.
 Length chain_allocation(const json& image) {
   Length sum;
@@ -840,13 +853,8 @@ Status LibvirtHypervisor::describe_running(virDomainPtr domain, const std::strin
       }
     }
     if (disk.node.empty()) {
-      const std::string alias = disk_alias(live, disk.target);
-      for (const json& device : devices) {
-        const std::string qdev = string_of(device, "qdev");
-        if (alias.empty() || (qdev != alias && !contains(qdev, "/" + alias + "/"))) continue;
-        const std::string name = string_of(field(device, "inserted"), "node-name");
-        if (!is_drovers(name)) disk.node = name;
-      }
+      const std::string name = top_node(devices, disk_alias(live, disk.target));
+      if (!is_drovers(name)) disk.node = name;
     }
     const json& image = field(find_node(disk.node), "image");
     disk.virtual_size = Length(number_of(image, "virtual-size"));
@@ -958,6 +966,15 @@ Result<GuestInfo> LibvirtHypervisor::describe(const std::string& guest) {
 
 // ---- mirror -------------------------------------------------------------------------------------
 
+// Where a mirror goes: above the filters that libvirt may have put on the image (copy-on-read,
+// throttling). QEMU takes nothing below ("Need a root block node").
+Result<std::string> LibvirtHypervisor::root_node(virDomainPtr domain, const std::string& disk,
+                                                 const std::string& doing) const {
+  DROVER_ASSIGN(const std::string live, definition(domain, 0));
+  DROVER_ASSIGN(const json devices, qmp(domain, "query-block", doing));
+  return top_node(devices, disk_alias(live, disk));
+}
+
 Result<bool> LibvirtHypervisor::job_present(virDomainPtr domain, const std::string& job) const {
   DROVER_ASSIGN(const json jobs, qmp(domain, "query-block-jobs", "asking for block jobs"));
   return std::any_of(jobs.begin(), jobs.end(),
@@ -1011,6 +1028,8 @@ Status LibvirtHypervisor::attach_mirror(const std::string& guest, const MirrorSp
     return fail(Code::Busy, fmt::format("{}: a mirror of drover's is on it already", doing),
                 "'drover jobs' shows the job it belongs to");
   }
+  DROVER_ASSIGN(std::string root, root_node(domain.get(), spec.disk, doing));
+  if (root.empty()) root = spec.node;
   // A bitmap that is there already was kept on purpose.
   const auto undo = [&](Error error) -> Status {
     if (auto undone = detach(domain.get(), spec.disk, before.bitmap); !undone) {
@@ -1037,7 +1056,7 @@ Status LibvirtHypervisor::attach_mirror(const std::string& guest, const MirrorSp
   }
   if (auto started = qmp(domain.get(), "blockdev-mirror",
                          {{"job-id", name},
-                          {"device", spec.node},
+                          {"device", root},
                           {"target", name},
                           {"filter-node-name", filter_name(spec.disk)},
                           {"sync", "none"},

@@ -589,3 +589,88 @@ def test_tool_leaves_no_ssh_behind(lab: Lab) -> None:
         assert len(connections()) > len(before)
     wait_for("ssh to end", lambda: connections() == before)
 
+
+
+# ------------------------------------------------------------------------------------ unusual definitions
+
+
+def test_mirror_of_every_kind_of_disk(lab: Lab, tool: Tool) -> None:
+    """With an iothread, on virtio-scsi, throttled, with copy-on-read, on a block device, with a backing chain."""
+    device = lab.a.loop_disk("64M")
+    lab.a.run("cd /var/lib/libvirt/images && qemu-img create -q -f raw base.raw 64M &&"
+              " qemu-img create -q -f qcow2 -b $PWD/base.raw -F raw kinds-vde.qcow2")
+    throttled = "<iotune><total_bytes_sec>50000000</total_bytes_sec></iotune>"
+    guest = lab.guest("kinds", [Disk("64M", data="8M", driver={"iothread": "1"}),
+                                Disk("64M", "qcow2", data="8M", driver={"iothread": "1"}),
+                                Disk("64M", "qcow2", bus="scsi", data="8M"), Disk("64M", data="8M", xml=throttled),
+                                Disk("64M", "qcow2", data="8M", driver={"copy_on_read": "on"}),
+                                Disk(path=device, data="8M")],
+                      memory="256M", rate=300)
+    lab.a.run(["virsh", "attach-disk", "kinds", "/var/lib/libvirt/images/kinds-vde.qcow2", "vdz", "--subdriver", "qcow2",
+               "--live"])
+    info = tool.call("describe", guest="kinds")
+    assert info["disks"]["vdz"]["backing_chain"] and len(info["disks"]) == 7
+    endpoints = []
+    try:
+        for name, disk in info["disks"].items():
+            lab.b.run(["qemu-img", "create", "-q", "-f", "raw", f"/tmp/{name}.raw", str(disk["virtual_size"])])
+            endpoints.append(Endpoint(lab.a, f"{info['private_directory']}/drover-{name}.sock", lab.b, f"/tmp/{name}.raw",
+                                      "raw", info["qemu_uid"], info["qemu_gid"], name))
+            tool.call("attach", guest=info["uuid"], disk=name, node=disk["node"], socket=endpoints[-1].socket, export=name)
+        again = tool.call("describe", guest="kinds")
+        assert {n: d["node"] for n, d in again["disks"].items()} == {n: d["node"] for n, d in info["disks"].items()}
+        export = f"{info['private_directory']}/drover-export.sock"
+        tool.call("export", guest=info["uuid"], socket=export, disks={n: d["node"] for n, d in info["disks"].items()})
+        for name in set(info["disks"]) - {"vdz"}:  # nobody writes to that one
+            wait_for(f"writes to {name}", lambda n=name: lab.b.du(f"/tmp/{n}.raw") > 0)
+        tool.call("unexport", guest=info["uuid"])
+        for name in info["disks"]:
+            assert tool.call("mirror", guest=info["uuid"], disk=name)["alive"], name
+            tool.call("detach", guest=info["uuid"], disk=name)
+        nothing_of_drovers(lab.a, "kinds")
+    finally:
+        for endpoint in endpoints:
+            endpoint.close()
+    assert guest.verify()["ok"]
+    lab.a.run(["virsh", "detach-disk", "kinds", "vdz", "--live"])
+    wait_for("the disk to be gone", lambda: "vdz" not in tool.call("describe", guest="kinds")["disks"])
+    guest.destroy()
+    lab.a.run("rm /var/lib/libvirt/images/base.raw /var/lib/libvirt/images/kinds-vde.qcow2")
+    lab.b.run("rm /tmp/*.raw")
+
+
+def test_firmware_variables_move(lab: Lab) -> None:
+    """QEMU migrates the content of its flash with the memory; libvirt makes the file on the target."""
+    firmware, template = "/var/lib/libvirt/boot/firmware.fd", "/var/lib/libvirt/boot/variables.fd"
+    nvram = "/var/lib/libvirt/qemu/nvram/uefi_VARS.fd"
+    for host in (lab.a, lab.b):
+        # SeaBIOS in flash: it boots, and knows nothing of variables.
+        host.run(f"cp /usr/share/seabios/bios-256k.bin {firmware}; truncate -s 256K {template}")
+    lab.a.run(f"head -c 256K /dev/urandom >{nvram}; chown libvirt-qemu {nvram}")
+
+    def with_firmware(xml: str) -> str:
+        return xml.replace("</type>", f"</type><loader readonly='yes' type='pflash'>{firmware}</loader>"
+                                      f"<nvram template='{template}'>{nvram}</nvram>", 1)
+    guest = lab.guest("uefi", [Disk("16M", data="4M")], memory="256M", rate=50, edit=with_firmware)
+    content = lab.a.path(nvram).read_bytes()
+    with Move(lab, guest, lab.b) as move:
+        assert move.info["loader"] == firmware and move.info["nvram"] == nvram
+        guest.command("stop")
+        move.attach()
+        move.copy()
+        move.open_memory_path()
+        migration = move.migrate()
+        move.tool.event("suspended", "target")
+        move.release()
+        move.tool.call("resume", on="target", guest=move.uuid)
+        move.tool.result(migration)
+        wait_for("the variables", lambda: lab.b.path(nvram).read_bytes() == content)
+        assert lab.a.path(nvram).exists()
+        move.finish()
+        assert not lab.a.path(nvram).exists()  # gone with the definition
+    assert guest.verify()["ok"]
+    lab.b.libvirt().lookupByName("uefi").destroy()
+    lab.b.libvirt().lookupByName("uefi").undefineFlags(4)
+    lab.b.run("rm -r /var/lib/libvirt/images/moved")
+    for host in (lab.a, lab.b):
+        host.run(["rm", firmware, template])
