@@ -40,6 +40,9 @@ class Engine final : public MirrorEngine, private Answers {
     stop();
     link_.reset();
     disks_.clear();
+    // The loop gives back the buffers it was receiving into; nobody waits for them any more.
+    copy_buffers_.on_available(nullptr);
+    write_buffers_.on_available(nullptr);
     loop_.reset();
   }
 

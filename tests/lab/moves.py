@@ -36,6 +36,8 @@ class Outcome:
 class Move:
     """A `drover move` under way: `events` grows as it reports."""
 
+    running: list["Move"] = []  # what a failed test leaves to conftest.py
+
     def __init__(self, lab: Lab, guest: Guest, *options: str, host: Optional[Host] = None) -> None:
         self.lab, self.guest = lab, guest
         self.source = guest.host
@@ -50,6 +52,7 @@ class Move:
         self._readers = [threading.Thread(target=self._read_events), threading.Thread(target=self._read_errors)]
         for reader in self._readers:
             reader.start()
+        Move.running.append(self)
 
     def _read_events(self) -> None:
         assert self.process.stdout
@@ -93,6 +96,7 @@ class Move:
             self.process.wait()
             raise LabError(f"the move did not end within {timeout:g} s: {self.events[-3:]}")
         finally:
+            Move.running.remove(self)
             for reader in self._readers:
                 reader.join()
             for pipe in (self.process.stdout, self.process.stderr):

@@ -2,8 +2,8 @@
 """`drover move` between two hosts, under the witness."""
 from __future__ import annotations
 
+import os
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_there_and_back_with_raw_and_qcow2(lab: Lab, guest: Guest) -> None:
         for disk, path in guest.disks().items():
             assert guest.host.du(path) <= du[disk] * 1.05 + (1 << 20), "thin did not stay thin"
         assert sorted(outcome.summary["deleted"]) == sorted(guest.disks().values())
-        for agent in ("runner_peak_memory", "receiver_peak_memory"):
+        for agent in ("runner_peak_memory_bytes", "receiver_peak_memory_bytes"):
             assert 0 < outcome.summary[agent] < 256 << 20, agent
 
 
@@ -112,7 +112,7 @@ def test_ctrl_c_undoes_everything(lab: Lab, phase: str) -> None:
 
 def test_a_lost_link_ends_the_move_cleanly(lab: Lab, guest: Guest) -> None:
     running = Move(lab, guest, "--bandwidth", "20M")
-    running.wait_for(lambda e: e.get("phase") == "copy" and e.get("copied", 0) > 0)
+    running.wait_for(lambda e: e.get("phase") == "copy" and e.get("copied_bytes", 0) > 0)
     lab.set_link(lab.b, False)
     outcome = running.end()
     lab.set_link(lab.b, True)
@@ -125,10 +125,11 @@ def test_a_lost_link_ends_the_move_cleanly(lab: Lab, guest: Guest) -> None:
 
 def test_a_receiver_that_is_killed_ends_the_move_cleanly(lab: Lab, guest: Guest) -> None:
     running = Move(lab, guest, "--bandwidth", "20M")
-    running.wait_for(lambda e: e.get("phase") == "copy" and e.get("copied", 0) > 0)
+    running.wait_for(lambda e: e.get("phase") == "copy" and e.get("copied_bytes", 0) > 0)
     pids = [pid for pid, line in lab.b.processes().items() if "drover receive" in line]
     assert pids
-    lab.b.run(["kill", "-9", *map(str, pids)])
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
     outcome = running.end()
     assert outcome.exit_code != 0
     assert guest.host is lab.a
@@ -165,15 +166,17 @@ def test_ssh_refused(lab: Lab, guest: Guest) -> None:
 
 
 def test_the_same_host(lab: Lab, guest: Guest) -> None:
-    refused(lab, guest, host="hosta", says="same host")
+    refused(lab, guest, host="hosta", says="hosta is this host")
 
 
 def test_target_file_already_exists(lab: Lab, guest: Guest) -> None:
     path = guest.disks()["vda"]
     lab.b.run(f"echo mine > {path}")
-    refused(lab, guest, says="exists")
-    assert lab.b.path(path).read_text() == "mine\n"
-    lab.b.path(path).unlink()
+    try:
+        refused(lab, guest, says=f"{path} is there already")
+        assert lab.b.path(path).read_text() == "mine\n"
+    finally:
+        lab.b.path(path).unlink()
 
 
 def test_target_directory_missing(lab: Lab, guest: Guest) -> None:
@@ -191,7 +194,7 @@ def test_two_disks_to_one_path(lab: Lab, guest: Guest) -> None:
 def test_not_enough_space(lab: Lab, guest: Guest) -> None:
     lab.b.mount_fs("ext4", "64M", "/mnt/small")
     try:
-        refused(lab, guest, "--disk", "vda=/mnt/small/web1.raw", says="space")
+        refused(lab, guest, "--disk", "vda=/mnt/small/web1.raw", says="to spare")
     finally:
         lab.b.umount("/mnt/small")
 
@@ -232,15 +235,18 @@ def test_snapshot(lab: Lab) -> None:
     guest = lab.guest("snap", [Disk("128M", "qcow2", data="16M")], memory="256M", rate=50)
     lab.a.virsh("snapshot-create-as", guest.name, "before", "--disk-only", "--diskspec", "vda,snapshot=external")
     refused(lab, guest, says="snapshot")
+    lab.a.path(f"{IMAGES}/snap-vda.qcow2").unlink()  # below the snapshot: the guest's clean-up misses it
 
 
-def test_network_missing_on_the_target(lab: Lab, guest: Guest) -> None:
-    name = "onlyhere"
-    lab.a.run(["virsh", "net-define", "/dev/stdin"], check=False,
-              input=f"<network><name>{name}</name><bridge name='brx'/></network>")
-    if name not in lab.a.virsh("net-list", "--all", "--name").split():
-        pytest.skip("libvirt's network driver is not in the lab's host")
-    lab.a.virsh("net-undefine", name)
+def test_bridge_missing_on_the_target(lab: Lab) -> None:
+    lab.a.run(["ip", "link", "add", "onlyhere", "type", "bridge"])
+    try:
+        guest = lab.guest("web1", [Disk("64M", data="8M")], memory="256M", rate=50,
+                          devices="<interface type='bridge'><source bridge='onlyhere'/></interface>")
+        refused(lab, guest, says="onlyhere")
+        guest.destroy()
+    finally:
+        lab.a.run(["ip", "link", "del", "onlyhere"])
 
 
 def test_guest_not_running(lab: Lab, guest: Guest) -> None:
@@ -248,6 +254,7 @@ def test_guest_not_running(lab: Lab, guest: Guest) -> None:
     p = lab.a.run(["drover", "move", guest.name, "hostb"], check=False)
     assert p.returncode not in (0, 1, 130)
     assert "not running" in p.stdout + p.stderr
+    guest.destroy()
 
 
 def test_drover_missing_on_the_target(lab: Lab, guest: Guest) -> None:
