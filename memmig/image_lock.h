@@ -11,6 +11,12 @@
 // and writing is permission 1. Nothing is written to the image (invariant 3). The lock goes with
 // the object, and with the process.
 //
+// When: after the target's Suspended event (before it QEMU still has its own lock: Busy), before
+// the target is resumed, on every image that the source writes to. Busy then means that libvirt has
+// resumed the source: the target must not run. docs/handover.md has the cases;
+// tests/contract/image_lock_test.cc and test_source_is_not_resumed_while_the_target_may_run (lab)
+// show them.
+//
 // Threads: any. Errors: Busy if a QEMU has the image open for writing now; the system's otherwise.
 #pragma once
 

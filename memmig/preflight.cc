@@ -295,6 +295,14 @@ void examine_target(const Facts& facts, Findings& out) {
   switch (target.cpu) {
     case CpuAnswer::Compatible: break;
     case CpuAnswer::Incompatible:
+      // A definition with check='none' (or 'partial') starts with what the host has: then the
+      // model's list of features says nothing, here as there.
+      if (facts.source.cpu == CpuAnswer::Incompatible) {
+        out.warning("cpu-unknown",
+                    fmt::format("neither host has all of the CPU model of guest {}", guest.name),
+                    target.cpu_problem, "move it only between equal hosts");
+        break;
+      }
       out.blocker(
           "cpu", fmt::format("{} has not the CPU that guest {} sees", host, guest.name),
           target.cpu_problem,

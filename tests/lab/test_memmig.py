@@ -532,6 +532,114 @@ def test_source_is_not_resumed_while_the_target_may_run(lab: Lab, guest: Guest, 
     assert guest.verify()["ok"], guest.mismatches()
 
 
+# ------------------------------------------------------------- who dies in the handover: docs/handover.md
+
+
+def away(move: Move) -> None:
+    """What a move that did not happen leaves in the guest and on the disks."""
+    with Tool(move.source) as tool:
+        for name in move.info["disks"]:
+            tool.call("detach", guest=move.uuid, disk=name)
+    for host in (move.source, move.target):
+        host.run(["rm", "-r", move.directory])
+
+
+def test_runner_dies_while_memory_moves(lab: Lab, small: Guest) -> None:
+    with Move(lab, small, lab.b) as move:
+        move.attach()
+        move.open_memory_path()
+        move.migrate(bandwidth=2 << 20)
+        move.tool.event("progress")
+        move.tool.kill()
+        with Tool(lab.a, target="qemu+ssh://hostb/system?no_tty=1") as second:
+            def taken_back() -> bool:
+                try:
+                    second.call("state", on="target", guest=move.uuid)
+                    return False
+                except ToolError as e:
+                    return e.code == "not-found"
+            wait_for("the target's half guest to be ended", taken_back)
+            wait_for("libvirt's job to end", lambda: not second.call("describe", guest=move.uuid)["other_job"])
+            assert second.call("state", guest=move.uuid) == "running"
+            assert second.call("mirror", guest=move.uuid, disk="vda")["alive"]
+        away(move)
+    assert small.verify()["ok"]
+
+
+def test_runner_dies_between_finish_and_confirm(lab: Lab, guest: Guest) -> None:
+    """Both guests stand still: whoever comes next can go forward."""
+    rpc = RpcRelay(lab.a, lab.b)
+    rpc.hold = threading.Event()
+    rpc.lose_answer_to = RpcRelay.FINISH3_PARAMS
+    try:
+        with Move(lab, guest, lab.b, target_uri=rpc.uri) as move:
+            guest.command("stop")
+            move.attach()
+            move.copy()
+            guest.command("start")
+            move.open_memory_path()
+            move.migrate()
+            move.tool.event("suspended", "target")
+            move.tool.kill()
+            rpc.hold.set()
+            with Tool(lab.a, target="qemu+ssh://hostb/system?no_tty=1") as second:
+                wait_for("libvirt's job to end", lambda: not second.call("describe", guest=move.uuid)["other_job"])
+                assert second.call("state", guest=move.uuid) == "paused"
+                assert second.call("state", on="target", guest=move.uuid) == "paused"
+                second.call("guard", paths=[d["path"] for d in move.info["disks"].values()])
+                move.release()
+                second.call("resume", on="target", guest=move.uuid)
+                second.call("destroy", guest=move.uuid)
+                second.call("undefine", guest=move.uuid)
+            for disk in move.info["disks"].values():
+                lab.a.path(disk["path"]).unlink()
+    finally:
+        rpc.close()
+    assert guest.host is lab.b and guest.verify()["ok"], guest.mismatches()
+
+
+def test_source_libvirtd_restarts_while_memory_moves(lab: Lab, small: Guest) -> None:
+    with Move(lab, small, lab.b) as move:
+        move.attach()
+        move.open_memory_path()
+        migration = move.migrate(bandwidth=2 << 20)
+        move.tool.event("progress")
+        lab.a.restart_libvirtd()
+        with pytest.raises(ToolError) as e:
+            move.tool.result(migration)
+        assert e.value.code == "unreachable", str(e.value)
+        with Tool(lab.a, target="qemu+ssh://hostb/system?no_tty=1") as second:
+            assert second.call("state", guest=move.uuid) == "running"
+            assert second.call("mirror", guest=move.uuid, disk="vda")["alive"]
+            with pytest.raises(ToolError, match="no guest"):
+                second.call("state", on="target", guest=move.uuid)
+        away(move)
+    assert small.verify()["ok"]
+
+
+def test_target_libvirtd_restarts_before_the_resume(lab: Lab, guest: Guest) -> None:
+    with Move(lab, guest, lab.b) as move:
+        guest.command("stop")
+        move.attach()
+        move.copy()
+        guest.command("start")
+        move.open_memory_path()
+        migration = move.migrate()
+        move.tool.event("suspended", "target")
+        move.tool.result(migration)
+        lab.b.restart_libvirtd()
+        move.tool.event("connection-lost", "target")
+        move.release()
+        with pytest.raises(ToolError) as e:
+            move.tool.call("resume", on="target", guest=move.uuid)
+        assert e.value.code == "unreachable"
+        with Tool(lab.a, target="qemu+ssh://hostb/system?no_tty=1") as second:
+            assert second.call("state", on="target", guest=move.uuid) == "paused"
+            second.call("resume", on="target", guest=move.uuid)
+        move.finish()
+    assert guest.host is lab.b and guest.verify()["ok"], guest.mismatches()
+
+
 # -------------------------------------------------------------------------------------- events and life
 
 

@@ -442,6 +442,11 @@ TEST_F(Preflight, CpuIsMissing) {
   expect_blocker("cpu", "hostb");
   EXPECT_THAT(findings()[0].why, HasSubstr("avx512f"));
 }
+TEST_F(Preflight, CpuModelThatTheSourceHasNotEitherProvesNothing) {
+  source.cpu = target.cpu = CpuAnswer::Incompatible;
+  target.cpu_problem = "missing features: tsc-deadline";
+  expect_warning("cpu-unknown", "neither host");
+}
 TEST_F(Preflight, CpuIsNotKnown) {
   target.cpu = CpuAnswer::Unknown;
   expect_warning("cpu-unknown", "hostb");
