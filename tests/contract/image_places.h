@@ -11,6 +11,7 @@
 #include <linux/loop.h>
 #include <linux/magic.h>
 #include <sched.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
@@ -53,11 +54,22 @@ inline Bytes random_bytes(Random& random, std::size_t count) {
   return bytes;
 }
 
+// A directory that goes with its object. What a killed test left behind goes when the next one
+// begins: a directory whose lock nobody holds is nobody's.
 class TempDir {
  public:
   explicit TempDir(const fs::path& parent) {
-    std::string name = (parent / "drover-image-test.XXXXXX").string();
-    path_ = ::mkdtemp(name.data()) != nullptr ? name : "";
+    sweep(parent);
+    constexpr int kAttempts = 10;  // another process may sweep it away before the lock is taken
+    for (int i = 0; i < kAttempts; ++i) {
+      std::string name = (parent / (std::string(kPrefix) + "XXXXXX")).string();
+      if (::mkdtemp(name.data()) == nullptr) return;
+      lock_ = UniqueFd(::open(name.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+      if (lock_ && ::flock(lock_.get(), LOCK_EX) == 0 && fs::exists(name)) {
+        path_ = name;
+        return;
+      }
+    }
   }
   ~TempDir() {
     std::error_code ignored;
@@ -68,6 +80,20 @@ class TempDir {
   [[nodiscard]] const fs::path& path() const { return path_; }
 
  private:
+  static constexpr const char* kPrefix = "drover-image-test.";
+
+  static void sweep(const fs::path& parent) {
+    std::error_code ignored;
+    for (const auto& entry : fs::directory_iterator(parent, ignored)) {
+      if (entry.path().filename().string().rfind(kPrefix, 0) != 0) continue;
+      const UniqueFd lock(::open(entry.path().c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+      if (lock && ::flock(lock.get(), LOCK_EX | LOCK_NB) == 0) {
+        fs::remove_all(entry.path(), ignored);
+      }
+    }
+  }
+
+  UniqueFd lock_;
   fs::path path_;
 };
 

@@ -987,6 +987,17 @@ TEST_F(RawSourceTest, TakesNoLockAndDoesNotNeedToWrite) {
 
 // --- NBD -----------------------------------------------------------------------------------------
 
+UniqueFd listen_at(const std::string& path) {
+  UniqueFd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_un name{};
+  name.sun_family = AF_UNIX;
+  EXPECT_LT(path.size(), sizeof name.sun_path);
+  std::memcpy(name.sun_path, path.data(), std::min(path.size(), sizeof name.sun_path - 1));
+  EXPECT_EQ(::bind(socket.get(), reinterpret_cast<sockaddr*>(&name), sizeof name), 0);
+  EXPECT_EQ(::listen(socket.get(), 8), 0);
+  return socket;
+}
+
 class NbdTest : public testing::Test {
  protected:
   Qcow2Place place_;
@@ -1136,14 +1147,9 @@ TEST_F(NbdTest, SaysWhenThereIsNoServerOrNoSuchExport) {
 }
 
 TEST_F(NbdTest, AServerThatSaysNothingIsUnreachableInTime) {
-  const UniqueFd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-  sockaddr_un name{};
-  name.sun_family = AF_UNIX;
   const std::string path = place_.directory() / "mute";
-  ASSERT_LT(path.size(), sizeof name.sun_path);
-  std::memcpy(name.sun_path, path.data(), path.size());
-  ASSERT_EQ(::bind(socket.get(), reinterpret_cast<sockaddr*>(&name), sizeof name), 0);
-  ASSERT_EQ(::listen(socket.get(), 1), 0);
+  const UniqueFd socket = listen_at(path);
+  ASSERT_TRUE(socket);
   NbdOpenOptions options;
   options.image = "mute";
   options.timeout = std::chrono::milliseconds(20);
@@ -1180,19 +1186,15 @@ TEST_F(NbdTest, QemuNbdServesAReaderToo) {
   const fs::path path = place_.directory() / "disk";
   write_sparse(path, content);
   const std::string socket = place_.directory() / "socket";
-  // --fork returns when the socket is there; --pid-file says whom to stop.
-  const std::string pid_file = place_.directory() / "pid";
-  const auto started = run_process({"qemu-nbd", "--fork", "--pid-file", pid_file, "-r", "-t", "-e",
-                                    "4", "-k", socket, "-x", "disk", "-f", "raw", path});
-  ASSERT_TRUE(started.has_value()) << started.error().to_string();
-  ASSERT_EQ(started->exit_code, 0) << started->err;
-  pid_t pid = 0;
-  std::ifstream(pid_file) >> pid;
-  ASSERT_GT(pid, 0);
-  struct Stop {
-    pid_t pid;
-    ~Stop() { ::kill(pid, SIGTERM); }
-  } const stop{pid};
+  const UniqueFd listening = listen_at(socket);
+  ASSERT_TRUE(listening);
+  // systemd's way of handing over a listening socket: no waiting until it is there.
+  const std::string script =
+      "exec 3<&" + std::to_string(listening.get()) +
+      "; LISTEN_PID=$$ LISTEN_FDS=1 exec qemu-nbd -r -t -e 4 -x disk -f raw \"$0\"";
+  const auto server =
+      ChildProcess::start({"bash", "-c", script, path}, {.descriptors = {listening.get()}});
+  ASSERT_TRUE(server.has_value()) << server.error().to_string();
   auto reader = open_nbd_reader(place_.loop(), {.unix_socket = socket, .export_name = "disk"});
   ASSERT_TRUE(reader.has_value()) << reader.error().to_string();
   Bytes found(content.size());

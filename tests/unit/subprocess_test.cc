@@ -135,7 +135,7 @@ TEST(RunProcess, HandsOverTheDescriptorsItWasToldTo) {
   std::array<int, 2> ends{};
   ASSERT_EQ(::pipe2(ends.data(), O_CLOEXEC), 0);
   const auto result =
-      shell("echo through >&" + std::to_string(ends[1]), {.descriptors = {ends[1]}});
+      shell("echo through >/proc/self/fd/" + std::to_string(ends[1]), {.descriptors = {ends[1]}});
   ASSERT_TRUE(result.has_value()) << result.error().to_string();
   EXPECT_EQ(result->exit_code, 0) << result->err;
   EXPECT_NE(::fcntl(ends[1], F_GETFD) & FD_CLOEXEC, 0) << "only the child's copy changes";
