@@ -206,7 +206,6 @@ class Move {
                   mirror::start_receiver({.host = options_.host}, request));
 
     mirror::MirrorEngine::Options engine_options;
-    engine_options.guest_delay = options_.guest_delay;
     engine_options.bandwidth = options_.bandwidth;
     mirror::MirrorEngine::Events events;
     events.all_copied = [this](bool strict) { queue_.push(AllCopied{strict}); };

@@ -39,33 +39,37 @@ Arbiter::Copy* Arbiter::copy_of(ChunkIndex chunk) {
 void Arbiter::guest_write(WriteId id, WriteKind kind, Extent extent, Instant now, Actions& out) {
   CHECK(extent.length.bytes() > 0 && extent.end() <= Offset(options_.disk_size.bytes()),
         "the NBD server lets only extents of the disk through");
-  const bool fresh_id = writes_.emplace(id, 1).second;  // one part held until all are taken
+  const bool fresh_id = writes_.emplace(id, Write()).second;
   CHECK(fresh_id, "a write's id is new");
+  // In strict mode a write waits when too much is on its way, and a discard always.
+  const bool wait_for_target =
+      strict_ && (kind == WriteKind::Discard ||
+                  bytes_on_the_way_ + extent.length > options_.strict_window);
+  begin_part(id);  // held until all parts are taken
+  if (wait_for_target) waiting_.push_back(id);
+  writes_.at(id).acknowledged = !wait_for_target;
   for (Offset at = extent.offset; at < extent.end();) {
     const ChunkIndex chunk = at.bytes() / options_.chunk_size.bytes();
     const Offset end = std::min(extent.end(), chunk_extent(chunk).end());
-    ++writes_.at(id);
+    begin_part(id);
     take_piece(Piece{id, chunk, kind, Extent{at, end - at}, false, now}, out);
     at = end;
   }
-  finish_write_part(id, out);
+  if (!wait_for_target) out.push_back({.kind = Action::Kind::Acknowledge, .write = id});
+  skip_part(id, out);
 }
 
 void Arbiter::take_piece(const Piece& piece, Actions& out) {
   written_since_scan_.insert(piece.chunk);
-  if (pending_.contains(piece.chunk)) return finish_write_part(piece.write, out);
+  if (pending_.contains(piece.chunk)) return skip_part(piece.write, out);
   if (piece.kind == WriteKind::Discard && !options_.mutation.repeat_discard) {
     return take_discard(piece, out);
   }
   Copy* const copy = copy_of(piece.chunk);
-  if (copy != nullptr && copy->redo) return finish_write_part(piece.write, out);
-  if (copy != nullptr && copy->state == CopyState::Reading &&
-      !options_.mutation.forward_during_read) {
-    copy->waiting.push_back(wait(piece));
-    return;
-  }
+  if (copy != nullptr && copy->redo) return skip_part(piece.write, out);
   const bool lane_down = lane_down_[lane_of(piece.chunk)];
-  const bool too_much = !strict_ && forwarded_bytes_ + piece.extent.length > options_.max_forwarded;
+  const bool too_much =
+      !strict_ && bytes_on_the_way_ + piece.extent.length > options_.max_forwarded;
   if (lane_down || too_much) {
     if (copy != nullptr) {
       copy->redo = true;
@@ -73,9 +77,15 @@ void Arbiter::take_piece(const Piece& piece, Actions& out) {
       pending_.insert(piece.chunk);
     }
     ++expired_;
-    return finish_write_part(piece.write, out);
+    return skip_part(piece.write, out);
   }
-  forward(wait(piece), out);
+  const PieceId id = wait(piece);
+  if (copy != nullptr && copy->state == CopyState::Reading &&
+      !options_.mutation.forward_during_read) {
+    copy->waiting.push_back(id);
+    return;
+  }
+  forward(id, out);
 }
 
 void Arbiter::take_discard(const Piece& piece, Actions& out) {
@@ -87,12 +97,13 @@ void Arbiter::take_discard(const Piece& piece, Actions& out) {
     pending_.insert(piece.chunk);
     if (strict_) return pending_discards_[piece.chunk].push_back(wait(piece));
   }
-  finish_write_part(piece.write, out);
+  skip_part(piece.write, out);
 }
 
 PieceId Arbiter::wait(const Piece& piece) {
   const PieceId id = next_piece_++;
   pieces_.emplace_hint(pieces_.end(), id, piece);
+  bytes_on_the_way_ += piece.extent.length;
   return id;
 }
 
@@ -100,23 +111,20 @@ void Arbiter::forward(PieceId id, Actions& out) {
   Piece& piece = pieces_.at(id);
   piece.forwarded = true;
   sent_.insert(piece.chunk);
-  forwarded_bytes_ += piece.extent.length;
-  ++forwarded_;
   LaneIndex lane = lane_of(piece.chunk);
   if (options_.mutation.wrong_lane) lane = (lane + 1) % options_.lanes;
   out.push_back({Action::Kind::Forward, piece.write, id, piece.extent, lane});
+  part_forwarded(piece.write, out);
 }
 
 void Arbiter::finish_piece(PieceId id, Actions& out) {
   const auto found = pieces_.find(id);
-  CHECK(found != pieces_.end(), "only waiting pieces finish");
-  if (found->second.forwarded) {
-    forwarded_bytes_ -= found->second.extent.length;
-    --forwarded_;
-  }
-  const WriteId write = found->second.write;
+  CHECK(found != pieces_.end(), "only pieces on their way finish");
+  const Piece piece = found->second;
+  bytes_on_the_way_ -= piece.extent.length;
   pieces_.erase(found);
-  finish_write_part(write, out);
+  if (!piece.forwarded) part_forwarded(piece.write, out);
+  part_finished(piece.write, out);
 }
 
 void Arbiter::finish_pieces(const std::vector<PieceId>& ids, Actions& out) {
@@ -125,12 +133,34 @@ void Arbiter::finish_pieces(const std::vector<PieceId>& ids, Actions& out) {
   }
 }
 
-void Arbiter::finish_write_part(WriteId write, Actions& out) {
+void Arbiter::begin_part(WriteId write) {
+  Write& entry = writes_.at(write);
+  ++entry.unforwarded;
+  ++entry.unfinished;
+}
+
+void Arbiter::part_forwarded(WriteId write, Actions& out) {
+  Write& entry = writes_.at(write);
+  CHECK(entry.unforwarded > 0, "each part is forwarded or skipped once");
+  if (--entry.unforwarded > 0) return;
+  out.push_back({.kind = Action::Kind::Forget, .write = write});
+}
+
+void Arbiter::part_finished(WriteId write, Actions& out) {
   const auto found = writes_.find(write);
-  CHECK(found != writes_.end(), "a write is acknowledged once");
-  if (--found->second > 0) return;
+  CHECK(found != writes_.end() && found->second.unfinished > 0, "each part is finished once");
+  if (--found->second.unfinished > 0) return;
+  if (!found->second.acknowledged) {
+    std::erase(waiting_, write);
+    out.push_back({.kind = Action::Kind::Acknowledge, .write = write});
+  }
   writes_.erase(found);
-  out.push_back({.kind = Action::Kind::Acknowledge, .write = write});
+}
+
+// A part of which nothing is forwarded: its chunk is, or will be, copied.
+void Arbiter::skip_part(WriteId write, Actions& out) {
+  part_forwarded(write, out);
+  part_finished(write, out);
 }
 
 // --- the copier ---
@@ -176,7 +206,7 @@ bool Arbiter::copy_read(TicketId id, Actions& out) {
   copy.state = CopyState::Sending;
   sent_.insert(copy.chunk);
   for (const PieceId piece : std::exchange(copy.waiting, {})) {
-    if (!pieces_.contains(piece)) continue;  // expired meanwhile
+    if (!pieces_.contains(piece)) continue;  // given up meanwhile
     if (copy.redo) {
       finish_piece(piece, out);
     } else {
@@ -245,10 +275,10 @@ void Arbiter::piece_acked(PieceId id, Actions& out) {
   if (pieces_.contains(id)) finish_piece(id, out);
 }
 
-void Arbiter::lane_lost(LaneIndex lane, Instant now, Actions& out) {
+void Arbiter::lane_lost(LaneIndex lane, Actions& out) {
   CHECK(lane < options_.lanes, "the lane exists");
   lane_down_[lane] = true;
-  end_strict(now, out);
+  end_strict(out);
   std::vector<TicketId> lost_copies;
   for (const auto& [id, copy] : copies_) {
     if (lane_of(copy.chunk) == lane) lost_copies.push_back(id);
@@ -278,18 +308,22 @@ void Arbiter::lane_up(LaneIndex lane) {
 
 std::optional<Instant> Arbiter::next_deadline() const {
   if (strict_ || pieces_.empty()) return std::nullopt;
-  return pieces_.begin()->second.arrived + options_.guest_delay;
+  return pieces_.begin()->second.arrived + options_.max_lag;
 }
 
 void Arbiter::tick(Instant now, Actions& out) {
   while (true) {
     const std::optional<Instant> deadline = next_deadline();
     if (!deadline || *deadline > now) return;
-    expire(pieces_.begin()->first, out);
+    give_up(pieces_.begin()->first, out);
   }
 }
 
-void Arbiter::expire(PieceId id, Actions& out) {
+void Arbiter::shed(Actions& out) {
+  while (!strict_ && !pieces_.empty()) give_up(pieces_.begin()->first, out);
+}
+
+void Arbiter::give_up(PieceId id, Actions& out) {
   const Piece& piece = pieces_.at(id);
   Copy* const copy = copy_of(piece.chunk);
   if (copy == nullptr) {
@@ -312,11 +346,15 @@ bool Arbiter::enter_strict() {
   return true;
 }
 
-void Arbiter::leave_strict(Instant now, Actions& out) { end_strict(now, out); }
+void Arbiter::leave_strict(Actions& out) { end_strict(out); }
 
-void Arbiter::end_strict(Instant now, Actions& out) {
+void Arbiter::end_strict(Actions& out) {
   if (!std::exchange(strict_, false)) return;
-  // Discards wait only in strict mode: their chunks are Pending, or will be.
+  for (const WriteId write : std::exchange(waiting_, {})) {
+    writes_.at(write).acknowledged = true;
+    out.push_back({.kind = Action::Kind::Acknowledge, .write = write});
+  }
+  // Discards are on their way only in strict mode: their chunks are Pending, or will be.
   for (const auto& [chunk, discards] : std::exchange(pending_discards_, {})) {
     finish_pieces(discards, out);
   }
@@ -324,7 +362,6 @@ void Arbiter::end_strict(Instant now, Actions& out) {
     finish_pieces(std::exchange(copy.covered, {}), out);
     finish_pieces(std::exchange(copy.discards, {}), out);
   }
-  for (auto& [id, piece] : pieces_) piece.arrived = now;
 }
 
 void Arbiter::mark_pending(Extent range) {
@@ -346,8 +383,8 @@ Arbiter::Summary Arbiter::summary() const {
   summary.chunks = chunks_;
   summary.pending = pending_.count();
   summary.copying = copies_.size();
-  summary.waiting = writes_.size();
-  summary.forwarded = forwarded_;
+  summary.waiting = waiting_.size();
+  summary.on_the_way = pieces_.size();
   summary.expired = expired_;
   const std::uint64_t copied = chunks_ - pending_.count() - copies_.size();
   summary.copied = options_.chunk_size * copied;
@@ -358,7 +395,8 @@ Arbiter::Summary Arbiter::summary() const {
 }
 
 bool Arbiter::synchronised() const {
-  return pending_.count() == 0 && copies_.empty() && writes_.empty();
+  const bool arrived = pieces_.empty() || options_.mutation.forget_on_the_way;
+  return pending_.count() == 0 && copies_.empty() && waiting_.empty() && arrived;
 }
 
 bool Arbiter::is_copied(ChunkIndex chunk) const {

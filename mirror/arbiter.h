@@ -17,10 +17,12 @@
 // write arrived sees that write. And a chunk's frames always travel on one lane, which the target
 // applies in order.
 //
-// The guest is never held up for longer than `guest_delay`: a write that waits longer is
-// acknowledged, and its chunk becomes Pending (again), now or when the copy in flight is done. In
-// strict mode (the handover) there is no such bound: writes wait for the target, so the number of
-// Pending chunks only falls.
+// The guest does not wait: outside strict mode every write is acknowledged at once, and what is to be
+// forwarded follows behind (its bytes are in the mirror's buffers). How much may be on its way is
+// bounded (max_forwarded, max_lag); a write beyond that is not forwarded, its chunk becomes Pending (again).
+// In strict mode (the handover) nothing becomes Pending for that: a write that finds more than
+// strict_window on its way is acknowledged only when the target has applied it. So the number of Pending
+// chunks only falls, and what is on its way when the guest stops is little.
 //
 // A discard says nothing about what the source reads afterwards (it may be ignored, or only done in
 // part), so it is never repeated: its chunks become Pending. In strict mode the discard is answered
@@ -53,11 +55,13 @@ struct Action {
   enum class Kind {
     // The write is done as far as QEMU is concerned: answer it. Once per write.
     Acknowledge,
+    // Nothing of the write is left to be forwarded: its payload may go. Once per write.
+    Forget,
     // Queue the piece on its lane, behind everything queued there before. Then call
     // piece_acked() when the target has applied it.
     Forward,
-    // The guest no longer waits for this piece and its chunk will be copied again: if it is still in
-    // the lane's queue it may be dropped. Not an obligation.
+    // This piece's chunk will be copied again: if it is still in the lane's queue it may be dropped. Not
+    // an obligation.
     Abandon,
   };
   Kind kind = Kind::Acknowledge;
@@ -83,17 +87,20 @@ class Arbiter {
     Length chunk_size = Length(std::uint64_t{1} << 20);
     LaneIndex lanes = 1;
     LaneIndex first_lane = 0;  // chunk c travels on lane (c + first_lane) % lanes
-    Duration guest_delay = std::chrono::milliseconds(20);
-    // Bytes of forwarded pieces that may be on their way at once outside strict mode; a write beyond
-    // that is acknowledged and its chunk becomes Pending.
+    // What may be on its way at once outside strict mode, and for how long, before it is given up and
+    // the chunks are copied again.
     Length max_forwarded = Length(std::uint64_t{16} << 20);
+    Duration max_lag = std::chrono::seconds(2);
+    // What may be on its way in strict mode before writes wait.
+    Length strict_window = Length(std::uint64_t{1} << 20);
     // For the test that the simulation notices each missing rule; see tests/sim.
     struct Mutation {
       bool forward_during_read = false;      // a write to a Reading chunk is forwarded at once
-      bool forget_redo = false;              // a write answered during a copy is not copied again
+      bool forget_redo = false;              // a write not forwarded during a copy is not copied again
       bool ignore_write_during_scan = false; // a hole found by a scan hides a write that came meanwhile
       bool repeat_discard = false;           // a discard is forwarded as zeroes
-      bool drop_expired = false;             // a late write is answered, its chunk stays Copied
+      bool drop_expired = false;             // a write given up on leaves its chunk Copied
+      bool forget_on_the_way = false;        // synchronised() does not count what is on its way
       bool keep_copied_on_loss = false;      // a lost lane leaves what was in flight as Copied
       bool wrong_lane = false;               // a write travels on another lane than its chunk
     } mutation;
@@ -113,8 +120,7 @@ class Arbiter {
   // The read is done. True: queue the chunk's frame on the ticket's lane first, then carry out the
   // actions. False: the ticket is void (its lane was lost meanwhile); forget what was read.
   [[nodiscard]] bool copy_read(TicketId id, Actions& out);
-  // The read failed or was not wanted after all: the chunk is Pending again; waiting writes are
-  // answered.
+  // The read failed or was not wanted after all: the chunk is Pending again.
   void copy_abandoned(TicketId id, Actions& out);
   // The target has applied the chunk. Unknown tickets (from before a lane was lost) are ignored.
   void copy_acked(TicketId id, Actions& out);
@@ -128,21 +134,23 @@ class Arbiter {
 
   // --- the link ---
   void piece_acked(PieceId id, Actions& out);  // unknown ones are ignored
-  // What was in flight on the lane may or may not have arrived: its chunks become Pending, waiting
-  // writes are answered, strict mode ends.
-  void lane_lost(LaneIndex lane, Instant now, Actions& out);
+  // What was in flight on the lane may or may not have arrived: its chunks become Pending, strict mode
+  // ends.
+  void lane_lost(LaneIndex lane, Actions& out);
   void lane_up(LaneIndex lane);
 
   // --- time ---
   // When tick() should be called next, if ever.
   [[nodiscard]] std::optional<Instant> next_deadline() const;
   void tick(Instant now, Actions& out);
+  // Gives up all that is on its way outside strict mode: the caller's buffers run short.
+  void shed(Actions& out);
 
   // --- the handover ---
   // False, and nothing changes, while a lane is down: a write could not wait for the target then.
   [[nodiscard]] bool enter_strict();
-  // Also ends by itself when a lane is lost. Waiting writes get the bound from now on.
-  void leave_strict(Instant now, Actions& out);
+  // Also ends by itself when a lane is lost. Waiting writes are acknowledged.
+  void leave_strict(Actions& out);
   [[nodiscard]] bool strict() const { return strict_; }
 
   // Mark as to be copied (again): what a dirty bitmap or a journal says.
@@ -154,12 +162,12 @@ class Arbiter {
     std::uint64_t pending = 0;   // chunks that are Pending
     std::uint64_t copying = 0;   // Reading or Sending
     std::uint64_t waiting = 0;   // writes not yet acknowledged
-    std::uint64_t forwarded = 0; // pieces on their way that a write still waits for
-    std::uint64_t expired = 0;   // writes acknowledged because the bound was reached, ever
+    std::uint64_t on_the_way = 0;  // pieces of writes, forwarded or waiting for a read
+    std::uint64_t expired = 0;   // pieces not forwarded or given up because of the bounds, ever
     Length copied;               // bytes of chunks that are Copied
   };
   [[nodiscard]] Summary summary() const;
-  // Nothing Pending, nothing being copied, no write waiting: the target has all that was acknowledged.
+  // Nothing Pending, being copied, or on its way: the target has all that was acknowledged.
   [[nodiscard]] bool synchronised() const;
   [[nodiscard]] const Options& options() const { return options_; }
   [[nodiscard]] bool is_copied(ChunkIndex chunk) const;
@@ -183,6 +191,11 @@ class Arbiter {
     bool forwarded = false;
     Instant arrived;
   };
+  struct Write {
+    std::uint32_t unforwarded = 0;  // parts whose payload is still needed
+    std::uint32_t unfinished = 0;   // parts that the target has not applied
+    bool acknowledged = false;
+  };
 
   [[nodiscard]] LaneIndex lane_of(ChunkIndex chunk) const;
   [[nodiscard]] Extent chunk_extent(ChunkIndex chunk) const;
@@ -193,9 +206,12 @@ class Arbiter {
   void forward(PieceId id, Actions& out);
   void finish_piece(PieceId id, Actions& out);
   void finish_pieces(const std::vector<PieceId>& ids, Actions& out);
-  void finish_write_part(WriteId write, Actions& out);
-  void expire(PieceId id, Actions& out);
-  void end_strict(Instant now, Actions& out);
+  void begin_part(WriteId write);
+  void part_forwarded(WriteId write, Actions& out);
+  void part_finished(WriteId write, Actions& out);
+  void skip_part(WriteId write, Actions& out);
+  void give_up(PieceId id, Actions& out);
+  void end_strict(Actions& out);
   void forget_copy(TicketId id, Actions& out);
 
   Options options_;
@@ -208,11 +224,11 @@ class Arbiter {
   std::vector<bool> lane_down_;
   std::map<TicketId, Copy> copies_;
   std::unordered_map<ChunkIndex, TicketId> copying_;  // look-ups only, never iterated
-  std::map<PieceId, Piece> pieces_;                   // unanswered pieces, oldest first
-  std::unordered_map<WriteId, std::uint32_t> writes_; // pieces still to finish; never iterated
+  std::map<PieceId, Piece> pieces_;             // on their way, oldest first
+  std::unordered_map<WriteId, Write> writes_;   // look-ups only, never iterated
+  std::vector<WriteId> waiting_;                // strict: not acknowledged yet, oldest first
   std::map<ChunkIndex, std::vector<PieceId>> pending_discards_;  // strict: wait for the next copy
-  Length forwarded_bytes_;
-  std::uint64_t forwarded_ = 0;
+  Length bytes_on_the_way_;
   std::uint64_t expired_ = 0;
   TicketId next_ticket_ = 1;
   PieceId next_piece_ = 1;

@@ -140,7 +140,7 @@ void DiskMirror::applied(std::uint64_t token) {
 void DiskMirror::refused(std::uint64_t /*token*/, const Error& error) { events_.failed(error); }
 
 void DiskMirror::lane_lost(LaneIndex lane) {
-  arbiter_.lane_lost(lane, events_.now(), actions_);
+  arbiter_.lane_lost(lane, actions_);
   carry_out();
 }
 
@@ -149,8 +149,13 @@ void DiskMirror::tick() {
   carry_out();
 }
 
+void DiskMirror::shed() {
+  arbiter_.shed(actions_);
+  carry_out();
+}
+
 void DiskMirror::leave_strict() {
-  arbiter_.leave_strict(events_.now(), actions_);
+  arbiter_.leave_strict(actions_);
   carry_out();
 }
 
@@ -166,10 +171,10 @@ void DiskMirror::carry_out() {
   for (std::size_t i = 0; i < actions_.size(); ++i) {
     const Action action = actions_[i];
     switch (action.kind) {
-      case Action::Kind::Acknowledge: {
+      case Action::Kind::Acknowledge: events_.acknowledge(action.write); break;
+      case Action::Kind::Forget: {
         const std::size_t erased = writes_.erase(action.write);
-        CHECK(erased == 1, "a write is answered once");
-        events_.acknowledge(action.write);
+        CHECK(erased == 1, "a write is forgotten once");
         break;
       }
       case Action::Kind::Forward: forward(action); break;

@@ -65,6 +65,7 @@ class DiskMirror {
   void lane_lost(LaneIndex lane);
   void lane_up(LaneIndex lane) { arbiter_.lane_up(lane); }
   void tick();
+  void shed();  // buffers run short: give up what is on its way
   [[nodiscard]] std::optional<Instant> next_deadline() const { return arbiter_.next_deadline(); }
   [[nodiscard]] bool enter_strict() { return arbiter_.enter_strict(); }
   void leave_strict();
@@ -98,7 +99,7 @@ class DiskMirror {
   Events events_;
   Arbiter arbiter_;
   Actions actions_;
-  std::unordered_map<WriteId, NbdRequest> writes_;  // unanswered; look-ups only
+  std::unordered_map<WriteId, NbdRequest> writes_;  // payloads still needed; look-ups only
   bool carrying_out_ = false;
   bool started_ = false;
   bool scanning_ = false;

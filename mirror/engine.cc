@@ -178,7 +178,6 @@ class Engine final : public MirrorEngine, private Answers {
     options.arbiter.chunk_size = options_.chunk_size;
     options.arbiter.lanes = lanes_;
     options.arbiter.first_lane = index % lanes_;  // small disks don't all use the first lane
-    options.arbiter.guest_delay = options_.guest_delay;
     options.target_initially_zero = disk.target_initially_zero;
     options.max_copies = kCopyBuffers;
     OneDisk* const raw_disk = one.get();
@@ -197,6 +196,9 @@ class Engine final : public MirrorEngine, private Answers {
       NbdServer::Events server_events;
       server_events.request = [this, raw_disk](NbdRequest request) {
         raw_disk->mirror->guest(std::move(request));
+        if (write_buffers_.available() < kSpareWriteBuffers) {
+          for (const auto& each : disks_) each->mirror->shed();
+        }
         pump();
       };
       server_events.connected = [raw_disk] { raw_disk->connected = true; };

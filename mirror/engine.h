@@ -39,13 +39,15 @@ class MirrorEngine {
  public:
   static constexpr std::size_t kCopyBuffers = 32;
   static constexpr std::size_t kWriteBuffers = 96;
+  // With fewer write buffers left than this, what is on its way to the target is given up (and copied
+  // again), so that QEMU's requests can always be received: the guest waits for no buffer.
+  static constexpr std::size_t kSpareWriteBuffers = 24;
   // A guest that writes all the time may keep making a few chunks Pending again for ever; in strict mode
   // it no longer can, and so much is copied in a moment.
   static constexpr Length kHandoverRest = 32_MiB;
 
   struct Options {
     Length chunk_size = kMaxChunk;
-    Duration guest_delay = std::chrono::milliseconds(20);
     Length bandwidth;  // of the copy, per second; zero: no limit
   };
   struct Disk {
@@ -90,7 +92,7 @@ class MirrorEngine {
     Length data;    // what had to be copied when copying began (holes are not); 0: not known yet
     Length left;    // to be copied or on its way, now
     DiskMirror::Counters counters;
-    std::uint64_t expired = 0;  // writes answered because the bound was reached
+    std::uint64_t expired = 0;  // writes that were not forwarded, or given up: copied again
     bool connected = false;     // QEMU's mirror
   };
   struct EngineStatus {

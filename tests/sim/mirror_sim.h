@@ -13,7 +13,7 @@
 //  - Frames keep their order on a lane and have none between lanes; a lane may be slow, or lost with
 //    what it carried (a prefix arrives), and comes back after what had arrived has been applied.
 //  - The target's writes land in any order, in parts, between issue and completion.
-//  - Time jumps, so that the bound on the guest's delay is reached.
+//  - Time jumps, so that writes on their way are given up.
 // Then everything heals, the handover's strict mode begins, the guest stops, and the run must end with
 // the target equal to the source, byte for byte.
 #pragma once
