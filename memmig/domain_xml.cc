@@ -40,7 +40,7 @@ Length memory_of(const xml_node& node) {
   if (unit == "b" || unit == "bytes") factor = 1;
   if (unit == "KB") factor = 1000;
   if (unit == "M" || unit == "MiB") factor = 1ULL << 20;
-  if (unit == "MB") factor = 1000 * 1000;
+  if (unit == "MB") factor = 1000ULL * 1000;
   if (unit == "G" || unit == "GiB") factor = 1ULL << 30;
   if (unit == "GB") factor = 1000ULL * 1000 * 1000;
   if (unit == "T" || unit == "TiB") factor = 1ULL << 40;

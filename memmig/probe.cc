@@ -196,8 +196,9 @@ bool program_exists(const std::string& name) {
   path += ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
   for (std::size_t start = 0; start <= path.size();) {
     const auto end = std::min(path.find(':', start), path.size());
-    const std::string directory = path.substr(start, end - start);
-    if (!directory.empty() && ::access((directory + "/" + name).c_str(), X_OK) == 0) return true;
+    std::string program = path.substr(start, end - start);
+    if (!program.empty() && ::access(program.append("/").append(name).c_str(), X_OK) == 0)
+      return true;
     start = end + 1;
   }
   return false;
