@@ -179,7 +179,7 @@ class Engine final : public MirrorEngine, private Answers {
     options.arbiter.lanes = lanes_;
     options.arbiter.first_lane = index % lanes_;  // small disks don't all use the first lane
     options.target_initially_zero = disk.target_initially_zero;
-    options.max_copies = kCopyBuffers;
+    options.max_copies = kMaxCopies;
     OneDisk* const raw_disk = one.get();
     DiskMirror::Events events;
     events.acknowledge = [raw_disk](std::uint64_t id) {

@@ -39,6 +39,9 @@ class MirrorEngine {
  public:
   static constexpr std::size_t kCopyBuffers = 32;
   static constexpr std::size_t kWriteBuffers = 96;
+  // Chunks of one disk being read or on their way at once: more only lengthens the queues in which the
+  // guest's own reads and writes stand, on the disk and on the wire.
+  static constexpr std::size_t kMaxCopies = 8;
   // With fewer write buffers left than this, what is on its way to the target is given up (and copied
   // again), so that QEMU's requests can always be received: the guest waits for no buffer.
   static constexpr std::size_t kSpareWriteBuffers = 24;
