@@ -70,6 +70,13 @@ class HelpFormatter : public CLI::Formatter {
     return "\n" + CLI::Formatter::make_usage(app, name);
   }
   std::string make_footer(const CLI::App* app) const override { return app->get_footer() + "\n"; }
+  std::string make_help(const CLI::App* app, std::string name,
+                        CLI::AppFormatMode mode) const override {
+    std::string help = CLI::Formatter::make_help(app, std::move(name), mode);
+    for (std::size_t at = 0; (at = help.find("\n\n\n", at)) != std::string::npos;)
+      help.erase(at, 1);
+    return help;
+  }
 };
 
 // What the user wrote; values are checked after CLI11 is done, so that all errors read alike.
@@ -84,7 +91,6 @@ struct Written {
   std::optional<std::string> bandwidth;
   std::optional<std::string> max_downtime;
   std::optional<std::string> connections;
-  std::optional<std::string> guest_delay;
   std::string hold_barrier;
   std::string config;
   bool keep_source = false;
@@ -153,10 +159,6 @@ void add_move(CLI::App& app, Written& written, const job::MoveOptions& defaults)
   value(app, "--connections", written.connections, "N",
         with_default(fmt::format("TCP connections for the data, 1 to {}", kMostConnections),
                      std::to_string(defaults.connections)));
-  value(app, "--guest-delay", written.guest_delay, "T",
-        with_default("how much longer than on its own disk a guest's write may\ntake "
-                     "before the switch",
-                     format_time(defaults.guest_delay)));
   app.add_option("--hold-barrier", written.hold_barrier, "")->group("");  // test switch
 }
 
@@ -216,10 +218,6 @@ Status apply(const Written& written, job::MoveOptions& options) {
   if (written.max_downtime) {
     DROVER_TRY(take("--max-downtime", *written.max_downtime, parse_max_downtime,
                     [&](std::chrono::milliseconds time) { options.max_downtime = time; }));
-  }
-  if (written.guest_delay) {
-    DROVER_TRY(take("--guest-delay", *written.guest_delay, parse_guest_delay,
-                    [&](std::chrono::milliseconds time) { options.guest_delay = time; }));
   }
   if (written.connections) {
     DROVER_TRY(take(

@@ -26,8 +26,6 @@ using std::chrono::milliseconds;
 
 constexpr std::size_t kLargestFile = std::size_t{1} << 20;
 constexpr milliseconds kLeastDowntime{1};
-constexpr milliseconds kLeastDelay{1};
-constexpr milliseconds kMostDelay{10'000};
 
 Status expect(bool condition, const char* problem, const char* hint) {
   if (condition) return {};
@@ -55,7 +53,7 @@ struct Key {
   Status (*set)(const toml::node&, job::MoveOptions&);
 };
 
-constexpr std::array<Key, 7> kKeys = {{
+constexpr auto kKeys = std::to_array<Key>({
     {"bandwidth",
      [](const toml::node& node, job::MoveOptions& options) -> Status {
        DROVER_ASSIGN(const std::string text, text_of(node, "bandwidth = \"100M\""));
@@ -66,12 +64,6 @@ constexpr std::array<Key, 7> kKeys = {{
      [](const toml::node& node, job::MoveOptions& options) -> Status {
        DROVER_ASSIGN(const auto count, number_of(node, {1, kMostConnections}));
        options.connections = static_cast<unsigned>(count);
-       return {};
-     }},
-    {"guest-delay",
-     [](const toml::node& node, job::MoveOptions& options) -> Status {
-       DROVER_ASSIGN(const std::string text, text_of(node, "guest-delay = \"20ms\""));
-       DROVER_ASSIGN(options.guest_delay, parse_guest_delay(text));
        return {};
      }},
     {"keep-source",
@@ -98,7 +90,7 @@ constexpr std::array<Key, 7> kKeys = {{
        DROVER_ASSIGN(options.source_uri, text_of(node, "source-uri = \"qemu:///system\""));
        return {};
      }},
-}};
+});
 
 std::string known_keys() {
   std::string out;
@@ -126,12 +118,9 @@ Result<milliseconds> parse_max_downtime(std::string_view text) {
   return within(text, kLeastDowntime, kLongestTime);
 }
 
-Result<milliseconds> parse_guest_delay(std::string_view text) {
-  return within(text, kLeastDelay, kMostDelay);
-}
-
 std::vector<std::string_view> config_keys() {
   std::vector<std::string_view> out;
+  out.reserve(kKeys.size());
   for (const Key& key : kKeys) out.push_back(key.name);
   return out;
 }

@@ -46,6 +46,5 @@ std::vector<std::string_view> config_keys();
 inline constexpr unsigned kMostConnections = 16;  // as the link (mirror/link.h)
 inline constexpr unsigned kMostPort = 65535;
 Result<std::chrono::milliseconds> parse_max_downtime(std::string_view text);
-Result<std::chrono::milliseconds> parse_guest_delay(std::string_view text);
 
 }  // namespace drover::cli

@@ -11,7 +11,8 @@ std::vector<FindingText> findings_of(const job::Plan& plan) {
     out.push_back({finding.severity == memmig::Severity::Blocker, finding.rule, finding.disk,
                    finding.what, finding.why, finding.to_do});
   }
-  std::ranges::stable_partition(out, &FindingText::blocker);
+  std::stable_partition(out.begin(), out.end(),
+                        [](const FindingText& finding) { return finding.blocker; });
   return out;
 }
 

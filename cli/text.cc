@@ -94,15 +94,13 @@ std::string printable(std::string_view text) {
   out.reserve(text.size());
   while (!text.empty()) {
     const Character character = decode(text);
-    if (!character.valid) {
-      out += fmt::format("\\x{:02x}", character.code);
-    } else if (!in(kUnprintable, character.code)) {
+    if (character.valid && !in(kUnprintable, character.code)) {
       out.append(text.substr(0, character.bytes));
     } else if (character.code == '\n') {
       out += "\\n";
     } else if (character.code == '\t') {
       out += "\\t";
-    } else if (character.code < 0x80) {
+    } else if (!character.valid || character.code < 0x80) {
       out += fmt::format("\\x{:02x}", character.code);
     } else {
       out += fmt::format("\\u{{{:04x}}}", character.code);

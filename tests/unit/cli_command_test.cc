@@ -15,6 +15,7 @@ namespace {
 
 using std::chrono::milliseconds;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 constexpr const char* kNoConfig = "/nonexistent/drover.toml";
 
@@ -50,7 +51,6 @@ TEST(CommandLine, MoveWithoutOptionsIsTheDefaults) {
   EXPECT_EQ(move.options.bandwidth, Length(0));
   EXPECT_EQ(move.options.max_downtime, defaults.max_downtime);
   EXPECT_EQ(move.options.connections, defaults.connections);
-  EXPECT_EQ(move.options.guest_delay, defaults.guest_delay);
   EXPECT_EQ(move.options.hold_barrier_file, "");
   EXPECT_FALSE(move.options.keep_source || move.dry_run || move.json || move.verbose);
 }
@@ -67,7 +67,6 @@ TEST(CommandLine, MoveTakesEachOption) {
                               "--bandwidth",    "1gbit",
                               "--max-downtime", "0.2s",
                               "--connections",  "4",
-                              "--guest-delay",  "5ms",
                               "--hold-barrier", "/run/hold",
                               "--keep-source",  "--dry-run",
                               "--json",         "--verbose"});
@@ -82,7 +81,6 @@ TEST(CommandLine, MoveTakesEachOption) {
   EXPECT_EQ(move.options.bandwidth, Length(125'000'000));
   EXPECT_EQ(move.options.max_downtime, milliseconds(200));
   EXPECT_EQ(move.options.connections, 4U);
-  EXPECT_EQ(move.options.guest_delay, milliseconds(5));
   EXPECT_EQ(move.options.hold_barrier_file, "/run/hold");
   EXPECT_TRUE(move.options.keep_source && move.dry_run && move.json && move.verbose);
 }
@@ -127,8 +125,6 @@ TEST(CommandLine, SaysWhatIsWrong) {
             "--bandwidth: 'fast' is not a rate: no number at its start");
   EXPECT_EQ(error_of({"move", "web1", "hostb", "--max-downtime", "0ms"}),
             "--max-downtime: '0ms' is out of range");
-  EXPECT_EQ(error_of({"move", "web1", "hostb", "--guest-delay", "11s"}),
-            "--guest-delay: '11s' is out of range");
   EXPECT_EQ(error_of({"move", "web1", "hostb", "--connections", "17"}),
             "--connections: '17' is out of range");
   EXPECT_EQ(error_of({"move", "web1", "hostb", "--port", "65536"}),
@@ -156,17 +152,16 @@ TEST(CommandLine, HelpShowsPurposeDefaultsAndExamples) {
   EXPECT_THAT(main, HasSubstr("drover moves running virtual machines"));
   EXPECT_THAT(main, HasSubstr("\n  move "));
   EXPECT_THAT(main, HasSubstr("\n  check "));
-  EXPECT_THAT(main, ::testing::Not(HasSubstr("\n  receive ")));  // listed for nobody, but explained
+  EXPECT_THAT(main, Not(HasSubstr("\n  receive ")));  // listed for nobody, but explained
   EXPECT_THAT(main, HasSubstr("`drover receive` is the target's side"));
   EXPECT_THAT(main, HasSubstr("Examples:\n"));
 
   const std::string move = shown({"move", "--help"});
   EXPECT_THAT(move, HasSubstr("Move a running guest to another host.\n"));
   EXPECT_THAT(move, HasSubstr("drover move [OPTION...] VM HOST\n"));
-  EXPECT_THAT(move, HasSubstr("[default: 500ms]"));
-  EXPECT_THAT(move, HasSubstr("[default: 20ms]"));
+  EXPECT_THAT(move, Not(HasSubstr("\n\n\n")));
   EXPECT_THAT(move, HasSubstr("[default: qemu:///system]"));
-  EXPECT_THAT(move, ::testing::Not(HasSubstr("hold-barrier")));
+  EXPECT_THAT(move, Not(HasSubstr("hold-barrier")));
   EXPECT_THAT(move, HasSubstr("Examples:\n"));
   EXPECT_THAT(shown({"check", "-h"}), HasSubstr("Examples:\n"));
   EXPECT_THAT(shown({"receive", "--help"}), HasSubstr("--probe"));
@@ -200,7 +195,6 @@ TEST(Config, SetsDefaults) {
                                      "# this machine\n"
                                      "bandwidth = \"400M\"\n"
                                      "connections = 4\n"
-                                     "guest-delay = \"10ms\"\n"
                                      "keep-source = true\n"
                                      "max-downtime = \"0.3s\"\n"
                                      "port = 49200\n"
@@ -209,7 +203,6 @@ TEST(Config, SetsDefaults) {
   ASSERT_TRUE(status.has_value()) << status.error().to_string();
   EXPECT_EQ(options.bandwidth, 400_MiB);
   EXPECT_EQ(options.connections, 4U);
-  EXPECT_EQ(options.guest_delay, milliseconds(10));
   EXPECT_TRUE(options.keep_source);
   EXPECT_EQ(options.max_downtime, milliseconds(300));
   EXPECT_EQ(options.target_port, 49200);
@@ -231,8 +224,8 @@ TEST(Config, SaysFileLineAndKey) {
             "drover.toml, line 1: port: must be a number from 0 to 65535");
   EXPECT_EQ(config_error("keep-source = 1\n"),
             "drover.toml, line 1: keep-source: must be true or false");
-  EXPECT_EQ(config_error("guest-delay = \"20\"\n"),
-            "drover.toml, line 1: guest-delay: '20' has no unit");
+  EXPECT_EQ(config_error("max-downtime = \"20\"\n"),
+            "drover.toml, line 1: max-downtime: '20' has no unit");
   EXPECT_THAT(config_error("connections = 4\nport = = 3\n"), HasSubstr("drover.toml, line 2: "));
   EXPECT_THAT(config_error("[move]\nport = 1\n"), HasSubstr("line 1: unknown key 'move'"));
 }
