@@ -451,12 +451,21 @@ class Move {
     }
   }
 
-  Status resume_target() {
-    DROVER_TRY(journal_->put("barrier", "passed"));
+  // All of the source's images or none: a guard that is held keeps the source from resuming, which it may
+  // have to if this fails.
+  Status guard_source() {
+    std::vector<memmig::ImageLock> guard;
     for (const DiskPlan& disk : plan().disks) {
       DROVER_ASSIGN(memmig::ImageLock lock, memmig::lock_image(disk.source_path));
-      source_guard_.push_back(std::move(lock));
+      guard.push_back(std::move(lock));
     }
+    source_guard_ = std::move(guard);
+    return {};
+  }
+
+  Status resume_target() {
+    DROVER_TRY(journal_->put("barrier", "passed"));
+    DROVER_TRY(guard_source());
     Status resumed = target().resume(uuid());
     for (int tries = 1; !resumed && tries < kResumeTries; ++tries) {
       log_warning("resuming the target: {}", resumed.error().to_string());

@@ -42,7 +42,6 @@ struct MoveOptions {
   Length bandwidth;            // per second, for the disks' copy and the memory; zero: no limit
   std::chrono::milliseconds max_downtime{500};
   unsigned connections = 2;    // data connections of the link
-  std::chrono::milliseconds guest_delay{20};  // invariant 2
   // Test switch: at the barrier, when both sides are equal and still, this file is created and the job
   // waits until it is gone.
   std::string hold_barrier_file;

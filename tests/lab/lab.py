@@ -618,7 +618,9 @@ class Host:
                 continue  # restarted
             found.append(f"process: {line[:200]}")
         for top in (IMAGES, JOBS, "/tmp", "/run/drover", *(m for m in self._clean["mounts"] if m.startswith("/mnt"))):
-            for folder, _, names in os.walk(self.path(top)):
+            for folder, folders, names in os.walk(self.path(top)):
+                # What is mounted below (the repository may lie in /tmp) is not the host's own.
+                folders[:] = [f for f in folders if not os.path.ismount(os.path.join(folder, f))]
                 for name in names:
                     inside = os.path.join(folder, name)[len(str(self.path(""))):]
                     if inside not in disks:
