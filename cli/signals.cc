@@ -110,15 +110,16 @@ int run_away_from_keyboard(const std::function<int()>& body) {
   sigaddset(&watched, SIGCHLD);
   sigset_t before;
   CHECK(::pthread_sigmask(SIG_BLOCK, &watched, &before) == 0, "signals can be blocked");
+  // Stopping only this process would leave the keyboard's Ctrl-C without effect.
+  const auto stop_before = std::signal(SIGTSTP, SIG_IGN);
   const pid_t front = ::getpid();
   const pid_t child = ::fork();
+  if (child <= 0) std::signal(SIGTSTP, stop_before);
   if (child < 0) {
     ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
     return body();  // worse at Ctrl-C, otherwise the same
   }
   if (child > 0) {
-    // Stopping only this process would leave the keyboard's Ctrl-C without effect.
-    ::signal(SIGTSTP, SIG_IGN);
     const int code = stand_in_front(child, watched);
     ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
     return code;
