@@ -619,8 +619,10 @@ class Host:
             found.append(f"process: {line[:200]}")
         for top in (IMAGES, JOBS, "/tmp", "/run/drover", *(m for m in self._clean["mounts"] if m.startswith("/mnt"))):
             for folder, folders, names in os.walk(self.path(top)):
-                # What is mounted below (the repository may lie in /tmp) is not the host's own.
-                folders[:] = [f for f in folders if not os.path.ismount(os.path.join(folder, f))]
+                # What is mounted below (the repository may lie in /tmp) is not the host's own. (ismount()
+                # would follow /proc/PID/root and look at the machine's own directories.)
+                device = os.lstat(folder).st_dev
+                folders[:] = [f for f in folders if os.lstat(os.path.join(folder, f)).st_dev == device]
                 for name in names:
                     inside = os.path.join(folder, name)[len(str(self.path(""))):]
                     if inside not in disks:
