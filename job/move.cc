@@ -419,6 +419,13 @@ class Move {
   }
 
   Status abort_memory() {
+    // Nobody may be waiting for the target now, or QEMU could not drain its disks to let go of them.
+    engine_->leave_strict();
+    if (!migrating_.joinable()) {
+      // It never began (StartMemory itself failed): nobody else will say that it has ended.
+      queue_.push(MigrateEnded{fail(Code::Cancelled, "the memory was not moved"), true});
+      return {};
+    }
     const Status aborted = source().abort_migration(uuid());
     if (!aborted) log_warning("aborting the memory: {}", aborted.error().to_string());
     // Without its connection the migration fails by itself, if it is not over yet.
@@ -576,6 +583,7 @@ class Move {
     const auto collect = [&](const std::string& doing, const Status& status) {
       if (!status) left += (left.empty() ? "" : "; ") + doing + ": " + status.error().message;
     };
+    if (engine_) engine_->leave_strict();
     if (migrating_.joinable()) migrating_.join();
     mirrors_may_go_.store(true);
     // The mirrors first: from then on the guest is as it was.

@@ -220,6 +220,8 @@ class Engine final : public MirrorEngine, private Answers {
   }
   void refused(std::uint32_t /*lane*/, std::uint16_t disk, std::uint64_t token,
                const Error& error) override {
+    // The target can't take what strict mode makes the guest wait for.
+    leave_strict_on_loop();
     disks_[disk]->mirror->refused(token, error);
   }
   void lane_lost(std::uint32_t lane, const Error& error) override {

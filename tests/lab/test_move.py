@@ -139,6 +139,24 @@ def test_a_receiver_that_is_killed_ends_the_move_cleanly(lab: Lab, guest: Guest)
     move_ok(lab, guest)
 
 
+def test_a_disk_that_is_plugged_during_the_move_ends_it_cleanly(lab: Lab, guest: Guest) -> None:
+    extra = f"{IMAGES}/web1-extra.raw"
+    lab.a.run(["qemu-img", "create", "-q", "-f", "raw", extra, "16M"])
+    running = Move(lab, guest, "--bandwidth", "40M")
+    running.wait_for_phase("copy")
+    lab.a.virsh("attach-disk", guest.name, extra, "vdx", "--targetbus", "virtio", check=False)
+    plugged = "vdx" in guest.disks()
+    outcome = running.end()
+    if not plugged:
+        lab.a.path(extra).unlink()
+        pytest.skip("this guest has no free slot to plug a disk into")
+    assert outcome.exit_code not in (0, 130), outcome.text()
+    assert "disks were changed" in outcome.text()
+    assert guest.host is lab.a
+    assert not lab.b.path(guest.disks()["vda"]).exists()
+    assert_unharmed(guest)
+
+
 # --- bad input: a clear error, an exit code, and nothing changed ---
 
 
