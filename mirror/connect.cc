@@ -3,7 +3,21 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 namespace drover::mirror {
+
+static constexpr std::chrono::milliseconds kMemoryPatience{60000};
+
+std::chrono::milliseconds give_up_after(ConnectionKind kind, std::chrono::milliseconds silence) {
+  switch (kind) {
+    case ConnectionKind::Control: return silence;
+    case ConnectionKind::Lane: return std::chrono::milliseconds(0);
+    // A target's QEMU that takes nothing for a while is no dead peer.
+    case ConnectionKind::Memory: return std::max(6 * silence, kMemoryPatience);
+  }
+  return silence;
+}
 
 static Status exchange_hello(TlsSocket& socket, const Hello& hello, Instant deadline) {
   DROVER_TRY(socket.handshake(deadline));
@@ -20,7 +34,7 @@ static Status exchange_hello(TlsSocket& socket, const Hello& hello, Instant dead
 Result<TlsSocket> open_connection(const Endpoint& endpoint, const Hello& hello, Instant deadline,
                                   int cancel_fd) {
   DROVER_ASSIGN(UniqueFd fd, connect_tcp(endpoint.address, endpoint.port, deadline, cancel_fd));
-  tune_socket(fd.get(), endpoint.silence);
+  tune_socket(fd.get(), give_up_after(hello.kind, endpoint.silence));
   DROVER_ASSIGN(
       auto tls,
       Tls::create({.role = Tls::Role::Client, .identity = hello.session, .key = endpoint.key}));

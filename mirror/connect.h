@@ -4,6 +4,7 @@
 // play a peer which breaks the rules afterwards.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <string>
 
@@ -20,6 +21,9 @@ struct Endpoint {
   LinkKey key{};
   std::chrono::milliseconds silence{10000};
 };
+
+// What both ends tell tune_socket() for a connection of this kind.
+std::chrono::milliseconds give_up_after(ConnectionKind kind, std::chrono::milliseconds silence);
 
 // Blocks until the receiver has welcomed the connection, or the deadline. The receiver's refusal
 // comes back as its Error; Denied for a wrong key.

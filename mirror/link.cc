@@ -670,9 +670,12 @@ class MemoryRelay {
     return {};
   }
 
+  // Breaks every connection; no more are taken.
+  void cut() { stop_.wake(); }
+
   void stop() {
     if (acceptor_.joinable()) {
-      stop_.wake();
+      cut();
       acceptor_.join();
     }
     for (Connection& connection : connections_) connection.thread.join();

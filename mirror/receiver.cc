@@ -24,6 +24,7 @@
 #include "base/check.h"
 #include "base/log.h"
 #include "base/loop.h"
+#include "mirror/connect.h"
 #include "mirror/receiver_lane.h"
 #include "mirror/relay.h"
 #include "mirror/session.h"
@@ -595,7 +596,7 @@ class ReceiverImpl final : public Receiver {
     control_ = peer;
     peer->state = Peer::State::Joining;
     peer->reader.set_limit(kMaxMessage);
-    tune_socket(peer->fd.get(), silence_ * kSilenceFactor);
+    tune_socket(peer->fd.get(), give_up_after(hello.kind, silence_ * kSilenceFactor));
     worker_->post([this, peer, limits = limits_, lanes = lanes_]() mutable {
       store_->drop_lanes();
       store_->set_limits(std::move(limits), lanes);
@@ -634,7 +635,7 @@ class ReceiverImpl final : public Receiver {
     DROVER_ASSIGN(const std::string message, encode_message(welcome_json()));
     DROVER_TRY(peer->tls->write(std::as_bytes(std::span(message))));
     DROVER_TRY(peer->tls->flush());
-    tune_socket(peer->fd.get(), silence_ * kSilenceFactor);
+    tune_socket(peer->fd.get(), give_up_after(hello.kind, silence_ * kSilenceFactor));
     LaneReceiver::Options options;
     options.index = hello.lane;
     options.limits = limits_;
@@ -677,7 +678,7 @@ class ReceiverImpl final : public Receiver {
     if (relays_.size() >= kMaxRelays) {
       return refuse(peer, {Code::Busy, "there are too many memory connections", "", false});
     }
-    tune_socket(peer->fd.get(), silence_ * kSilenceFactor);
+    tune_socket(peer->fd.get(), give_up_after(hello.kind, silence_ * kSilenceFactor));
     Relay& entry = relays_.emplace_back();
     entry.thread = std::thread(
         [this, &entry, path = hello.path,

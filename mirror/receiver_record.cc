@@ -12,7 +12,9 @@
 #include <fstream>
 #include <sstream>
 #include <system_error>
+#include <thread>
 
+#include "base/clock.h"
 #include "mirror/session.h"
 
 namespace drover::mirror {
@@ -20,6 +22,7 @@ namespace drover::mirror {
 namespace {
 
 constexpr std::size_t kMaxRecord = std::size_t{1} << 20;
+constexpr std::chrono::milliseconds kLockRetry{50};
 
 Status make_directory(const std::string& path) {
   if (::mkdir(path.c_str(), 0700) != 0 && errno != EEXIST) {
@@ -152,7 +155,8 @@ Status ReceiverRecord::save() {
 
 void ReceiverRecord::remove() { remove_tree(directory_); }
 
-Result<CleanupReport> cleanup_receiver(const std::string& jobs_directory, const std::string& id) {
+Result<CleanupReport> cleanup_receiver(const std::string& jobs_directory, const std::string& id,
+                                       std::chrono::milliseconds patience) {
   DROVER_TRY(check_session_id(id));
   const std::string directory = jobs_directory + "/" + id + "/receiver";
   struct stat found {};
@@ -160,8 +164,15 @@ Result<CleanupReport> cleanup_receiver(const std::string& jobs_directory, const 
     return fail(Code::NotFound, fmt::format("no receiver has left anything of job {}", id));
   }
   CleanupReport report;
+  const Instant deadline = now() + patience;
   auto lock = take_lock(directory, O_CREAT);
+  while (!lock && lock.error().code == Code::Busy && now() < deadline) {
+    std::this_thread::sleep_for(kLockRetry);
+    lock = take_lock(directory, O_CREAT);
+  }
+  if (!lock && lock.error().code == Code::NotFound) return report;  // it has cleared up itself
   if (!lock) return fail(std::move(lock).error());
+  if (::lstat(directory.c_str(), &found) != 0) return report;
   auto record = load(directory + "/record.json");
   if (record) {
     DROVER_ASSIGN(const bool barrier, get_bool(*record, "barrier", false));

@@ -13,6 +13,7 @@
 // Threads: one at a time.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -67,9 +68,11 @@ struct CleanupReport {
   std::vector<std::string> removed;  // paths
   std::vector<std::string> kept;     // "path: why"
 };
-// Removes what a receiver that no longer runs left behind. NotFound if there is nothing of that
-// job, Busy if its receiver is alive, Denied if the barrier had begun: then the images may be all
-// there is.
-Result<CleanupReport> cleanup_receiver(const std::string& jobs_directory, const std::string& id);
+// Removes what a receiver that no longer runs left behind. One that is just ending is waited for, at
+// most `patience`. NotFound if there is nothing of that job, Busy if its receiver is alive, Denied if
+// the barrier had begun: then the images may be all there is.
+Result<CleanupReport> cleanup_receiver(
+    const std::string& jobs_directory, const std::string& id,
+    std::chrono::milliseconds patience = std::chrono::seconds(15));
 
 }  // namespace drover::mirror

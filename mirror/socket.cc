@@ -24,6 +24,7 @@ namespace {
 // Unsent bytes that the kernel holds of one connection.
 constexpr int kUnsent = 256 << 10;
 constexpr int kBacklog = 64;
+constexpr int kKeepalive = 5;  // seconds between probes
 
 struct AddressesDeleter {
   void operator()(addrinfo* list) const { ::freeaddrinfo(list); }
@@ -104,16 +105,15 @@ Result<Listener> listen_on(const addrinfo& address, bool both, std::uint16_t por
 
 }  // namespace
 
-void tune_socket(int fd, std::chrono::milliseconds silence) {
-  const auto ms = static_cast<int>(std::clamp<std::int64_t>(silence.count(), 100, 3600 * 1000));
-  const int seconds = std::max(1, ms / 3000);
+void tune_socket(int fd, std::chrono::milliseconds give_up) {
   set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
   set_option(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, kUnsent);
-  set_option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, ms);
+  set_option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT,
+             static_cast<int>(std::clamp<std::int64_t>(give_up.count(), 0, 3600 * 1000)));
   set_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
-  set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, seconds);
-  set_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, seconds);
-  set_option(fd, IPPROTO_TCP, TCP_KEEPCNT, 3);
+  set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, kKeepalive);
+  set_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, kKeepalive);
+  set_option(fd, IPPROTO_TCP, TCP_KEEPCNT, 4);
 }
 
 Status wait_for(int fd, short events, Instant deadline, int cancel_fd, std::string_view doing) {
@@ -134,11 +134,14 @@ Status wait_for(int fd, short events, Instant deadline, int cancel_fd, std::stri
 Result<UniqueFd> connect_tcp(const std::string& address, std::uint16_t port, Instant deadline,
                              int cancel_fd) {
   const std::string doing = fmt::format("connecting to {} port {}", address, port);
-  DROVER_ASSIGN(const Addresses list, resolve(address, port, AI_ADDRCONFIG));
+  DROVER_ASSIGN(const Addresses list, resolve(address, port, 0));
   Result<UniqueFd> last = fail(Code::Unreachable, doing + ": it has no address");
-  for (const addrinfo* one = list.get(); one != nullptr; one = one->ai_next) {
-    last = connect_one(*one, doing, deadline, cancel_fd);
-    if (last || last.error().code == Code::Cancelled || now() >= deadline) break;
+  int left = 0;
+  for (const addrinfo* one = list.get(); one != nullptr; one = one->ai_next) ++left;
+  for (const addrinfo* one = list.get(); one != nullptr; one = one->ai_next, --left) {
+    // An address that swallows everything leaves time for the others.
+    last = connect_one(*one, doing, now() + (deadline - now()) / left, cancel_fd);
+    if (last || last.error().code == Code::Cancelled) break;
   }
   if (!last && last.error().code != Code::Cancelled) {
     last.error().code = Code::Unreachable;

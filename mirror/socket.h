@@ -27,9 +27,13 @@
 namespace drover::mirror {
 
 // No delay for small frames, little unsent data in the kernel (so that a guest's write does not
-// queue behind megabytes), and a dead peer noticed after about `silence`. The socket becomes
-// nonblocking only in the sense that all our calls say MSG_DONTWAIT.
-void tune_socket(int fd, std::chrono::milliseconds silence);
+// queue behind megabytes), keepalive probes when idle.
+//
+// `give_up`: the kernel breaks the connection when the peer has not acknowledged data, or has had
+// no room for any, for so long. Zero for lanes: their target may rightly take nothing for as long
+// as its disk stalls (Linux does not tell a full peer from a dead one here); their beats show that
+// it lives.
+void tune_socket(int fd, std::chrono::milliseconds give_up);
 
 // Tries every address of the name until one answers. NotFound for an unknown name, Unreachable
 // otherwise. `cancel_fd` (if not negative): gives up with Cancelled when it becomes readable.

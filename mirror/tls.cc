@@ -21,8 +21,10 @@ constexpr std::size_t kRecord = 16384;
 // it.
 constexpr std::size_t kSealedRoom = kRecord + 256;
 constexpr std::size_t kFirstBuffer = std::size_t{32} << 10;
-// The largest handshake message that a peer without the key can make us hold.
+// What a peer without the key can make us hold: the largest handshake message, and all that it sends
+// before its handshake is done (an honest one sends less than 1 KiB, and a hello behind it).
 constexpr std::size_t kMaxHandshake = 8192;
+constexpr std::size_t kMaxHandshakeInput = std::size_t{48} << 10;
 
 }  // namespace
 
@@ -182,6 +184,9 @@ Error Tls::error_from(long rc, const char* doing) const {
 
 Result<bool> Tls::handshake() {
   CHECK(!established_, "a handshake is done once");
+  if (handshake_input_ > kMaxHandshakeInput) {
+    return fail(Code::Protocol, "the TLS handshake: the other side talks without end");
+  }
   int rc = 0;
   do {
     rc = gnutls_handshake(session_->handle);
@@ -208,6 +213,7 @@ std::span<std::byte> Tls::input_space() {
 void Tls::input_received(std::size_t count) {
   CHECK(count <= in_.size - in_.end, "no more was received than there was space");
   in_.end += count;
+  if (!established_) handshake_input_ += count;
 }
 
 void Tls::input_ended() { input_ended_ = true; }

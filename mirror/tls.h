@@ -103,6 +103,7 @@ class Tls {
   Bytes out_;
   std::unique_ptr<std::byte[]> pending_;  // plain bytes that do not fill a record yet
   std::size_t pending_size_ = 0;
+  std::size_t handshake_input_ = 0;
   bool input_ended_ = false;
   bool closed_ = false;
   bool said_goodbye_ = false;

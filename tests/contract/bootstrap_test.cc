@@ -163,7 +163,7 @@ TEST_F(BootstrapTest, AfterKill9CleanupRemovesWhatItMade) {
   ASSERT_NO_FATAL_FAILURE(start());
   TestSource source;
   ASSERT_NO_FATAL_FAILURE(set_up(source, 2, 1_MiB));
-  const auto alive = cleanup_receiver(dir_ / "jobs", kSession);
+  const auto alive = cleanup_receiver(dir_ / "jobs", kSession, 0ms);
   ASSERT_FALSE(alive.has_value());
   EXPECT_EQ(alive.error().code, Code::Busy);
   ASSERT_EQ(::kill(pid_, SIGKILL), 0);
@@ -178,6 +178,20 @@ TEST_F(BootstrapTest, AfterKill9CleanupRemovesWhatItMade) {
   EXPECT_FALSE(image_exists());
   expect_nothing_left();
   EXPECT_EQ(cleanup_receiver(dir_ / "jobs", kSession).error().code, Code::NotFound);
+}
+
+TEST_F(BootstrapTest, CleanupWaitsForAReceiverThatIsEnding) {
+  ASSERT_NO_FATAL_FAILURE(start());
+  TestSource source;
+  ASSERT_NO_FATAL_FAILURE(set_up(source, 2, 1_MiB));
+  auto cleaned = std::async(
+      std::launch::async, [this] { return cleanup_receiver(dir_ / "jobs", kSession, kPatience); });
+  ASSERT_EQ(::kill(pid_, SIGTERM), 0);
+  const auto result = cleaned.get();
+  EXPECT_TRUE(result || result.error().code == Code::NotFound) << result.error().to_string();
+  EXPECT_EQ(wait_end(), 1);
+  EXPECT_FALSE(image_exists());
+  expect_nothing_left();
 }
 
 TEST_F(BootstrapTest, CleanupLeavesAFileThatTookTheImagesPlace) {

@@ -89,7 +89,13 @@ class ModelDisk {
  public:
   ModelDisk(Length size, std::uint64_t seed) : bytes_(size.bytes()), seed_(seed) {}
 
-  [[nodiscard]] const Bytes& bytes() const { return bytes_; }
+  [[nodiscard]] Length size() const { return Length(bytes_.size()); }
+  // A copy, for the lock shows a thread sanitizer what orders it after the lanes' writes (sockets
+  // and the kernel do, which it does not see).
+  [[nodiscard]] Bytes bytes() const {
+    const std::lock_guard lock(mutex_);
+    return bytes_;
+  }
   std::atomic<bool> flushed{false};
   std::atomic<bool> released{false};
   std::atomic<bool> removed{false};
@@ -103,13 +109,10 @@ class ModelDisk {
     open_ = false;
   }
   void open_gate() {
-    std::vector<std::function<void()>> wake;
-    {
-      const std::lock_guard lock(mutex_);
-      open_ = true;
-      wake.swap(wake_);
-    }
-    for (const auto& one : wake) one();
+    const std::lock_guard lock(mutex_);
+    open_ = true;
+    for (const auto& one : wake_) one();
+    wake_.clear();
   }
 
   Result<std::unique_ptr<blockcopy::TargetImage>> create(const blockcopy::TargetSpec& spec) {
@@ -124,6 +127,7 @@ class ModelDisk {
       ++disk_.writers;
     }
     ~Writer() override {
+      const std::lock_guard lock(disk_.mutex_);
       EXPECT_TRUE(waiting_.empty());
       --disk_.writers;
     }
@@ -167,7 +171,7 @@ class ModelDisk {
       Status status;
       if (request.offset + request.length > disk_.full_from) {
         status = fail(Code::NoSpace, "writing to the model: no space left on device");
-      } else if (request.from == nullptr) {
+      } else if (const std::lock_guard lock(disk_.mutex_); request.from == nullptr) {
         std::memset(disk_.bytes_.data() + request.offset, 0, request.length);
       } else {
         std::memcpy(disk_.bytes_.data() + request.offset, request.from, request.length);
@@ -214,7 +218,7 @@ class ModelDisk {
 
   Bytes bytes_;
   std::atomic<std::uint64_t> seed_;
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   bool open_ = true;
   std::vector<std::function<void()>> wake_;
 };
