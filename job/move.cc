@@ -492,6 +492,11 @@ class Move {
   Status commit() {
     DROVER_TRY(source_is_gone());
     DROVER_ASSIGN(const GuestState state, target().state(uuid()));
+    // Invariant 4: it must have been seen running there, now or by its event.
+    if (state != GuestState::Running && target_runs_at_.load() == Instant()) {
+      return fail(held_error("the target guest was resumed but is " +
+                             std::string(memmig::state_name(state))));
+    }
     if (state != GuestState::Running) {
       summary_.notes.push_back("the guest is " + std::string(memmig::state_name(state)) +
                                " on the target by now");
