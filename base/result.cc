@@ -21,6 +21,7 @@ std::string_view code_name(Code code) {
     case Code::Cancelled: return "cancelled";
     case Code::Blocked: return "blocked";
     case Code::Internal: return "internal";
+    case Code::Held: return "held";
   }
   return "internal";
 }

@@ -34,6 +34,7 @@ enum class Code {
   Cancelled,        // the user asked for it
   Blocked,          // pre-flight found something that stops the move
   Internal,         // a bug, or a library that broke its contract
+  Held,             // a job stopped half-way, nothing is lost: `drover resume` or a person must go on
 };
 
 // "not-found" and so on; for --json and logs.

@@ -310,22 +310,26 @@ Result<ProcessResult> run_process(const std::vector<std::string>& argv,
   const Instant deadline = now() + options.timeout;
   bool ended = false;
   bool late = false;
-  while (!ended && !late) {
-    std::array<pollfd, 3> entries{pollfd{started.pidfd.get(), POLLIN, 0},
+  bool cancelled = false;
+  while (!ended && !late && !cancelled) {
+    std::array<pollfd, 4> entries{pollfd{started.pidfd.get(), POLLIN, 0},
                                   pollfd{captures[0].fd.get(), POLLIN, 0},
-                                  pollfd{captures[1].fd.get(), POLLIN, 0}};
+                                  pollfd{captures[1].fd.get(), POLLIN, 0},
+                                  pollfd{options.cancel_fd, POLLIN, 0}};
     const int rc = ::poll(entries.data(), entries.size(), milliseconds_until(deadline));
     CHECK(rc >= 0 || errno == EINTR, "poll takes pipes and a pidfd");
     ended = rc > 0 && entries[0].revents != 0;
     late = !ended && now() >= deadline;
+    cancelled = !ended && rc > 0 && entries[3].revents != 0;
     for (Capture& capture : captures) {
       drain(capture, options.output_limit, result.truncated, kRounds);
     }
   }
-  if (late) {
+  if (late || cancelled) {
     ::kill(started.pid, SIGTERM);
     if (!wait_for_end(started.pidfd.get(), now() + kKillGrace)) ::kill(started.pid, SIGKILL);
     reap(started.pid);
+    if (cancelled) return fail(Code::Cancelled, argv.front() + " was stopped: cancelled");
     const auto seconds = std::chrono::ceil<std::chrono::seconds>(options.timeout).count();
     return fail(Error{
         Code::Unreachable,

@@ -44,6 +44,7 @@ struct ProcessOptions {
   std::vector<std::string> environment;  // "NAME=value", added to (or replacing) this process's own
   std::size_t output_limit = std::size_t{1} << 20;  // of each of out and err, in bytes
   std::vector<int> descriptors;  // the program has these too, under the same numbers (above 2)
+  int cancel_fd = -1;  // readable: the program is stopped as on timeout, the error is Cancelled
 };
 
 // Runs argv[0] (looked up in PATH unless it has a slash) and waits for it. It ends when the program

@@ -98,6 +98,7 @@ struct Written {
   bool json = false;
   bool verbose = false;
   bool probe = false;
+  bool force = false;
   std::string cleanup;
 };
 
@@ -330,6 +331,8 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments,
   receive->add_option("--cleanup", written.cleanup, "remove what JOB has left on this host")
       ->option_text("JOB")
       ->excludes("--probe");
+  flag(*receive, "--force", written.force,
+       "with --cleanup: also the images of a handover (only when the guest runs on the source)");
 
   try {
     std::vector<std::string> reversed(arguments.rbegin(), arguments.rend());
@@ -344,10 +347,10 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments,
   }
 
   if (receive->parsed()) {
-    if (written.probe) return ReceiveCommand{ReceiveCommand::Mode::Probe, ""};
+    if (written.probe) return ReceiveCommand{ReceiveCommand::Mode::Probe, "", false};
     if (receive->count("--cleanup") > 0) {
       if (written.cleanup.empty()) return usage(" receive", "--cleanup: the job's name is empty");
-      return ReceiveCommand{ReceiveCommand::Mode::Cleanup, written.cleanup};
+      return ReceiveCommand{ReceiveCommand::Mode::Cleanup, written.cleanup, written.force};
     }
     return ReceiveCommand{};
   }

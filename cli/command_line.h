@@ -38,7 +38,8 @@ struct CheckCommand {
 struct ReceiveCommand {
   enum class Mode { Serve, Probe, Cleanup };
   Mode mode = Mode::Serve;
-  std::string job;  // Cleanup
+  std::string job;     // Cleanup
+  bool force = false;  // Cleanup: also what a handover left
 };
 
 // --help and --version: to be printed on standard output.

@@ -19,6 +19,7 @@ inline constexpr int kExitDenied = 6;        // permissions, keys, not root
 inline constexpr int kExitInTheWay = 7;      // a file already there, or somebody else holds it
 inline constexpr int kExitNoSpace = 8;       // disk or memory
 inline constexpr int kExitIncompatible = 9;  // versions, CPU, kind of disk
+inline constexpr int kExitHeld = 10;         // stopped half-way, nothing lost: see what it says
 inline constexpr int kExitInternal = 70;     // a bug in drover
 inline constexpr int kExitCancelled = 130;   // Ctrl-C, SIGTERM, terminal closed; undone
 
@@ -36,6 +37,7 @@ constexpr int exit_code(Code code) {
     case Code::Io: return kExitFailed;
     case Code::Cancelled: return kExitCancelled;
     case Code::Blocked: return kExitBlocked;
+    case Code::Held: return kExitHeld;
     case Code::Internal: return kExitInternal;
   }
   return kExitInternal;

@@ -46,9 +46,10 @@ Result<std::string> probe() {
   return answer;
 }
 
-Result<std::string> clean_up(const std::string& job) {
+Result<std::string> clean_up(const ReceiveCommand& command) {
   DROVER_ASSIGN(const mirror::CleanupReport report,
-                mirror::cleanup_receiver(mirror::RunReceiverOptions{}.jobs_directory, job));
+                mirror::cleanup_receiver(mirror::RunReceiverOptions{}.jobs_directory, command.job,
+                                         command.force));
   std::string out;
   for (const std::string& path : report.removed) out += "removed " + printable(path) + "\n";
   for (const std::string& path : report.kept) out += "kept " + printable(path) + "\n";
@@ -60,7 +61,7 @@ Result<std::string> clean_up(const std::string& job) {
 int receive(const ReceiveCommand& command) {
   if (command.mode == ReceiveCommand::Mode::Serve) return mirror::run_receiver({});
   const Result<std::string> answer =
-      command.mode == ReceiveCommand::Mode::Probe ? probe() : clean_up(command.job);
+      command.mode == ReceiveCommand::Mode::Probe ? probe() : clean_up(command);
   if (!answer) {
     write_all(kErrors, render_error(answer.error(), Style()));
     return exit_code(answer.error().code);

@@ -29,6 +29,7 @@
 #include "job/progress_meter.h"
 #include "memmig/domain_xml.h"
 #include "memmig/image_lock.h"
+#include "memmig/libvirt_hypervisor.h"
 #include "mirror/bootstrap.h"
 #include "mirror/engine.h"
 #include "mirror/session.h"
@@ -46,7 +47,11 @@ constexpr auto kDrainTimeout = 20s;
 constexpr auto kBarrierTimeout = 60s;
 constexpr auto kControlTimeout = 10s;
 constexpr auto kProgressInterval = 250ms;
+constexpr auto kSettleTimeout = 60s;
+constexpr auto kLibvirtGrace = 5s;
+constexpr auto kCommitPatience = 120s;
 constexpr int kResumeTries = 5;
+constexpr int kNothingLeft = 3;  // cli/exit_codes.h: not found
 constexpr const char* kJobsDirectory = "/var/lib/drover/jobs";
 constexpr const char* kLogDirectory = "/var/log/drover";
 
@@ -88,15 +93,20 @@ class Move {
         directory_(std::string(kJobsDirectory) + "/" + id_) {}
 
   ~Move() {
-    if (migrating_.joinable()) migrating_.join();
+    if (!migrating_.joinable()) return;
+    (void)source().abort_migration(uuid());
+    migrating_.join();
   }
 
   Result<Summary> run() {
-    DROVER_TRY(make_directories());
-    log_info("job {}: move of {} to {}", id_, plan().guest, plan().host);
-    if (const Status status = open_journal(); !status) {
+    Status ready = make_directories();
+    if (ready) {
+      log_info("job {}: move of {} to {}", id_, plan().guest, plan().host);
+      ready = open_journal();
+    }
+    if (!ready) {
       remove_directory();
-      return fail(status.error());
+      return fail(ready.error());
     }
     queue_.push(Begin{});
     while (!ended(state_)) {
@@ -124,7 +134,7 @@ class Move {
     report_progress(true);
     for (const Do action : next.actions) {
       log_info("{}: {}", state_name(state_), action_name(action));
-      if (Status status = journal_->put("state", state_name(state_)); !status && may_still_fail()) {
+      if (Status status = journal_state(); !status && may_still_fail()) {
         queue_.push(ActionFailed{status.error()});
         continue;
       }
@@ -135,20 +145,29 @@ class Move {
     }
   }
 
+  // What is about to be done is on stable storage first. Not twice: the guest may be waiting.
+  Status journal_state() {
+    const std::string_view name = state_name(state_);
+    if (name == journaled_state_) return {};
+    DROVER_TRY(journal_->put("state", name));
+    journaled_state_ = name;
+    return {};
+  }
+
   void log_event(const Event& event) {
     std::string detail;
     if (const auto* trouble = std::get_if<Trouble>(&event)) detail = trouble->error.to_string();
     if (const auto* failed = std::get_if<ActionFailed>(&event)) detail = failed->error.to_string();
     if (const auto* ended = std::get_if<MigrateEnded>(&event); ended != nullptr && !ended->status) {
-      detail = ended->status.error().to_string() +
-               (ended->source_runs ? " (the source runs)" : " (the source does not run)");
+      detail = ended->status.error().to_string();
     }
     log_info("{}: {} {}", state_name(state_), event_name(event), detail);
   }
 
   // A journal that can't be written ends a move that can be undone, and nothing else.
   [[nodiscard]] bool may_still_fail() const {
-    return !std::holds_alternative<Undoing>(state_) && !std::holds_alternative<AbortingMemory>(state_);
+    return !std::holds_alternative<Undoing>(state_) &&
+           !std::holds_alternative<AbortingMemory>(state_) && !std::holds_alternative<Settling>(state_);
   }
 
   Status carry_out(Do action) {
@@ -158,6 +177,7 @@ class Move {
       case Do::EnterStrict: return enter_strict();
       case Do::StartMemory: return start_memory();
       case Do::AbortMemory: return abort_memory();
+      case Do::Settle: return settle();
       case Do::PassBarrier: return pass_barrier();
       case Do::ResumeTarget: return resume_target();
       case Do::Commit: return commit();
@@ -203,7 +223,8 @@ class Move {
     request.address = options_.target_address;
     receiver_started_ = true;
     DROVER_ASSIGN(const mirror::ReceiverInfo receiver,
-                  mirror::start_receiver({.host = options_.host}, request));
+                  mirror::start_receiver(
+                      {.host = options_.host, .cancel_fd = cancel_.fd()}, request));
 
     mirror::MirrorEngine::Options engine_options;
     engine_options.bandwidth = options_.bandwidth;
@@ -301,6 +322,12 @@ class Move {
     switch (event.kind) {
       case GuestEvent::Kind::CpusStopped: source_stopped_at_.store(event.received); break;
       case GuestEvent::Kind::Quiesced: queue_.push(SourceStopped{}); break;
+      case GuestEvent::Kind::Suspended:
+        if (event.detail == "paused") user_paused_.store(true);
+        break;
+      case GuestEvent::Kind::Resumed:
+        if (event.detail == "unpaused") user_paused_.store(false);
+        break;
       case GuestEvent::Kind::Stopped:
         if (event.detail != "migrated") {
           trouble(Code::Cancelled, "the guest stopped during the move (" + event.detail + ")");
@@ -321,9 +348,7 @@ class Move {
       // Devices that came or went are looked at before the memory moves.
       case GuestEvent::Kind::DeviceAdded:
       case GuestEvent::Kind::DeviceRemoved:
-      case GuestEvent::Kind::Suspended:
       case GuestEvent::Kind::CpusRunning:
-      case GuestEvent::Kind::Resumed:
       case GuestEvent::Kind::Started:
       case GuestEvent::Kind::Shutdown:
       case GuestEvent::Kind::Crashed:
@@ -335,7 +360,10 @@ class Move {
 
   void on_target_event(const GuestEvent& event) {
     log_info("target event: {} {}", memmig::event_name(event.kind), event.detail);
-    if (event.kind == GuestEvent::Kind::Suspended) queue_.push(TargetSuspended{});
+    // Without an image that could be guarded the source might still run: then migrate() must have said
+    // that it is over (which the machine takes for this event).
+    const bool guarded = !plan().disks.empty();
+    if (event.kind == GuestEvent::Kind::Suspended && guarded) queue_.push(TargetSuspended{});
     if (event.kind == GuestEvent::Kind::CpusRunning) target_runs_at_.store(event.received);
     if (event.kind == GuestEvent::Kind::ConnectionLost) {
       queue_.push(Trouble{Error{Code::Unreachable,
@@ -352,10 +380,6 @@ class Move {
     return {};
   }
 
-  [[nodiscard]] std::string memory_socket() const {
-    return "/var/lib/libvirt/qemu/drover-" + id_ + ".sock";
-  }
-
   // The definition that goes to the target is that of now: devices may have come and gone. Disks may not.
   Status describe_again() {
     DROVER_ASSIGN(memmig::GuestInfo guest, source().describe(uuid()));
@@ -366,12 +390,20 @@ class Move {
       return fail(Code::Busy, "the guest's disks were changed during the move",
                   "start the move again: it takes them as they are now");
     }
+    if (guest.state != GuestState::Running) {
+      return fail(Code::Busy,
+                  "the guest is " + std::string(memmig::state_name(guest.state)) +
+                      " by now, and a guest that stands still is not moved",
+                  "start the move again when it runs");
+    }
     prepared_.guest = std::move(guest);
     return {};
   }
 
   Status start_memory() {
     DROVER_TRY(describe_again());
+    // Should all connections break now, the target's images may be needed to go on.
+    DROVER_TRY(engine_->link().call({{"op", "keep"}}, kControlTimeout));
     const memmig::GuestInfo& guest = prepared_.guest;
     memmig::MigrateOptions migrate;
     migrate.guest = uuid();
@@ -384,7 +416,7 @@ class Move {
                     memmig::rewrite_definition(guest.inactive_xml,
                                                memmig::rewrite_of(prepared_.move_plan, false)));
     }
-    migrate.memory_uri = "unix://" + memory_socket();
+    migrate.memory_uri = "unix://" + mirror::memory_socket(id_);
     migrate.bandwidth = options_.bandwidth;
     migrate.convergence.max_downtime = options_.max_downtime;
     migrate.convergence.initial_downtime =
@@ -392,30 +424,18 @@ class Move {
     DROVER_ASSIGN(target_events_, target().subscribe(uuid(), [this](const GuestEvent& event) {
       on_target_event(event);
     }));
-    DROVER_TRY(engine_->link().start_relay({memory_socket(), 0600, static_cast<int>(guest.qemu_uid),
+    DROVER_TRY(engine_->link().start_relay({mirror::memory_socket(id_), 0600, static_cast<int>(guest.qemu_uid),
                                             static_cast<int>(guest.qemu_gid)}));
     mirrors_may_go_.store(true);  // QEMU ends them when it goes
+    memory_started_ = true;
     migrating_ = std::thread([this, migrate] {
       MigrateEnded ended;
       ended.status = source().migrate(migrate, [this](const memmig::MigrationProgress& progress) {
         meter_.memory(progress.memory_total, progress.memory_remaining);
       });
-      if (!ended.status) ended.source_runs = source_runs_again();
       queue_.push(std::move(ended));
     });
     return {};
-  }
-
-  // After a migration that failed: libvirt resumes the source, now or in a moment.
-  bool source_runs_again() {
-    mirrors_may_go_.store(false);
-    for (int tries = 0; tries < 50; ++tries) {
-      const Result<GuestState> state = source().state(uuid());
-      if (state && *state == GuestState::Running) return true;
-      if (state && *state != GuestState::Paused) return false;
-      std::this_thread::sleep_for(100ms);  // libvirt has no event for "this is how I leave it"
-    }
-    return false;
   }
 
   Status abort_memory() {
@@ -423,7 +443,7 @@ class Move {
     engine_->leave_strict();
     if (!migrating_.joinable()) {
       // It never began (StartMemory itself failed): nobody else will say that it has ended.
-      queue_.push(MigrateEnded{fail(Code::Cancelled, "the memory was not moved"), true});
+      queue_.push(MigrateEnded{fail(Code::Cancelled, "the memory was not moved")});
       return {};
     }
     const Status aborted = source().abort_migration(uuid());
@@ -431,6 +451,73 @@ class Move {
     // Without its connection the migration fails by itself, if it is not over yet.
     engine_->link().stop_relay();
     return {};
+  }
+
+  // The guest's state on one host. Over a new connection when the old one is gone: libvirt's daemon may
+  // have been restarted. No thread of libvirt's call is left here.
+  Result<GuestState> state_on(std::unique_ptr<memmig::Hypervisor>& host) {
+    Result<GuestState> state = host->state(uuid());
+    if (!state && state.error().code == Code::NotFound) return GuestState::ShutOff;
+    if (state || host->alive()) return state;
+    DROVER_ASSIGN(auto fresh, memmig::connect_libvirt({.uri = host->uri()}));
+    log_info("connected to {} again", host->uri());
+    retired_.push_back(std::exchange(host, std::move(fresh)));
+    state = host->state(uuid());
+    if (!state && state.error().code == Code::NotFound) return GuestState::ShutOff;
+    return state;
+  }
+
+  // After a migration that failed, or whose end nobody has told us. libvirt lets the source run again by
+  // itself as a rule; where it did not, and the target can't run, it is done here. The target was not
+  // resumed.
+  Status settle() {
+    if (migrating_.joinable()) migrating_.join();
+    mirrors_may_go_.store(false);
+    const Instant start = now();
+    std::string known;
+    while (now() < start + kSettleTimeout) {
+      const Result<GuestState> source_state = state_on(prepared_.source);
+      const bool patient = now() < start + kLibvirtGrace;  // it may be about to do it itself
+      if (source_state && settled_on_source(*source_state)) {
+        queue_.push(Settled{Whereabouts::Source});
+        return {};
+      }
+      const Result<GuestState> target_state = state_on(prepared_.target);
+      const auto say = [](const Result<GuestState>& state) {
+        return state ? std::string(memmig::state_name(*state)) : state.error().message;
+      };
+      known = "on this host: " + say(source_state) + "; on " + plan().host + ": " + say(target_state);
+      if (source_state && target_state) {
+        const bool source_off = *source_state == GuestState::ShutOff;
+        const bool target_off = *target_state == GuestState::ShutOff;
+        if (source_off && (target_off || *target_state == GuestState::Paused)) {
+          queue_.push(Settled{target_off ? Whereabouts::Source : Whereabouts::Target});
+          return {};
+        }
+        if (*source_state == GuestState::Paused && !patient) take_back(target_off);
+      }
+      std::this_thread::sleep_for(100ms);  // libvirt has no event for "this is how I leave it"
+    }
+    return fail(Code::Held, "the handover failed, and where the guest is now is not known (" + known + ")");
+  }
+
+  [[nodiscard]] bool settled_on_source(GuestState state) const {
+    return state == GuestState::Running || state == GuestState::ShuttingDown ||
+           state == GuestState::PmSuspended || state == GuestState::Crashed ||
+           (state == GuestState::Paused && user_paused_.load());
+  }
+
+  // The source stands still with complete images, and the target was never resumed.
+  void take_back(bool target_off) {
+    if (!target_off) {
+      if (const Status gone = target().destroy(uuid()); !gone) {
+        log_warning("ending the guest that waits on the target: {}", gone.error().to_string());
+        return;
+      }
+    }
+    if (const Status runs = source().resume(uuid()); !runs) {
+      log_warning("resuming the source: {}", runs.error().to_string());
+    }
   }
 
   Status pass_barrier() {
@@ -471,7 +558,6 @@ class Move {
   }
 
   Status resume_target() {
-    DROVER_TRY(journal_->put("barrier", "passed"));
     DROVER_TRY(guard_source());
     Status resumed = target().resume(uuid());
     for (int tries = 1; !resumed && tries < kResumeTries; ++tries) {
@@ -480,8 +566,10 @@ class Move {
       resumed = target().resume(uuid());
     }
     resumed_at_ = now();
-    if (!resumed) return fail(held_error("the target guest could not be resumed: " +
-                                         resumed.error().message));
+    if (!resumed) {
+      return fail(Code::Held, "the guest could not be resumed on the target, where it stands still: " +
+                                  resumed.error().message);
+    }
     DROVER_TRY(journal_->put("target", "runs"));
     queue_.push(TargetRuns{});
     return {};
@@ -490,12 +578,13 @@ class Move {
   // --- after ---
 
   Status commit() {
+    if (migrating_.joinable()) migrating_.join();
     DROVER_TRY(source_is_gone());
-    DROVER_ASSIGN(const GuestState state, target().state(uuid()));
+    DROVER_ASSIGN(const GuestState state, patient_state_on(prepared_.target));
     // Invariant 4: it must have been seen running there, now or by its event.
     if (state != GuestState::Running && target_runs_at_.load() == Instant()) {
-      return fail(held_error("the target guest was resumed but is " +
-                             std::string(memmig::state_name(state))));
+      return fail(Code::Held, "the guest was resumed on the target but is " +
+                                  std::string(memmig::state_name(state)) + " there");
     }
     if (state != GuestState::Running) {
       summary_.notes.push_back("the guest is " + std::string(memmig::state_name(state)) +
@@ -520,15 +609,28 @@ class Move {
     return {};
   }
 
+  // Waits for a libvirt that does not answer.
+  Result<GuestState> patient_state_on(std::unique_ptr<memmig::Hypervisor>& host) {
+    const Instant deadline = now() + kCommitPatience;
+    while (true) {
+      Result<GuestState> state = state_on(host);
+      if (state) return state;
+      if (now() > deadline) {
+        return fail(Code::Held, "the guest runs on " + plan().host +
+                                    ", but that could not be confirmed: " + state.error().message);
+      }
+      log_warning("asking {}: {}", host->uri(), state.error().to_string());
+      std::this_thread::sleep_for(500ms);
+    }
+  }
+
   // Invariant 6: what is about to be deleted must not run.
   Status source_is_gone() {
     for (int tries = 0; tries < 50; ++tries) {
-      const Result<GuestState> state = source().state(uuid());
-      if (!state && state.error().code == Code::NotFound) return {};
-      if (!state) return fail(state.error());
-      if (*state == GuestState::ShutOff) return {};
-      if (*state == GuestState::Running) {
-        return fail(held_error("the source guest runs although the target was resumed"));
+      DROVER_ASSIGN(const GuestState state, patient_state_on(prepared_.source));
+      if (state == GuestState::ShutOff) return {};
+      if (state == GuestState::Running) {
+        return fail(Code::Held, "the guest runs on this host although it was resumed on the target");
       }
       if (tries == 10) {
         // Paused, after a handover that libvirt did not see through: its guest lives on the target.
@@ -536,7 +638,7 @@ class Move {
       }
       std::this_thread::sleep_for(100ms);
     }
-    return fail(held_error("libvirt does not end the stopped source guest"));
+    return fail(Code::Held, "libvirt does not end the stopped guest on this host");
   }
 
   void delete_source(const DiskPlan& disk) {
@@ -588,26 +690,38 @@ class Move {
     const auto collect = [&](const std::string& doing, const Status& status) {
       if (!status) left += (left.empty() ? "" : "; ") + doing + ": " + status.error().message;
     };
-    if (engine_) engine_->leave_strict();
+    if (engine_) {
+      engine_->leave_strict();
+      engine_->stop_copying();
+    }
     if (migrating_.joinable()) migrating_.join();
     mirrors_may_go_.store(true);
     // The mirrors first: from then on the guest is as it was.
+    std::vector<std::string> stuck;
     for (const std::string& disk : attached_) {
-      collect("detaching the mirror of " + disk, source().detach_mirror(uuid(), disk));
+      if (const Status gone = source().detach_mirror(uuid(), disk); !gone) {
+        log_warning("{}", gone.error().to_string());
+        stuck.push_back(disk);
+      }
     }
     if (exporting_) collect("ending QEMU's NBD export", source().stop_exports(uuid()));
+    if (memory_started_) collect("ending what is left of the guest on the target", end_target_guest());
     target_events_.reset();
     source_events_.reset();
     source_guard_.clear();
     bool removed = !receiver_started_;
     if (engine_) {
       if (linked_) {
-        // The source runs, so even images that have seen the barrier are nobody's disks.
+        // The source runs, so even images that were to be kept are nobody's disks.
         removed =
             engine_->link().call({{"op", "remove"}, {"force", true}}, kReserveTimeout).has_value();
       }
       engine_->stop();
       engine_.reset();
+    }
+    // Without its endpoint a mirror ends by itself; what is left of it can be removed then.
+    for (const std::string& disk : stuck) {
+      collect("detaching the mirror of " + disk, source().detach_mirror(uuid(), disk));
     }
     // The receiver removes its images by itself when the link is gone; this is for one that was killed.
     if (!removed) collect("cleaning up on the target", clean_up_target());
@@ -616,16 +730,25 @@ class Move {
     return {};
   }
 
+  // A guest that was being taken over and that libvirt has not cleared away.
+  Status end_target_guest() {
+    DROVER_ASSIGN(const GuestState state, state_on(prepared_.target));
+    if (state == GuestState::ShutOff) return {};
+    return target().destroy(uuid());
+  }
+
   Status clean_up_target() {
     DROVER_ASSIGN(const ProcessResult result,
-                  mirror::run_on_target({.host = options_.host}, {"drover", "receive", "--cleanup", id_}));
-    if (result.exit_code == 0) return {};
+                  mirror::run_on_target({.host = options_.host}, {"drover", "receive", "--cleanup", id_, "--force"}));
+    // It may have gone in order, only later than we asked.
+    if (result.exit_code == 0 || result.exit_code == kNothingLeft) return {};
     return fail(Code::Io, result.err.empty() ? result.out : result.err,
-                "run `drover receive --cleanup " + id_ + "` on " + options_.host);
+                "run `drover receive --cleanup " + id_ + " --force` on " + options_.host);
   }
 
   // --- the end ---
 
+  // What holds where, and that nothing was deleted.
   Error held_error(const std::string& what) {
     std::string source_paths;
     std::string target_paths;
@@ -633,7 +756,7 @@ class Move {
       source_paths += (source_paths.empty() ? "" : ", ") + disk.source_path;
       target_paths += (target_paths.empty() ? "" : ", ") + disk.target_path;
     }
-    return Error{Code::Io, what,
+    return Error{Code::Held, what,
                  fmt::format("nothing was deleted: the source's images ({}) are complete and still, the "
                              "target's are {}; the job's journal is {}; make sure that the guest runs on "
                              "one host only",
@@ -648,12 +771,12 @@ class Move {
     target_events_.reset();
     journal_.reset();
     if (const auto* undone = std::get_if<Undone>(&state_)) {
-      remove_directory();
+      if (undone->complete) remove_directory();
       return fail(undone->reason);
     }
     if (const auto* held = std::get_if<Held>(&state_)) {
       engine_.reset();
-      return fail(held->reason.hint.empty() ? held_error(held->reason.message) : held->reason);
+      return fail(held_error(held->reason.message));
     }
     remove_directory();
     summary_.guest = plan().guest;
@@ -686,6 +809,7 @@ class Move {
   Observer& observer_;
   Cancel& cancel_;
   Prepared prepared_;
+  std::vector<std::unique_ptr<memmig::Hypervisor>> retired_;  // connections that broke
   const std::string id_;
   const std::string directory_;
   EventQueue queue_;
@@ -696,9 +820,13 @@ class Move {
   bool receiver_started_ = false;
   bool linked_ = false;
   bool exporting_ = false;
+  bool memory_started_ = false;
+  std::string journaled_state_;
   std::vector<std::string> attached_;
-  std::unique_ptr<mirror::MirrorEngine> engine_;
+  // Before the engine: its thread uses it until it ends.
   std::atomic<bool> mirrors_may_go_{false};
+  std::unique_ptr<mirror::MirrorEngine> engine_;
+  std::atomic<bool> user_paused_{false};
   std::atomic<Instant> source_stopped_at_{};
   std::atomic<Instant> target_runs_at_{};
   Instant resumed_at_{};

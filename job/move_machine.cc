@@ -67,13 +67,21 @@ Step resume_if_ready(const MovingMemory& state) {
   return {Resuming{state.migrate_ended, false}, {Do::ResumeTarget}};
 }
 
+Step settle(Error reason, bool barrier_passed) {
+  return {Settling{std::move(reason), barrier_passed}, {Do::Settle}};
+}
+
+// The guest's memory is on the target and its images here are complete and still: the way is forward.
+Step go_forward(bool barrier_passed) {
+  MovingMemory state;
+  state.source_stopped = state.target_suspended = state.migrate_ended = true;
+  state.barrier_passed = barrier_passed;
+  if (barrier_passed) return resume_if_ready(state);
+  return {state, {Do::PassBarrier}};
+}
+
 Step memory_ended(MovingMemory state, const MigrateEnded& ended) {
-  if (!ended.status) {
-    if (ended.source_runs) return undo(ended.status.error());
-    Error error = ended.status.error();
-    error.message = "the handover failed and the guest runs on neither host: " + error.message;
-    return stay(Held{std::move(error)});
-  }
+  if (!ended.status) return settle(ended.status.error(), state.barrier_passed);
   state.migrate_ended = true;
   state.target_suspended = true;  // what the call's return says, should the event have been lost
   if (!std::exchange(state.source_stopped, true)) return {state, {Do::PassBarrier}};
@@ -97,6 +105,7 @@ Step on(MovingMemory state, const Event& event) {
             return resume_if_ready(state);
           },
           [&](const MigrateEnded& ended) -> Step { return memory_ended(state, ended); },
+          [&](const Settled&) { return stay(state); },
           [&](const ActionFailed& failed) -> Step {
             if (state.migrate_ended) return stay(Held{failed.error});
             return abort_memory(failed.error);
@@ -127,10 +136,23 @@ Step on(MovingMemory state, const Event& event) {
 Step on(const AbortingMemory& state, const Event& event) {
   const auto* ended = std::get_if<MigrateEnded>(&event);
   if (ended == nullptr) return stay(state);
-  if (!ended->status && ended->source_runs) return undo(state.reason);
-  Error error = state.reason;
-  error.message = "the handover could not be completed and was too far to be taken back: " + error.message;
-  return stay(Held{std::move(error)});
+  // It may have been too late to take it back.
+  if (ended->status) return go_forward(false);
+  return settle(state.reason, false);
+}
+
+Step on(Settling state, const Event& event) {
+  if (std::holds_alternative<BarrierPassed>(event)) state.barrier_passed = true;
+  if (const auto* settled = std::get_if<Settled>(&event)) {
+    if (settled->where == Whereabouts::Target) return go_forward(state.barrier_passed);
+    return undo(state.reason);
+  }
+  if (const auto* failed = std::get_if<ActionFailed>(&event)) {
+    Error error = failed->error;
+    error.message += "; it began with: " + state.reason.message;
+    return stay(Held{std::move(error)});
+  }
+  return stay(state);
 }
 
 Step on(Resuming state, const Event& event) {
@@ -150,12 +172,12 @@ Step on(Committing state, const Event& event) {
 }
 
 Step on(const Undoing& state, const Event& event) {
-  if (std::holds_alternative<Undone_>(event)) return stay(Undone{state.reason});
+  if (std::holds_alternative<Undone_>(event)) return stay(Undone{state.reason, true});
   if (const auto* failed = std::get_if<ActionFailed>(&event)) {
     Error error = state.reason;
     error.message += "; and not everything could be undone: " + failed->error.message;
     if (!failed->error.hint.empty()) error.hint = failed->error.hint;
-    return stay(Undone{std::move(error)});
+    return stay(Undone{std::move(error), false});
   }
   return stay(state);
 }
@@ -173,8 +195,8 @@ Step step(State state, const Event& event) {
 std::string_view event_name(const Event& event) {
   static constexpr std::array<std::string_view, std::variant_size_v<Event>> kNames = {
       "begin",           "reserved",     "attached",      "all-copied",  "strict-entered",
-      "source-stopped",  "target-suspended", "migrate-ended", "barrier-passed", "target-runs",
-      "committed",       "undone",       "action-failed", "trouble",     "cancel-wished"};
+      "source-stopped",  "target-suspended", "migrate-ended", "settled", "barrier-passed",
+      "target-runs", "committed",       "undone",       "action-failed", "trouble",     "cancel-wished"};
   return kNames.at(event.index());
 }
 
@@ -185,6 +207,7 @@ std::string_view action_name(Do action) {
     case Do::EnterStrict: return "enter-strict";
     case Do::StartMemory: return "start-memory";
     case Do::AbortMemory: return "abort-memory";
+    case Do::Settle: return "settle";
     case Do::PassBarrier: return "pass-barrier";
     case Do::ResumeTarget: return "resume-target";
     case Do::Commit: return "commit";
@@ -196,7 +219,7 @@ std::string_view action_name(Do action) {
 std::string_view state_name(const State& state) {
   static constexpr std::array<std::string_view, std::variant_size_v<State>> kNames = {
       "reserving",       "attaching", "copying",    "synchronising", "moving-memory",
-      "aborting-memory", "resuming",  "committing", "finished",      "undoing",
+      "aborting-memory", "settling",  "resuming",  "committing", "finished",      "undoing",
       "undone",          "held"};
   return kNames.at(state.index());
 }
@@ -211,6 +234,7 @@ Phase phase_of(const State& state) {
                           return memory.source_stopped ? Phase::Barrier : Phase::Memory;
                         },
                         [](const AbortingMemory&) { return Phase::Undo; },
+                        [](const Settling&) { return Phase::Undo; },
                         [](const Resuming&) { return Phase::Resume; },
                         [](const Committing&) { return Phase::Commit; },
                         [](const Finished&) { return Phase::Done; },

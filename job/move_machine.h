@@ -7,7 +7,7 @@
 //       |            |           |             |               |             |
 //       +------------+-----------+-------------+---------------+             |
 //                              v                               |             |
-//                    (AbortingMemory ->) Undoing -> Undone     +--> Held <---+
+//       (AbortingMemory -> Settling ->) Undoing -> Undone      +--> Held <---+
 //
 // What can no longer change from where on:
 //  - until MovingMemory everything can be undone, and is, on any error and on the user's wish;
@@ -42,7 +42,14 @@ struct SourceStopped {};    // for the handover: drained, every write answered
 struct TargetSuspended {};  // memory is over there, the target guest stands still
 struct MigrateEnded {       // libvirt's call has returned
   Status status;
-  bool source_runs = false;  // asked after an error
+};
+// Where the guest is after a migration that failed.
+enum class Whereabouts {
+  Source,  // it runs there, or was shut off there: its images there are the truth
+  Target,  // gone on the source, stands still on the target: the migration was complete all the same
+};
+struct Settled {
+  Whereabouts where = Whereabouts::Source;
 };
 struct BarrierPassed {};
 struct TargetRuns {};
@@ -57,8 +64,8 @@ struct Trouble {          // link lost, disk error, mirror gone, guest gone
 struct CancelWished {};
 
 using Event = std::variant<Begin, Reserved, Attached, AllCopied, StrictEntered, SourceStopped,
-                           TargetSuspended, MigrateEnded, BarrierPassed, TargetRuns, Committed,
-                           Undone_, ActionFailed, Trouble, CancelWished>;
+                           TargetSuspended, MigrateEnded, Settled, BarrierPassed, TargetRuns,
+                           Committed, Undone_, ActionFailed, Trouble, CancelWished>;
 std::string_view event_name(const Event& event);
 
 // --- what to do ---
@@ -68,6 +75,7 @@ enum class Do {
   EnterStrict,
   StartMemory,   // returns at once; MigrateEnded comes later
   AbortMemory,   // returns at once
+  Settle,        // find out where the guest is, and make the source run if it can only be there
   PassBarrier,   // drain, prove, flush, release
   ResumeTarget,  // guard the source's images, then resume
   Commit,        // journal it, then undefine and delete the source, end the receiver
@@ -91,6 +99,10 @@ struct MovingMemory {
 struct AbortingMemory {
   Error reason;
 };
+struct Settling {
+  Error reason;
+  bool barrier_passed = false;
+};
 struct Resuming {
   bool migrate_ended = false;
   bool target_runs = false;
@@ -102,12 +114,14 @@ struct Undoing {
 };
 struct Undone {
   Error reason;
+  bool complete = true;  // nothing is left of the move on either host
 };
 struct Held {
   Error reason;
 };
-using State = std::variant<Reserving, Attaching, Copying, Synchronising, MovingMemory, AbortingMemory,
-                           Resuming, Committing, Finished, Undoing, Undone, Held>;
+using State =
+    std::variant<Reserving, Attaching, Copying, Synchronising, MovingMemory, AbortingMemory, Settling,
+                 Resuming, Committing, Finished, Undoing, Undone, Held>;
 std::string_view state_name(const State& state);
 Phase phase_of(const State& state);
 // Nothing more will happen.

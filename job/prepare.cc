@@ -2,6 +2,7 @@
 #include "job/prepare.h"
 
 #include <future>
+#include <thread>
 #include <utility>
 
 #include <unistd.h>
@@ -13,8 +14,10 @@
 namespace drover::job {
 namespace {
 
-Result<memmig::ProbeAnswer> probe_target(const std::string& host, const memmig::ProbeRequest& request) {
-  const mirror::Ssh ssh{.host = host};
+constexpr std::chrono::milliseconds kCancelPoll{100};
+
+Result<memmig::ProbeAnswer> probe_target(const mirror::Ssh& ssh, const memmig::ProbeRequest& request) {
+  const std::string& host = ssh.host;
   DROVER_ASSIGN(const ProcessResult probed,
                 mirror::run_on_target(ssh, {"drover", "receive", "--probe"}, memmig::to_json(request)));
   if (probed.exit_code == 127) {
@@ -67,15 +70,16 @@ Result<Prepared> prepare(const MoveOptions& options, Cancel& cancel) {
                 "run it with sudo");
   }
   Prepared prepared;
-  // The target's libvirt takes longest (SSH): ask it meanwhile.
-  auto connecting = std::async(std::launch::async,
-                               [&]() -> Result<std::unique_ptr<memmig::Hypervisor>> {
-                                 std::string uri = options.target_uri;
-                                 if (uri.empty()) {
-                                   DROVER_ASSIGN(uri, memmig::libvirt_uri_of(options.host));
-                                 }
-                                 return memmig::connect_libvirt({.uri = uri});
-                               });
+  std::string uri = options.target_uri;
+  if (uri.empty()) {
+    DROVER_ASSIGN(uri, memmig::libvirt_uri_of(options.host));
+  }
+  // The target's libvirt takes longest (SSH): ask it meanwhile. Nobody can take that call back, so it
+  // has a thread that nobody waits for when there is nothing to wait for any more.
+  std::packaged_task<Result<std::unique_ptr<memmig::Hypervisor>>()> connect(
+      [uri] { return memmig::connect_libvirt({.uri = uri}); });
+  auto connecting = connect.get_future();
+  std::thread(std::move(connect)).detach();
   DROVER_ASSIGN(prepared.source, memmig::connect_libvirt({.uri = options.source_uri}));
   DROVER_ASSIGN(prepared.guest, prepared.source->describe(options.guest));
   prepared.move_plan = make_plan(prepared.guest, options);
@@ -86,8 +90,11 @@ Result<Prepared> prepare(const MoveOptions& options, Cancel& cancel) {
   if (cancel.requested()) return fail(Code::Cancelled, "cancelled; nothing was changed");
 
   DROVER_ASSIGN(const memmig::ProbeAnswer target_probe,
-                probe_target(options.host,
+                probe_target({.host = options.host, .cancel_fd = cancel.fd()},
                              memmig::probe_request(prepared.guest, prepared.move_plan)));
+  while (connecting.wait_for(kCancelPoll) != std::future_status::ready) {
+    if (cancel.requested()) return fail(Code::Cancelled, "cancelled; nothing was changed");
+  }
   DROVER_ASSIGN(prepared.target, connecting.get());
   memmig::settle_plan(prepared.move_plan, target_probe);
   prepared.plan = shown_plan(prepared.guest, prepared.move_plan, options);

@@ -1091,8 +1091,11 @@ Status LibvirtHypervisor::detach(virDomainPtr domain, const std::string& disk,
     return fail(std::move(result).error());
   };
   if (state.job) {
-    DROVER_TRY(
-        gone_is_fine(qmp(domain, "block-job-cancel", {{"device", name}, {"force", true}}, doing)));
+    // Never with "force": QEMU (7.2, and later ones) then frees what the guest's mirrored writes that
+    // are still under way go on using (mirror_run() frees in_flight_bitmap before it drains), and
+    // crashes. Without it the job drains first. That needs an endpoint that answers; one that is gone
+    // ends the job by itself.
+    DROVER_TRY(gone_is_fine(qmp(domain, "block-job-cancel", {{"device", name}}, doing)));
     DROVER_TRY(wait_for(kMirrorEnd, doing, [&]() -> Result<bool> {
       DROVER_ASSIGN(const bool present, job_present(domain, name));
       return !present;

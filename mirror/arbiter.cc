@@ -43,11 +43,13 @@ void Arbiter::guest_write(WriteId id, WriteKind kind, Extent extent, Instant now
   CHECK(fresh_id, "a write's id is new");
   // In strict mode a write waits when too much is on its way, and a discard always.
   const bool wait_for_target =
-      strict_ && (kind == WriteKind::Discard ||
-                  bytes_on_the_way_ + extent.length > options_.strict_window);
+      strict_ && (kind == WriteKind::Discard
+                      ? options_.discards_wait
+                      : bytes_on_the_way_ + extent.length > options_.strict_window);
   begin_part(id);  // held until all parts are taken
   if (wait_for_target) waiting_.push_back(id);
   writes_.at(id).acknowledged = !wait_for_target;
+  writes_.at(id).arrived = now;
   for (Offset at = extent.offset; at < extent.end();) {
     const ChunkIndex chunk = at.bytes() / options_.chunk_size.bytes();
     const Offset end = std::min(extent.end(), chunk_extent(chunk).end());
@@ -92,10 +94,12 @@ void Arbiter::take_discard(const Piece& piece, Actions& out) {
   Copy* const copy = copy_of(piece.chunk);
   if (copy != nullptr) {
     copy->redo = true;
-    if (strict_) return copy->discards.push_back(wait(piece));
+    if (strict_ && options_.discards_wait) return copy->discards.push_back(wait(piece));
   } else {
     pending_.insert(piece.chunk);
-    if (strict_) return pending_discards_[piece.chunk].push_back(wait(piece));
+    if (strict_ && options_.discards_wait) {
+      return pending_discards_[piece.chunk].push_back(wait(piece));
+    }
   }
   skip_part(piece.write, out);
 }
@@ -307,7 +311,11 @@ void Arbiter::lane_up(LaneIndex lane) {
 // --- time ---
 
 std::optional<Instant> Arbiter::next_deadline() const {
-  if (strict_ || pieces_.empty()) return std::nullopt;
+  if (strict_) {
+    if (waiting_.empty()) return std::nullopt;
+    return writes_.at(waiting_.front()).arrived + options_.max_strict_wait;
+  }
+  if (pieces_.empty()) return std::nullopt;
   return pieces_.begin()->second.arrived + options_.max_lag;
 }
 
@@ -315,7 +323,11 @@ void Arbiter::tick(Instant now, Actions& out) {
   while (true) {
     const std::optional<Instant> deadline = next_deadline();
     if (!deadline || *deadline > now) return;
-    give_up(pieces_.begin()->first, out);
+    if (strict_) {
+      end_strict(out);
+    } else {
+      give_up(pieces_.begin()->first, out);
+    }
   }
 }
 

@@ -26,7 +26,9 @@
 //
 // A discard says nothing about what the source reads afterwards (it may be ignored, or only done in
 // part), so it is never repeated: its chunks become Pending. In strict mode the discard is answered
-// when the chunk has been copied again.
+// when the chunk has been copied again, if the source can be read whatever QEMU does (discards_wait).
+//
+// No write waits longer than max_strict_wait: past it strict mode ends, and with it the handover.
 //
 // Threads: none; use from one. Every call appends its actions; carry them out in that order.
 #pragma once
@@ -93,6 +95,11 @@ class Arbiter {
     Duration max_lag = std::chrono::seconds(2);
     // What may be on its way in strict mode before writes wait.
     Length strict_window = Length(std::uint64_t{1} << 20);
+    Duration max_strict_wait = std::chrono::seconds(5);
+    // False when the source is read through QEMU: a QEMU that stops the guest waits for its discards
+    // before it lets anybody read, so they must not wait for a read. They are acknowledged at once then,
+    // and the barrier waits for their chunks.
+    bool discards_wait = true;
     // For the test that the simulation notices each missing rule; see tests/sim.
     struct Mutation {
       bool forward_during_read = false;      // a write to a Reading chunk is forwarded at once
@@ -149,7 +156,8 @@ class Arbiter {
   // --- the handover ---
   // False, and nothing changes, while a lane is down: a write could not wait for the target then.
   [[nodiscard]] bool enter_strict();
-  // Also ends by itself when a lane is lost. Waiting writes are acknowledged.
+  // Also ends by itself when a lane is lost or a write has waited for too long. Waiting writes are
+  // acknowledged.
   void leave_strict(Actions& out);
   [[nodiscard]] bool strict() const { return strict_; }
 
@@ -194,6 +202,7 @@ class Arbiter {
   struct Write {
     std::uint32_t unforwarded = 0;  // parts whose payload is still needed
     std::uint32_t unfinished = 0;   // parts that the target has not applied
+    Instant arrived;
     bool acknowledged = false;
   };
 

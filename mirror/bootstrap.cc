@@ -102,6 +102,7 @@ Result<ProcessResult> run_ssh(const Ssh& ssh, std::vector<std::string> argv,
   ProcessOptions options;
   options.input = input;
   options.timeout = ssh.timeout;
+  options.cancel_fd = ssh.cancel_fd;
   auto result = run_process(argv, options);
   if (result) return result;
   Error error = std::move(result).error();

@@ -31,6 +31,7 @@ struct Ssh {
   // The program and its options; empty: the words of $DROVER_SSH, or "ssh".
   std::vector<std::string> command;
   std::chrono::milliseconds timeout{30000};
+  int cancel_fd = -1;  // readable: give up (Cancelled)
 };
 
 // Runs argv on the target (each argument arrives as it is, whatever characters it has) with `input`

@@ -97,6 +97,12 @@ class Engine final : public MirrorEngine, private Answers {
     });
   }
 
+  void stop_copying() override {
+    on_loop([&] {
+      for (const auto& disk : disks_) disk->mirror->stop();
+    });
+  }
+
   Status drain(std::chrono::milliseconds timeout) override {
     std::future<void> drained = on_loop([&] {
       drained_.emplace();
@@ -160,7 +166,8 @@ class Engine final : public MirrorEngine, private Answers {
     const auto index = static_cast<std::uint16_t>(disks_.size());
     auto one = std::make_unique<OneDisk>();
     one->name = disk.name;
-    if (const auto* raw = std::get_if<blockcopy::RawSource>(&disk.source)) {
+    const auto* const raw = std::get_if<blockcopy::RawSource>(&disk.source);
+    if (raw != nullptr) {
       DROVER_ASSIGN(one->reader, blockcopy::open_raw_reader(*loop_, *raw));
     } else {
       DROVER_ASSIGN(one->reader, blockcopy::open_nbd_reader(
@@ -178,6 +185,7 @@ class Engine final : public MirrorEngine, private Answers {
     options.arbiter.chunk_size = options_.chunk_size;
     options.arbiter.lanes = lanes_;
     options.arbiter.first_lane = index % lanes_;  // small disks don't all use the first lane
+    options.arbiter.discards_wait = raw != nullptr;
     options.target_initially_zero = disk.target_initially_zero;
     options.max_copies = kMaxCopies;
     OneDisk* const raw_disk = one.get();
@@ -263,7 +271,7 @@ class Engine final : public MirrorEngine, private Answers {
 
   // After anything has happened: timers, and what others wait for.
   void settle() {
-    if (!deadline_timer_) arm_deadline();
+    arm_deadline();
     bool scanned = started_;
     Length left;
     bool synchronised = true;
@@ -297,10 +305,22 @@ class Engine final : public MirrorEngine, private Answers {
       const auto deadline = disk->mirror->next_deadline();
       if (deadline && (!first || *deadline < *first)) first = deadline;
     }
-    if (!first) return;
+    if (!first || (deadline_timer_ && deadline_ <= *first)) return;
+    if (deadline_timer_) loop_->cancel(*deadline_timer_);
+    deadline_ = *first;
     deadline_timer_ = loop_->at(*first, [this] {
       deadline_timer_.reset();
       for (const auto& disk : disks_) disk->mirror->tick();
+      if (strict_ && std::ranges::any_of(disks_, [](const auto& disk) {
+            return !disk->mirror->arbiter().strict();
+          })) {
+        leave_strict_on_loop();
+        if (!stopping_) {
+          events_.link_lost({Code::Unreachable,
+                             "the target did not take the guest's writes in time during the handover",
+                             "is the link or the target's disk overloaded?", true});
+        }
+      }
       pump();
     });
   }
@@ -348,6 +368,7 @@ class Engine final : public MirrorEngine, private Answers {
   blockcopy::Throttle throttle_;
   std::optional<Loop::Handle> throttle_timer_;
   std::optional<Loop::Handle> deadline_timer_;
+  Instant deadline_{};  // its time
   bool started_ = false;
   bool stopping_ = false;
   bool strict_ = false;

@@ -64,7 +64,7 @@ class MirrorEngine {
     // Not strict: at most kHandoverRest is left to copy, the handover may begin. Strict: nothing is left
     // on any disk. Again each time that becomes true.
     std::function<void(bool strict)> all_copied;
-    // Strict mode ended because the link was lost.
+    // Strict mode ended because the link was lost, or does not take what the guest waits for.
     std::function<void(const Error&)> link_lost;
     // A disk could not be read here or written there: the job can't succeed.
     std::function<void(const std::string& disk, const Error&)> disk_failed;
@@ -84,6 +84,8 @@ class MirrorEngine {
   virtual Status enter_strict() = 0;
   virtual void leave_strict() = 0;
   virtual void set_bandwidth(Length per_second) = 0;
+  // No new reads of the source from now on; the mirrors still answer QEMU.
+  virtual void stop_copying() = 0;
   // Waits until every write that QEMU sent has been applied on the target and no chunk is left to copy.
   virtual Status drain(std::chrono::milliseconds timeout) = 0;
   // Ends copying, the NBD servers (QEMU drops its mirror jobs) and the link. Idempotent.

@@ -100,7 +100,7 @@ class Store {
   Store(const ReceiverOptions& options, ReceiverRecord& record, ReceiverTotals& totals)
       : options_(options), record_(record), totals_(totals) {}
 
-  [[nodiscard]] bool barrier_begun() const { return barrier_begun_; }
+  [[nodiscard]] bool kept() const { return kept_; }
 
   void set_limits(FrameLimits limits, unsigned lanes) {
     limits_ = std::move(limits);
@@ -129,7 +129,7 @@ class Store {
 
   Result<nlohmann::json> reserve(const nlohmann::json& request) {
     if (!images_.empty()) return fail(Code::AlreadyExists, "the images are reserved already");
-    if (barrier_begun_) return fail(Code::Protocol, "nothing is reserved after the barrier");
+    if (kept_) return fail(Code::Protocol, "nothing is reserved after the barrier");
     DROVER_ASSIGN(const std::vector<blockcopy::TargetSpec> specs, read_specs(request));
     nlohmann::json disks = nlohmann::json::array();
     Status status = create_images(specs, disks);
@@ -149,22 +149,22 @@ class Store {
     return nlohmann::json::object();
   }
 
+  // The guest's memory is about to move: from here on the images are kept, whatever happens to the
+  // link or to this process.
+  Result<nlohmann::json> keep() {
+    if (!kept_) DROVER_TRY(record_.keep_images());
+    kept_ = true;
+    return nlohmann::json::object();
+  }
+
   Result<nlohmann::json> barrier(const nlohmann::json& request) {
     DROVER_ASSIGN(const std::vector<LaneDigest> expected, read_digests(request));
     if (barrier_passed_) return fail(Code::Protocol, "the barrier is passed already");
     if (images_.empty()) return fail(Code::Protocol, "there is no image to prove");
-    barrier_begun_ = true;  // from here on these files are kept, whatever happens
+    DROVER_TRY(keep());  // the source has asked for it before, so that nobody waits for it now
     log_info("the barrier begins");
     DROVER_TRY(compare(expected));
-    // The record must be durable before the answer (then the target's guest may run), not before
-    // the images are: the guest waits for both.
-    auto recorded = std::async(std::launch::async, [this] { return record_.barrier_begins(); });
-    Status released;
-    for (const auto& image : images_) {
-      if (released) released = image->release();
-    }
-    DROVER_TRY(recorded.get());
-    DROVER_TRY(std::move(released));
+    for (const auto& image : images_) DROVER_TRY(image->release());
     barrier_passed_ = true;
     log_info("the barrier is passed");
     return nlohmann::json::object();
@@ -172,12 +172,12 @@ class Store {
 
   Result<nlohmann::json> remove(const nlohmann::json& request) {
     DROVER_ASSIGN(const bool force, get_bool(request, "force", false));
-    if (barrier_begun_ && !force) {
-      return fail(Code::Denied, "the barrier had begun: the images are kept",
+    if (kept_ && !force) {
+      return fail(Code::Denied, "the handover had begun: the images are kept",
                   "only a source that knows its guest runs again may insist");
     }
     DROVER_TRY(remove_images());
-    barrier_begun_ = barrier_passed_ = false;
+    kept_ = barrier_passed_ = false;
     return nlohmann::json::object();
   }
 
@@ -195,12 +195,12 @@ class Store {
   bool end() {
     drop_lanes();
     if (finished_) return true;
-    if (barrier_begun_) {
+    if (kept_) {
       for (const auto& image : images_) {
         if (auto status = image->release(); !status) log_error("{}", status.error().message);
       }
       images_.clear();
-      log_warning("the barrier had begun: the images are kept, see record.json");
+      log_warning("the handover had begun: the images are kept, see record.json");
       return false;
     }
     if (auto status = remove_images(); !status) {
@@ -315,7 +315,7 @@ class Store {
   unsigned lane_count_ = 0;
   std::vector<std::unique_ptr<blockcopy::TargetImage>> images_;
   std::vector<std::shared_ptr<LaneReceiver>> lanes_;
-  std::atomic<bool> barrier_begun_{false};
+  std::atomic<bool> kept_{false};
   bool barrier_passed_ = false;
   bool finished_ = false;
 };
@@ -758,6 +758,7 @@ class ReceiverImpl final : public Receiver {
   Result<nlohmann::json> perform(const std::string& op, const nlohmann::json& request) {
     if (op == "reserve") return store_->reserve(request);
     if (op == "flush") return store_->flush();
+    if (op == "keep") return store_->keep();
     if (op == "barrier") return store_->barrier(request);
     if (op == "remove") return store_->remove(request);
     if (op == "finish") return store_->finish();
@@ -772,7 +773,7 @@ class ReceiverImpl final : public Receiver {
             {"bytes_zeroed", totals_.bytes_zeroed.load()},
             {"frames_failed", totals_.failed.load()},
             {"memory_bytes", totals_.memory_bytes.load()},
-            {"barrier_begun", store_->barrier_begun()}};
+            {"kept", store_->kept()}};
   }
 
   void watch_silence(const PeerPtr& peer) {
@@ -820,6 +821,7 @@ class ReceiverImpl final : public Receiver {
     for (const PeerPtr& peer : all) drop(peer);
     worker_->post([this] {
       const bool all_gone = store_->end();
+      remove_memory_socket(options_.session);
       if (all_gone) record_->remove();
       loop_->stop();
     });

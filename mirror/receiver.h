@@ -4,12 +4,12 @@
 // mirror/bootstrap.h. It creates the target's images, applies the frames that come over the link,
 // proves at the barrier that nothing is missing, and ends.
 //
-//   Idle --first contact--> Session --barrier--> Kept --finish--> gone, images stay
+//   Idle --first contact--> Session --keep--> Kept --barrier--> Proved --finish--> gone, images stay
 //     |                        |
 //     60 s                     remove, connection lost, SIGTERM: images removed
 //
-// Once the barrier has begun, images are only removed by an explicit, forced "remove" of the
-// source: from then on they may be the guest's only disks (invariants 4 and 7).
+// Once they are to be kept (the guest's memory begins to move), images are only removed by an explicit,
+// forced "remove" of the source: from then on they may be the guest's only disks (invariants 4 and 7).
 //
 // docs/protocol.md describes what travels. Memory: buffers are bounded (96 MiB), whatever peers
 // send.

@@ -85,6 +85,12 @@ void remove_image(const ReceiverRecord::Image& image, CleanupReport& report) {
 
 }  // namespace
 
+void remove_memory_socket(const std::string& id) {
+  const std::string path = memory_socket(id);
+  struct stat found {};
+  if (::lstat(path.c_str(), &found) == 0 && S_ISSOCK(found.st_mode)) ::unlink(path.c_str());
+}
+
 Result<std::unique_ptr<ReceiverRecord>> ReceiverRecord::create(const std::string& jobs_directory,
                                                                const std::string& id) {
   DROVER_TRY(check_session_id(id));
@@ -115,13 +121,14 @@ Status ReceiverRecord::add_image(const std::string& path) {
   return save();
 }
 
-Status ReceiverRecord::barrier_begins() {
-  barrier_ = true;
+Status ReceiverRecord::keep_images() {
+  keep_ = true;
   return save();
 }
 
 Status ReceiverRecord::images_removed() {
   images_.clear();
+  keep_ = false;
   return save();
 }
 
@@ -131,7 +138,7 @@ Status ReceiverRecord::save() {
     images.push_back({{"path", image.path}, {"device", image.device}, {"inode", image.inode}});
   }
   const nlohmann::json json = {
-      {"version", 1}, {"job", id_}, {"barrier", barrier_}, {"images", std::move(images)}};
+      {"version", 1}, {"job", id_}, {"keep", keep_}, {"images", std::move(images)}};
   const std::string text =
       json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
   const std::string path = directory_ + "/record.json";
@@ -156,8 +163,9 @@ Status ReceiverRecord::save() {
 void ReceiverRecord::remove() { remove_tree(directory_); }
 
 Result<CleanupReport> cleanup_receiver(const std::string& jobs_directory, const std::string& id,
-                                       std::chrono::milliseconds patience) {
+                                       bool force, std::chrono::milliseconds patience) {
   DROVER_TRY(check_session_id(id));
+  remove_memory_socket(id);
   const std::string directory = jobs_directory + "/" + id + "/receiver";
   struct stat found {};
   if (::lstat(directory.c_str(), &found) != 0 || !S_ISDIR(found.st_mode)) {
@@ -175,10 +183,10 @@ Result<CleanupReport> cleanup_receiver(const std::string& jobs_directory, const 
   if (::lstat(directory.c_str(), &found) != 0) return report;
   auto record = load(directory + "/record.json");
   if (record) {
-    DROVER_ASSIGN(const bool barrier, get_bool(*record, "barrier", false));
-    if (barrier) {
+    DROVER_ASSIGN(const bool keep, get_bool(*record, "keep", false));
+    if (keep && !force) {
       return fail(Code::Denied,
-                  fmt::format("the barrier of job {} had begun: its images on this host may be the "
+                  fmt::format("the handover of job {} had begun: its images on this host may be the "
                               "guest's only disks, they are kept",
                               id),
                   "see " + directory +

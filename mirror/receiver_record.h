@@ -4,11 +4,13 @@
 // can clear up after it was killed: JOBS/ID/receiver/ with
 //
 //   lock          held (flock) as long as the receiver lives
-//   record.json   which image files it created, by path, device and inode; whether the barrier
-//   began log work/         sockets of qemu-storage-daemon
+//   record.json   which image files it created, by path, device and inode; whether they are to be
+//                 kept
+//   log
+//   work/         sockets of qemu-storage-daemon
 //
-// The record is on stable storage before an image is written to, and says "barrier" before the
-// barrier begins: after that nothing may be removed (invariant 7).
+// The record is on stable storage before an image is written to, and says "keep" before the guest's
+// memory moves: after that nothing may be removed (invariant 7).
 //
 // Threads: one at a time.
 #pragma once
@@ -45,7 +47,7 @@ class ReceiverRecord {
 
   // The file at `path`, just created, is ours.
   Status add_image(const std::string& path);
-  Status barrier_begins();
+  Status keep_images();
   Status images_removed();
 
   // Everything goes: the end of an orderly session. JOBS/ID too, if nothing else is in it.
@@ -60,7 +62,7 @@ class ReceiverRecord {
   std::string id_;
   UniqueFd lock_;
   std::vector<Image> images_;
-  bool barrier_ = false;
+  bool keep_ = false;
 };
 
 // What cleanup_receiver() did, in sentences.
@@ -70,9 +72,13 @@ struct CleanupReport {
 };
 // Removes what a receiver that no longer runs left behind. One that is just ending is waited for, at
 // most `patience`. NotFound if there is nothing of that job, Busy if its receiver is alive, Denied if
-// the barrier had begun: then the images may be all there is.
+// the handover had begun, for then the images may be all there is: `force` is for a source that knows
+// that its guest runs.
 Result<CleanupReport> cleanup_receiver(
-    const std::string& jobs_directory, const std::string& id,
+    const std::string& jobs_directory, const std::string& id, bool force = false,
     std::chrono::milliseconds patience = std::chrono::seconds(15));
+
+// QEMU leaves its end of the memory's path behind when an incoming guest is killed.
+void remove_memory_socket(const std::string& id);
 
 }  // namespace drover::mirror

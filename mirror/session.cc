@@ -196,6 +196,10 @@ Result<Hello> hello_from_json(const nlohmann::json& json) {
   return hello;
 }
 
+std::string memory_socket(const std::string& session) {
+  return "/var/lib/libvirt/qemu/drover-" + session + ".sock";
+}
+
 Result<std::string> encode_message(const nlohmann::json& json) {
   const std::string text = json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
   if (text.size() > kMaxMessage) {

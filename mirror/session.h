@@ -61,6 +61,9 @@ nlohmann::json hello_to_json(const Hello& hello);
 // Incompatible if the version differs, Protocol for anything else that is wrong.
 Result<Hello> hello_from_json(const nlohmann::json& json);
 
+// Where the guest's memory passes, on both hosts: a directory that QEMU's user may write to.
+std::string memory_socket(const std::string& session);
+
 // --- messages: 4 bytes of length, little-endian, and that much JSON (one object) ---
 
 // The bytes to send. InvalidArgument if it is larger than kMaxMessage.

@@ -265,9 +265,11 @@ TEST_F(LinkTest, StrangersAreClosedAndHarmNothing) {
   start_receiver();
   const std::array<std::string, 4> greetings = {
       "GET / HTTP/1.1\r\nHost: x\r\n\r\n", std::string(100000, '\0'), std::string(70000, '\x16'),
-      // A handshake record that promises 16 MiB.
+      // Handshake records that promise 16 MiB.
       std::string("\x16\x03\x01\x40\x00\x01\xff\xff\xff", 9) + std::string(16380, 'x')};
-  for (const std::string& greeting : greetings) {
+  for (std::string greeting : greetings) {
+    if (greeting[0] == '\x16' && greeting[1] == '\x03')
+      greeting = greeting + greeting + greeting + greeting;
     auto fd = connect_tcp("127.0.0.1", receiver_->port(), now() + kPatience);
     ASSERT_TRUE(fd.has_value());
     (void)!::send(fd->get(), greeting.data(), greeting.size(), MSG_NOSIGNAL);
@@ -534,7 +536,7 @@ TEST_F(LinkHostileTest, ABarrierThatDoesNotMatchNamesTheLaneAndKeepsTheImages) {
   EXPECT_FALSE(receiver_->wait().has_value());
   EXPECT_FALSE(disks_[0]->removed);
   EXPECT_TRUE(disks_[0]->released);
-  const auto cleaned = cleanup_receiver(dir_ / "jobs", kSession, 0ms);
+  const auto cleaned = cleanup_receiver(dir_ / "jobs", kSession, false, 0ms);
   ASSERT_FALSE(cleaned.has_value());
   EXPECT_EQ(cleaned.error().code, Code::Busy) << "the receiver object still holds its lock";
 }
@@ -584,10 +586,26 @@ TEST_F(LinkTest, AfterTheBarrierALostLinkKeepsTheImages) {
   EXPECT_FALSE(disks_[0]->removed);
   receiver_.reset();
   std::ifstream in(directory + "/record.json");
-  EXPECT_EQ(nlohmann::json::parse(in)["barrier"], true);
+  EXPECT_EQ(nlohmann::json::parse(in)["keep"], true);
   const auto cleaned = cleanup_receiver(dir_ / "jobs", kSession);
   ASSERT_FALSE(cleaned.has_value());
   EXPECT_EQ(cleaned.error().code, Code::Denied);
+}
+
+TEST_F(LinkTest, ImagesThatAreToBeKeptSurviveALostLinkUntilTheSourceInsists) {
+  add_disk(1_MiB);
+  start_receiver();
+  TestSource source;
+  set_up(source, link_options());
+  ASSERT_TRUE(source.link().call({{"op", "keep"}}, kPatience).has_value());
+  source.disconnect();
+  EXPECT_FALSE(receiver_->wait().has_value());
+  EXPECT_FALSE(disks_[0]->removed);
+  EXPECT_TRUE(disks_[0]->released);
+  receiver_.reset();
+  EXPECT_EQ(cleanup_receiver(dir_ / "jobs", kSession).error().code, Code::Denied);
+  EXPECT_TRUE(cleanup_receiver(dir_ / "jobs", kSession, true).has_value());
+  expect_nothing_left();
 }
 
 TEST_F(LinkTest, RemoveTakesTheImagesBackAndAfterTheBarrierOnlyByForce) {

@@ -201,6 +201,24 @@ def test_bitmap_can_outlive_the_mirror(lab: Lab, small: Guest, tool: Tool, endpo
     nothing_of_drovers(lab.a, "small")
 
 
+def test_mirror_can_end_at_any_moment(lab: Lab, tool: Tool) -> None:
+    """QEMU 7.2 frees what mirrored writes under way still use when the job is cancelled with "force"."""
+    small = lab.guest("small", [Disk("64M", data="8M")], memory="256M", rate="max")
+    info = tool.call("describe", guest="small")
+    lab.b.run(["qemu-img", "create", "-q", "-f", "raw", "/tmp/vda.raw", "64M"])
+    endpoint = Endpoint(lab.a, f"{info['private_directory']}/drover-vda.sock", lab.b, "/tmp/vda.raw", "raw",
+                        info["qemu_uid"], info["qemu_gid"], "vda")
+    try:
+        for _ in range(60):
+            attach(tool, endpoint)
+            tool.call("detach", guest=info["uuid"], disk="vda")
+        nothing_of_drovers(lab.a, "small")
+        assert small.verify()["ok"]
+    finally:
+        endpoint.close()
+        lab.b.run(["rm", "-f", "/tmp/vda.raw"])
+
+
 @pytest.mark.parametrize("part", ["bitmap", "node", "both"])
 def test_what_is_half_there_is_removed(lab: Lab, small: Guest, tool: Tool, endpoint: Endpoint, part: str) -> None:
     info = tool.call("describe", guest="small")

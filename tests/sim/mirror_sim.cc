@@ -411,6 +411,10 @@ void MirrorSim::set_up() {
   options.arbiter.max_forwarded = Length(random_.one_in(3) ? chunk : 1U << 20);
   options.arbiter.strict_window = Length(random_.one_in(2) ? random_.below(8192) : 1U << 20);
   options.arbiter.max_lag = std::chrono::milliseconds(1 + random_.below(20));
+  if (random_.one_in(4)) {
+    options.arbiter.max_strict_wait = std::chrono::milliseconds(1 + random_.below(40));
+  }
+  options.arbiter.discards_wait = !random_.one_in(3);
   options.arbiter.mutation = options_.mutation;
   options.max_copies = 1 + random_.below(4);
   options.target_initially_zero =
@@ -525,6 +529,10 @@ void MirrorSim::send_to_mirror(std::uint64_t id) {
   }
   op.with_mirror = true;
   trace("mirror gets {}", id);
+  if (request.kind == NbdRequest::Kind::Discard && !mirror_->arbiter().options().discards_wait) {
+    // Acknowledged at once: its chunks are left to be copied.
+    strict_pending_ += request.extent.length.bytes() / limits_.chunk_size.bytes() + 2;
+  }
   mirror_->guest(std::move(request));
 }
 
@@ -637,6 +645,8 @@ void MirrorSim::finish() {
   // longer: what is compared then is what the target has.
   while (!violation_ && !(guest_budget_ == 0 && guest_ops_.empty() &&
                           mirror_->arbiter().synchronised())) {
+    // Strict mode may have ended because somebody waited for too long.
+    if (!mirror_->arbiter().strict() && mirror_->all_copied()) (void)mirror_->enter_strict();
     if (!world_step(true)) violate("the handover is stuck");
     check_strict();
   }

@@ -42,7 +42,7 @@ class SwitchedOffRule : public testing::TestWithParam<Rule> {};
 TEST_P(SwitchedOffRule, IsNoticed) {
   MirrorSimOptions options;
   GetParam().switch_off(options);
-  constexpr std::uint64_t kEnough = 5000;
+  constexpr std::uint64_t kEnough = 50000;
   for (std::uint64_t seed = 1; seed <= kEnough; ++seed) {
     if (run_mirror_sim(seed, options)) {
       RecordProperty("noticed_at_seed", static_cast<int>(seed));
