@@ -21,7 +21,7 @@ BUILD=(g++ cmake ninja-build pkg-config ccache git
        libpugixml-dev libexpected-dev libgtest-dev libgmock-dev libbenchmark-dev)
 RUN=(qemu-system-x86 qemu-utils qemu-block-extra libvirt-daemon-system libvirt-clients
      libvirt-daemon-driver-qemu openssh-client libnbd-bin)
-TEST=(clang libclang-rt-14-dev clang-format clang-tidy
+TEST=(openssl clang libclang-rt-14-dev clang-format clang-tidy
       nbdkit python3 python3-libvirt python3-libnbd python3-pytest
       openssh-server tini busybox-static xfsprogs btrfs-progs e2fsprogs
       iproute2 util-linux mount procps kmod)

@@ -176,6 +176,7 @@ class Move {
       case Do::Attach: return attach();
       case Do::EnterStrict: return enter_strict();
       case Do::StartMemory: return start_memory();
+      case Do::OpenGate: return open_gate();
       case Do::AbortMemory: return abort_memory();
       case Do::Settle: return settle();
       case Do::PassBarrier: return pass_barrier();
@@ -424,8 +425,11 @@ class Move {
     DROVER_ASSIGN(target_events_, target().subscribe(uuid(), [this](const GuestEvent& event) {
       on_target_event(event);
     }));
-    DROVER_TRY(engine_->link().start_relay({mirror::memory_socket(id_), 0600, static_cast<int>(guest.qemu_uid),
-                                            static_cast<int>(guest.qemu_gid)}));
+    DROVER_TRY(engine_->link().start_relay({.unix_path = mirror::memory_socket(id_),
+                                            .gated = true,
+                                            .mode = 0600,
+                                            .uid = static_cast<int>(guest.qemu_uid),
+                                            .gid = static_cast<int>(guest.qemu_gid)}));
     mirrors_may_go_.store(true);  // QEMU ends them when it goes
     memory_started_ = true;
     migrating_ = std::thread([this, migrate] {
@@ -435,6 +439,11 @@ class Move {
       });
       queue_.push(std::move(ended));
     });
+    return {};
+  }
+
+  Status open_gate() {
+    engine_->link().open_relay();
     return {};
   }
 
@@ -704,7 +713,7 @@ class Move {
         stuck.push_back(disk);
       }
     }
-    if (exporting_) collect("ending QEMU's NBD export", source().stop_exports(uuid()));
+    if (exporting_) collect("ending QEMU's NBD export", source().stop_exports(uuid(), socket_path("export")));
     if (memory_started_) collect("ending what is left of the guest on the target", end_target_guest());
     target_events_.reset();
     source_events_.reset();

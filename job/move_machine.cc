@@ -55,8 +55,12 @@ Step on(Copying state, const Event& event) {
 }
 
 Step on(Synchronising state, const Event& event) {
-  if (const auto* copied = std::get_if<AllCopied>(&event); copied != nullptr && copied->strict) {
-    return {MovingMemory{}, {Do::StartMemory}};
+  if (const auto* copied = std::get_if<AllCopied>(&event)) state.copied |= copied->strict;
+  if (std::holds_alternative<StrictEntered>(event)) {
+    MovingMemory memory;
+    memory.gate_open = state.copied;
+    if (state.copied) return {memory, {Do::StartMemory, Do::OpenGate}};
+    return {memory, {Do::StartMemory}};
   }
   if (const Error* reason = trouble_in(event)) return undo(*reason);
   return stay(state);
@@ -74,7 +78,7 @@ Step settle(Error reason, bool barrier_passed) {
 // The guest's memory is on the target and its images here are complete and still: the way is forward.
 Step go_forward(bool barrier_passed) {
   MovingMemory state;
-  state.source_stopped = state.target_suspended = state.migrate_ended = true;
+  state.gate_open = state.source_stopped = state.target_suspended = state.migrate_ended = true;
   state.barrier_passed = barrier_passed;
   if (barrier_passed) return resume_if_ready(state);
   return {state, {Do::PassBarrier}};
@@ -124,7 +128,10 @@ Step on(MovingMemory state, const Event& event) {
           [&](const Begin&) { return stay(state); },
           [&](const Reserved&) { return stay(state); },
           [&](const Attached&) { return stay(state); },
-          [&](const AllCopied&) { return stay(state); },
+          [&](const AllCopied& copied) -> Step {
+            if (!copied.strict || std::exchange(state.gate_open, true)) return stay(state);
+            return {state, {Do::OpenGate}};
+          },
           [&](const StrictEntered&) { return stay(state); },
           [&](const TargetRuns&) { return stay(state); },
           [&](const Committed&) { return stay(state); },
@@ -206,6 +213,7 @@ std::string_view action_name(Do action) {
     case Do::Attach: return "attach";
     case Do::EnterStrict: return "enter-strict";
     case Do::StartMemory: return "start-memory";
+    case Do::OpenGate: return "open-gate";
     case Do::AbortMemory: return "abort-memory";
     case Do::Settle: return "settle";
     case Do::PassBarrier: return "pass-barrier";
@@ -231,7 +239,8 @@ Phase phase_of(const State& state) {
                         [](const Copying&) { return Phase::Copy; },
                         [](const Synchronising&) { return Phase::Synchronised; },
                         [](const MovingMemory& memory) {
-                          return memory.source_stopped ? Phase::Barrier : Phase::Memory;
+                          if (memory.source_stopped) return Phase::Barrier;
+                          return memory.gate_open ? Phase::Memory : Phase::Synchronised;
                         },
                         [](const AbortingMemory&) { return Phase::Undo; },
                         [](const Settling&) { return Phase::Undo; },

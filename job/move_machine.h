@@ -34,8 +34,8 @@ namespace drover::job {
 struct Begin {};
 struct Reserved {};       // images, receiver, link are there
 struct Attached {};       // the mirrors carry the guest's writes, copying has begun
-struct AllCopied {        // nothing is left to copy on any disk
-  bool strict = false;
+struct AllCopied {        // strict: nothing is left to copy on any disk; else: so little that the handover
+  bool strict = false;    // may begin
 };
 struct StrictEntered {};
 struct SourceStopped {};    // for the handover: drained, every write answered
@@ -73,7 +73,8 @@ enum class Do {
   Reserve,
   Attach,
   EnterStrict,
-  StartMemory,   // returns at once; MigrateEnded comes later
+  StartMemory,   // returns at once; MigrateEnded comes later. Nothing is carried before OpenGate
+  OpenGate,      // the disks are equal: the memory may follow
   AbortMemory,   // returns at once
   Settle,        // find out where the guest is, and make the source run if it can only be there
   PassBarrier,   // drain, prove, flush, release
@@ -89,8 +90,11 @@ struct Reserving {
 };
 struct Attaching {};
 struct Copying {};
-struct Synchronising {};
+struct Synchronising {
+  bool copied = false;  // strictly
+};
 struct MovingMemory {
+  bool gate_open = false;
   bool source_stopped = false;
   bool barrier_passed = false;
   bool target_suspended = false;

@@ -112,8 +112,10 @@ void parse_interface(const xml_node& node, GuestInfo& guest) {
   const std::string type = attribute(node, "type");
   const xml_node source = node.child("source");
   const std::string mac = attribute(node.child("mac"), "address");
-  if (type == "network") {
-    add_unique(guest.networks, attribute(source, "network"));
+  // The live definition of a network that stands for a host's bridge or device has type "bridge" or
+  // "direct" and names both; what the target must have is the network, whatever it stands for there.
+  if (const std::string network = attribute(source, "network"); !network.empty()) {
+    add_unique(guest.networks, network);
   } else if (type == "bridge") {
     add_unique(guest.bridges, attribute(source, "bridge"));
   } else if (type == "direct") {

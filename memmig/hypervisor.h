@@ -351,9 +351,9 @@ class Hypervisor {
   // server.
   virtual Status start_exports(const std::string& guest, const std::string& unix_socket,
                                const std::vector<ExportSpec>& disks) = 0;
-  // Removes drover's exports and, if no other are left, stops the server (only one that drover
-  // started). Nothing there: fine.
-  virtual Status stop_exports(const std::string& guest) = 0;
+  // Removes drover's exports and, if no other are left, stops the server, if it is the one that
+  // listens on `unix_socket`. Nothing there: fine.
+  virtual Status stop_exports(const std::string& guest, const std::string& unix_socket) = 0;
 
   // Moves the guest's memory to options.target and returns when the hypervisors consider the
   // migration finished: the guest stands still on the target, its disks not yet opened for writing,

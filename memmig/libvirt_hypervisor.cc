@@ -451,7 +451,7 @@ class LibvirtHypervisor final : public Hypervisor {
   Result<MirrorState> mirror_state(const std::string& guest, const std::string& disk) override;
   Status start_exports(const std::string& guest, const std::string& unix_socket,
                        const std::vector<ExportSpec>& disks) override;
-  Status stop_exports(const std::string& guest) override;
+  Status stop_exports(const std::string& guest, const std::string& unix_socket) override;
   Status migrate(const MigrateOptions& options, ProgressHandler progress) override;
   Status abort_migration(const std::string& guest) override;
   Status suspend(const std::string& guest) override;
@@ -1152,7 +1152,7 @@ Status LibvirtHypervisor::start_exports(const std::string& guest, const std::str
     return fail(std::move(error));
   }
   const auto undo = [&](Error error) -> Status {
-    if (auto stopped = stop_exports(guest); !stopped) {
+    if (auto stopped = stop_exports(guest, unix_socket); !stopped) {
       log_warning("{}: undoing it after an error: {}", doing, stopped.error().message);
     }
     return fail(std::move(error));
@@ -1176,7 +1176,8 @@ Status LibvirtHypervisor::start_exports(const std::string& guest, const std::str
   return {};
 }
 
-Status LibvirtHypervisor::stop_exports(const std::string& guest) {
+Status LibvirtHypervisor::stop_exports(const std::string& guest,
+                                       const std::string& unix_socket) {
   auto found = find_running(guest);
   if (!found) {
     if (found.error().code == Code::NotFound) return {};
@@ -1198,6 +1199,9 @@ Status LibvirtHypervisor::stop_exports(const std::string& guest) {
     }
     return {};
   }
+  // QEMU has no query for its server, but it makes the socket when it starts it and removes it when it
+  // stops it.
+  if (struct stat ours {}; ::lstat(unix_socket.c_str(), &ours) != 0) return {};
   // Ends its exports and their connections, and removes the socket.
   auto stopped = qmp(domain.get(), "nbd-server-stop", doing);
   if (!stopped && !contains(stopped.error().message, "not running")) {

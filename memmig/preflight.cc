@@ -238,7 +238,7 @@ void examine_hosts(const Facts& facts, Findings& out) {
   const bool same_uuid = !source.host_uuid.empty() && source.host_uuid == target.host_uuid;
   if (same_process_space || (same_uuid && source.hostname == target.hostname)) {
     out.blocker("same-host", fmt::format("{} is this host", target.hostname),
-                "a guest is moved to another host", "'drover relocate' moves disks on one host");
+                "a guest is moved to another host", "name another host");
     return;  // everything else would say the same again
   }
   if (same_uuid) {

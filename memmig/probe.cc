@@ -336,7 +336,7 @@ Result<ProbeAnswer> parse_probe_answer(const std::string& text) {
     }
   }
   if (!ok) {
-    return fail(Code::Protocol, "the target's answer to the probe makes no sense",
+    return fail(Code::Protocol, "what drover on the target answers to the probe makes no sense",
                 "is the same version of drover installed there?");
   }
   return answer;

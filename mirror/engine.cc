@@ -7,11 +7,27 @@
 #include <thread>
 #include <utility>
 
+#include <sched.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
 #include "base/check.h"
 #include "blockcopy/throttle.h"
 
 namespace drover::mirror {
 namespace {
+
+// The guest's writes pass through this thread, on a host whose CPUs may all be busy, with copying not
+// least: it runs when it can. It does little (it moves references; the lanes do what costs CPU). Real
+// time where that is allowed, else by niceness. Measured on two busy cores: mean of a guest's write 2.3
+// and 1.6 ms, worst 180 and 50 ms, without and with it.
+void come_first() {
+  sched_param wanted{};
+  wanted.sched_priority = 1;
+  if (::sched_setscheduler(0, SCHED_RR | SCHED_RESET_ON_FORK, &wanted) == 0) return;
+  constexpr int kNice = -10;
+  (void)::setpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()), kNice);
+}
 
 class Engine final : public MirrorEngine, private Answers {
  public:
@@ -32,7 +48,10 @@ class Engine final : public MirrorEngine, private Answers {
         }
       });
     });
-    thread_ = std::thread([this] { loop_->run(); });
+    thread_ = std::thread([this] {
+      come_first();
+      loop_->run();
+    });
     return {};
   }
 
@@ -230,7 +249,12 @@ class Engine final : public MirrorEngine, private Answers {
                const Error& error) override {
     // The target can't take what strict mode makes the guest wait for.
     leave_strict_on_loop();
-    disks_[disk]->mirror->refused(token, error);
+    Error told = error;
+    told.message = "on the target: " + told.message;
+    if (told.code == Code::NoSpace) {
+      told.hint = "make room there, or choose another place with --disk";
+    }
+    disks_[disk]->mirror->refused(token, told);
   }
   void lane_lost(std::uint32_t lane, const Error& error) override {
     for (const auto& disk : disks_) disk->mirror->lane_lost(lane);
@@ -294,9 +318,32 @@ class Engine final : public MirrorEngine, private Answers {
       idle_->set_value();
       idle_.reset();
     }
-    const bool copied = scanned && left <= (strict_ ? Length() : kHandoverRest);
+    if (scanned) measure_rate(left);
+    const bool copied = scanned && left <= (strict_ ? Length() : handover_rest());
     if (copied && !std::exchange(told_copied_, true) && !stopping_) events_.all_copied(strict_);
     if (!copied) told_copied_ = false;
+  }
+
+  // How fast `left` falls, about twice a second.
+  void measure_rate(Length left) {
+    const Instant time = now();
+    if (rate_measured_at_ == Instant()) {
+      rate_measured_at_ = time;
+      rate_left_ = left;
+      return;
+    }
+    const std::chrono::duration<double> passed = time - rate_measured_at_;
+    if (passed < std::chrono::milliseconds(500)) return;
+    const Length copied = left < rate_left_ ? rate_left_ - left : Length();
+    rate_ = Length(static_cast<std::uint64_t>(static_cast<double>(copied.bytes()) / passed.count()));
+    rate_measured_at_ = time;
+    rate_left_ = left;
+  }
+
+  [[nodiscard]] Length handover_rest() const {
+    const std::chrono::duration<double> ahead = kHandoverAhead;
+    return std::max(kHandoverRest, Length(static_cast<std::uint64_t>(
+                                       static_cast<double>(rate_.bytes()) * ahead.count())));
   }
 
   void arm_deadline() {
@@ -373,6 +420,9 @@ class Engine final : public MirrorEngine, private Answers {
   bool stopping_ = false;
   bool strict_ = false;
   bool told_copied_ = false;
+  Length rate_;  // of the copy, per second
+  Length rate_left_;
+  Instant rate_measured_at_{};
   std::optional<std::promise<void>> drained_;
   std::optional<std::promise<void>> idle_;
 };

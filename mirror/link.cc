@@ -647,6 +647,8 @@ class MemoryRelay {
     if (options.unix_path.size() >= sizeof name.sun_path) return fail_errno(ENAMETOOLONG, doing);
     std::ranges::copy(options.unix_path, name.sun_path);
     DROVER_TRY(stop_.open());
+    DROVER_TRY(gate_.open());
+    if (!options.gated) open_gate();
     listener_ = UniqueFd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
     if (!listener_) return fail_errno(errno, doing);
     if (::bind(listener_.get(), reinterpret_cast<const sockaddr*>(&name), sizeof name) != 0) {
@@ -669,6 +671,8 @@ class MemoryRelay {
     acceptor_ = std::thread([this] { accept_all(); });
     return {};
   }
+
+  void open_gate() { gate_.wake(); }
 
   // Breaks every connection; no more are taken.
   void cut() { stop_.wake(); }
@@ -725,6 +729,12 @@ class MemoryRelay {
   Status carry(const UniqueFd& plain) {
     DROVER_ASSIGN(TlsSocket link,
                   open_connection(endpoint_, hello_, now() + connect_timeout_, stop_.fd()));
+    std::array<pollfd, 2> polled = {pollfd{gate_.fd(), POLLIN, 0}, pollfd{stop_.fd(), POLLIN, 0}};
+    while (polled[0].revents == 0 && polled[1].revents == 0) {
+      if (::poll(polled.data(), polled.size(), -1) < 0 && errno != EINTR) {
+        return fail_errno(errno, "waiting to carry memory");
+      }
+    }
     return relay(link, plain.get(), stop_.fd(), totals_.memory_bytes);
   }
 
@@ -733,6 +743,7 @@ class MemoryRelay {
   const std::chrono::milliseconds connect_timeout_;
   Totals& totals_;
   Waker stop_;
+  Waker gate_;  // readable once memory may be carried
   UniqueFd listener_;
   std::string path_;
   std::thread acceptor_;
@@ -826,6 +837,10 @@ class LinkImpl final : public Link {
     const std::lock_guard lock(relay_mutex_);
     relay_ = std::move(made);
     return {};
+  }
+
+  void open_relay() override {
+    if (relay_) relay_->open_gate();
   }
 
   void stop_relay() override {

@@ -86,11 +86,13 @@ class Link : public Lanes {
   // migration. Until stop_relay(), which breaks the connections that are left.
   struct RelayOptions {
     std::string unix_path;
+    bool gated = false;  // connections are taken, but nothing is carried before open_relay()
     unsigned mode = 0600;
     int uid = -1;
     int gid = -1;
   };
   virtual Status start_relay(const RelayOptions& options) = 0;
+  virtual void open_relay() = 0;
   virtual void stop_relay() = 0;
   [[nodiscard]] virtual LinkCounters counters() const = 0;  // any thread
 };

@@ -813,7 +813,7 @@ TEST_F(LinkTest, MemoryTravelsBothWaysAtOnceAndEndsWithBoth) {
   set_up(source, link_options());
   // The source's path is a name that moves: the relay listens on it, then the target's server does.
   const std::string path = dir_ / "memory.sock";
-  ASSERT_TRUE(source.link().start_relay({.unix_path = path, .mode = 0660}).has_value());
+  ASSERT_TRUE(source.link().start_relay({.unix_path = path, .gated = true, .mode = 0660}).has_value());
   struct stat info {};
   ASSERT_EQ(::stat(path.c_str(), &info), 0);
   EXPECT_EQ(info.st_mode & 0777U, 0660U);
@@ -824,7 +824,13 @@ TEST_F(LinkTest, MemoryTravelsBothWaysAtOnceAndEndsWithBoth) {
   const Bytes there = random_bytes(random, 100U << 20);
   const Bytes back = random_bytes(random, 100U << 20);
   const UniqueFd qemu = connect_to(relay_path);
+  const std::byte early{1};
+  ASSERT_EQ(::send(qemu.get(), &early, 1, MSG_NOSIGNAL), 1);
   const UniqueFd incoming = server.accept();
+  EXPECT_EQ(source.link().counters().memory_bytes, 0U) << "the gate is closed";
+  source.link().open_relay();
+  std::byte first{};
+  ASSERT_EQ(::recv(incoming.get(), &first, 1, MSG_WAITALL), 1);
   Bytes arrived;
   Bytes returned;
   std::thread sends([&] { send_all(qemu.get(), there); });

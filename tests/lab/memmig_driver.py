@@ -402,7 +402,7 @@ class Move:
                                 f"nbd+unix:///{name}?socket={self.source.path(exports)}", self.endpoints[name].uri],
                                check=True)
         finally:
-            self.tool.call("unexport", guest=self.uuid)
+            self.tool.call("unexport", guest=self.uuid, socket=exports)
 
     def open_memory_path(self, port: int = 49300) -> None:
         if self.scheme == "tcp":

@@ -228,7 +228,7 @@ class Tool {
       }
       return done(on(line).start_exports(guest, line.at("socket"), disks));
     }
-    if (what == "unexport") return done(on(line).stop_exports(guest));
+    if (what == "unexport") return done(on(line).stop_exports(guest, line.value("socket", "")));
     if (what == "abort") return done(on(line).abort_migration(guest));
     if (what == "suspend") return done(on(line).suspend(guest));
     if (what == "resume") return done(on(line).resume(guest));

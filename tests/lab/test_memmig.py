@@ -266,7 +266,7 @@ def test_mirror_of_a_guest_that_goes(lab: Lab, small: Guest, tool: Tool, endpoin
     tool.call("destroy", guest=info["uuid"])
     assert tool.event("stopped")["detail"] == "destroyed"
     tool.call("detach", guest=info["uuid"], disk="vda")
-    tool.call("unexport", guest=info["uuid"])
+    tool.call("unexport", guest=info["uuid"], socket=f"{info['private_directory']}/drover-export.sock")
     tool.call("destroy", guest=info["uuid"])
     assert tool.call("state", guest=info["uuid"]) == "shut off"
     assert not tool.call("mirror", guest=info["uuid"], disk="vda")["bitmap"]
@@ -300,9 +300,9 @@ def test_exports_are_the_disks(lab: Lab, guest: Guest, tool: Tool) -> None:
     with pytest.raises(ToolError) as e:
         tool.call("export", guest=info["uuid"], socket=path + "2", disks=nodes)
     assert e.value.code == "busy" and "drover-vd" in str(e.value)
-    tool.call("unexport", guest=info["uuid"])
+    tool.call("unexport", guest=info["uuid"], socket=path)
     assert not lab.a.path(path).exists()
-    tool.call("unexport", guest=info["uuid"])
+    tool.call("unexport", guest=info["uuid"], socket=path)
     with pytest.raises(ToolError):
         tool.call("export", guest=info["uuid"], socket=path, disks={"vda": nodes["vda"], "vdz": "no-such-node"})
     nothing_of_drovers(lab.a, "web1")
@@ -749,7 +749,7 @@ def test_mirror_of_every_kind_of_disk(lab: Lab, tool: Tool) -> None:
         tool.call("export", guest=info["uuid"], socket=export, disks={n: d["node"] for n, d in info["disks"].items()})
         for name in set(info["disks"]) - {"vdz"}:  # nobody writes to that one
             wait_for(f"writes to {name}", lambda n=name: lab.b.du(f"/tmp/{n}.raw") > 0)
-        tool.call("unexport", guest=info["uuid"])
+        tool.call("unexport", guest=info["uuid"], socket=export)
         for name in info["disks"]:
             assert tool.call("mirror", guest=info["uuid"], disk=name)["alive"], name
             tool.call("detach", guest=info["uuid"], disk=name)
