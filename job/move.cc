@@ -223,9 +223,10 @@ class Move {
     request.port = options_.target_port;
     request.address = options_.target_address;
     receiver_started_ = true;
+    mirror::Ssh ssh = prepared_.ssh->ssh();
+    ssh.cancel_fd = cancel_.fd();
     DROVER_ASSIGN(const mirror::ReceiverInfo receiver,
-                  mirror::start_receiver(
-                      {.host = options_.host, .cancel_fd = cancel_.fd()}, request));
+                  mirror::start_receiver(ssh, request));
 
     mirror::MirrorEngine::Options engine_options;
     engine_options.bandwidth = options_.bandwidth;
@@ -748,7 +749,7 @@ class Move {
 
   Status clean_up_target() {
     DROVER_ASSIGN(const ProcessResult result,
-                  mirror::run_on_target({.host = options_.host}, {"drover", "receive", "--cleanup", id_, "--force"}));
+                  mirror::run_on_target(prepared_.ssh->ssh(), {"drover", "receive", "--cleanup", id_, "--force"}));
     // It may have gone in order, only later than we asked.
     if (result.exit_code == 0 || result.exit_code == kNothingLeft) return {};
     return fail(Code::Io, result.err.empty() ? result.out : result.err,

@@ -89,9 +89,11 @@ Result<Prepared> prepare(const MoveOptions& options, Cancel& cancel) {
   if (memmig::blocked(prepared.plan.findings)) return prepared;
   if (cancel.requested()) return fail(Code::Cancelled, "cancelled; nothing was changed");
 
+  prepared.ssh = std::make_unique<mirror::SharedSsh>(mirror::Ssh{.host = options.host});
+  mirror::Ssh ssh = prepared.ssh->ssh();
+  ssh.cancel_fd = cancel.fd();
   DROVER_ASSIGN(const memmig::ProbeAnswer target_probe,
-                probe_target({.host = options.host, .cancel_fd = cancel.fd()},
-                             memmig::probe_request(prepared.guest, prepared.move_plan)));
+                probe_target(ssh, memmig::probe_request(prepared.guest, prepared.move_plan)));
   while (connecting.wait_for(kCancelPoll) != std::future_status::ready) {
     if (cancel.requested()) return fail(Code::Cancelled, "cancelled; nothing was changed");
   }

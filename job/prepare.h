@@ -10,6 +10,7 @@
 #include "job/move.h"
 #include "memmig/hypervisor.h"
 #include "memmig/preflight.h"
+#include "mirror/bootstrap.h"
 
 namespace drover::job {
 
@@ -17,6 +18,7 @@ struct Prepared {
   Plan plan;                   // what people are shown
   memmig::MovePlan move_plan;  // the same in full
   memmig::GuestInfo guest;
+  std::unique_ptr<mirror::SharedSsh> ssh;  // to the target
   std::unique_ptr<memmig::Hypervisor> source;
   std::unique_ptr<memmig::Hypervisor> target;  // null when a blocker kept it from being asked
 };

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <filesystem>
 #include <sstream>
 #include <string_view>
 #include <utility>
@@ -162,12 +163,33 @@ nlohmann::json document(const ReceiverRequest& request) {
 
 }  // namespace
 
+SharedSsh::SharedSsh(Ssh ssh) : ssh_(std::move(ssh)) {
+  std::string directory = "/run/drover-ssh-XXXXXX";
+  if (::mkdtemp(directory.data()) == nullptr) return;
+  directory_ = directory;
+  ssh_.control_path = directory_ + "/%C";
+}
+
+SharedSsh::~SharedSsh() {
+  if (directory_.empty()) return;
+  std::vector<std::string> command = ssh_program(ssh_);
+  command.insert(command.end(),
+                 {"-o", "ControlPath=" + ssh_.control_path, "-O", "exit", "--", ssh_.host});
+  (void)run_process(command);  // there may be none
+  std::error_code ignored;
+  std::filesystem::remove_all(directory_, ignored);
+}
+
 Result<ProcessResult> run_on_target(const Ssh& ssh, const std::vector<std::string>& argv,
                                     const std::string& input) {
   DROVER_TRY(check_host(ssh));
   std::vector<std::string> command = ssh_program(ssh);
   if (::isatty(STDIN_FILENO) == 0) {
     command.insert(command.end(), {"-o", "BatchMode=yes"});
+  }
+  if (!ssh.control_path.empty()) {
+    command.insert(command.end(), {"-o", "ControlMaster=auto", "-o", "ControlPersist=60", "-o",
+                                   "ControlPath=" + ssh.control_path});
   }
   command.insert(command.end(), {"-o",
                                  fmt::format("ConnectTimeout={}",

@@ -32,6 +32,22 @@ struct Ssh {
   std::vector<std::string> command;
   std::chrono::milliseconds timeout{30000};
   int cancel_fd = -1;  // readable: give up (Cancelled)
+  std::string control_path;  // a SharedSsh's
+};
+
+// Several commands over one SSH connection (ssh's ControlMaster): the first opens it, the others save the
+// handshake. It is closed when this object goes, or by ssh itself a minute after its last use.
+class SharedSsh {
+ public:
+  explicit SharedSsh(Ssh ssh);
+  ~SharedSsh();
+  SharedSsh(const SharedSsh&) = delete;
+  SharedSsh& operator=(const SharedSsh&) = delete;
+  [[nodiscard]] const Ssh& ssh() const { return ssh_; }
+
+ private:
+  Ssh ssh_;
+  std::string directory_;  // empty: none could be made, every command connects by itself
 };
 
 // Runs argv on the target (each argument arrives as it is, whatever characters it has) with `input`

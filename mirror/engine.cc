@@ -318,32 +318,9 @@ class Engine final : public MirrorEngine, private Answers {
       idle_->set_value();
       idle_.reset();
     }
-    if (scanned) measure_rate(left);
-    const bool copied = scanned && left <= (strict_ ? Length() : handover_rest());
+    const bool copied = scanned && left <= (strict_ ? Length() : kHandoverRest);
     if (copied && !std::exchange(told_copied_, true) && !stopping_) events_.all_copied(strict_);
     if (!copied) told_copied_ = false;
-  }
-
-  // How fast `left` falls, about twice a second.
-  void measure_rate(Length left) {
-    const Instant time = now();
-    if (rate_measured_at_ == Instant()) {
-      rate_measured_at_ = time;
-      rate_left_ = left;
-      return;
-    }
-    const std::chrono::duration<double> passed = time - rate_measured_at_;
-    if (passed < std::chrono::milliseconds(500)) return;
-    const Length copied = left < rate_left_ ? rate_left_ - left : Length();
-    rate_ = Length(static_cast<std::uint64_t>(static_cast<double>(copied.bytes()) / passed.count()));
-    rate_measured_at_ = time;
-    rate_left_ = left;
-  }
-
-  [[nodiscard]] Length handover_rest() const {
-    const std::chrono::duration<double> ahead = kHandoverAhead;
-    return std::max(kHandoverRest, Length(static_cast<std::uint64_t>(
-                                       static_cast<double>(rate_.bytes()) * ahead.count())));
   }
 
   void arm_deadline() {
@@ -420,9 +397,6 @@ class Engine final : public MirrorEngine, private Answers {
   bool stopping_ = false;
   bool strict_ = false;
   bool told_copied_ = false;
-  Length rate_;  // of the copy, per second
-  Length rate_left_;
-  Instant rate_measured_at_{};
   std::optional<std::promise<void>> drained_;
   std::optional<std::promise<void>> idle_;
 };

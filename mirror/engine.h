@@ -48,9 +48,6 @@ class MirrorEngine {
   // A guest that writes all the time may keep making a few chunks Pending again for ever; in strict mode
   // it no longer can, and so much is copied in a moment.
   static constexpr Length kHandoverRest = 32_MiB;
-  // Preparing the handover (QEMU's start on the target) takes that long: what is copied meanwhile, by the
-  // copy's present rate, need not be copied before.
-  static constexpr std::chrono::milliseconds kHandoverAhead{700};
 
   struct Options {
     Length chunk_size = kMaxChunk;
@@ -64,7 +61,7 @@ class MirrorEngine {
     bool target_initially_zero = true;
   };
   struct Events {
-    // Not strict: so little is left to copy (kHandoverRest, kHandoverAhead) that the handover may begin. Strict: nothing is left
+    // Not strict: at most kHandoverRest is left to copy, the handover may begin. Strict: nothing is left
     // on any disk. Again each time that becomes true.
     std::function<void(bool strict)> all_copied;
     // Strict mode ended because the link was lost, or does not take what the guest waits for.

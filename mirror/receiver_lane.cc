@@ -17,6 +17,8 @@ namespace drover::mirror {
 
 namespace {
 
+constexpr std::size_t kReceiveAtLeast = std::size_t{128} << 10;
+constexpr std::size_t kRecordAndMore = std::size_t{32} << 10;  // TLS: at most 16 KiB and some
 constexpr std::size_t kInput = std::size_t{256} << 10;
 constexpr std::size_t kOutput = std::size_t{64} << 10;
 // Zero frames hold no buffer: what bounds them.
@@ -137,7 +139,25 @@ void LaneReceiver::lose(const Error& error) {
 void LaneReceiver::receive() {
   if (receiving_ || closed_) return;
   receiving_ = true;
+  wait_for_more();
   loop_->receive(fd_.get(), tls_->input_space(), [this](int count) { on_received(count); });
+}
+
+// In the middle of a payload: to be woken for each segment that arrives costs more than it brings. No
+// more is asked for than is still to come of this frame.
+void LaneReceiver::wait_for_more() {
+  int wanted = 1;
+  if (header_ && payload_) {
+    // A record that has come in part may be in TLS's buffers already.
+    const std::size_t left = header_->payload_length - payload_size_;
+    if (left > kRecordAndMore) {
+      wanted = static_cast<int>(std::min(left - kRecordAndMore, kReceiveAtLeast));
+    }
+  }
+  if (wanted == receive_at_least_) return;
+  if (::setsockopt(fd_.get(), SOL_SOCKET, SO_RCVLOWAT, &wanted, sizeof wanted) == 0) {
+    receive_at_least_ = wanted;
+  }
 }
 
 void LaneReceiver::on_received(int count) {

@@ -81,6 +81,7 @@ class LaneReceiver {
   Status open_writers(const std::vector<std::unique_ptr<blockcopy::TargetImage>>& images);
   void run_parked(const std::function<void()>& work);
   void receive();
+  void wait_for_more();
   void on_received(int count);
   Status process();
   Result<bool> take_frame();
@@ -116,6 +117,7 @@ class LaneReceiver {
   std::vector<Run> runs_;
   std::vector<std::byte> answers_;  // not yet encrypted
   bool receiving_ = false;
+  int receive_at_least_ = 1;  // bytes; what the socket was told
   bool polling_ = false;  // for room to send
   bool turn_scheduled_ = false;
   bool closed_ = false;
