@@ -99,6 +99,7 @@ struct Written {
   bool verbose = false;
   bool probe = false;
   bool force = false;
+  bool keep = false;
   std::string cleanup;
 };
 
@@ -333,6 +334,8 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments,
       ->excludes("--probe");
   flag(*receive, "--force", written.force,
        "with --cleanup: also the images of a handover (only when the guest runs on the source)");
+  flag(*receive, "--keep", written.keep,
+       "with --cleanup: all but the images of a handover (when the guest runs here)");
 
   try {
     std::vector<std::string> reversed(arguments.rbegin(), arguments.rend());
@@ -347,10 +350,14 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments,
   }
 
   if (receive->parsed()) {
-    if (written.probe) return ReceiveCommand{ReceiveCommand::Mode::Probe, "", false};
+    if (written.probe) return ReceiveCommand{ReceiveCommand::Mode::Probe, "", {}};
     if (receive->count("--cleanup") > 0) {
       if (written.cleanup.empty()) return usage(" receive", "--cleanup: the job's name is empty");
-      return ReceiveCommand{ReceiveCommand::Mode::Cleanup, written.cleanup, written.force};
+      using mirror::KeptImages;
+      const KeptImages kept = written.force  ? KeptImages::Remove
+                              : written.keep ? KeptImages::Leave
+                                             : KeptImages::Refuse;
+      return ReceiveCommand{ReceiveCommand::Mode::Cleanup, written.cleanup, kept};
     }
     return ReceiveCommand{};
   }

@@ -18,6 +18,7 @@
 
 #include "base/result.h"
 #include "job/move.h"
+#include "mirror/receiver_record.h"
 
 namespace drover::cli {
 
@@ -39,7 +40,8 @@ struct ReceiveCommand {
   enum class Mode { Serve, Probe, Cleanup };
   Mode mode = Mode::Serve;
   std::string job;     // Cleanup
-  bool force = false;  // Cleanup: also what a handover left
+  // Cleanup: of a job whose handover had begun
+  mirror::KeptImages kept = mirror::KeptImages::Refuse;
 };
 
 // --help and --version: to be printed on standard output.

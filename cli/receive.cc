@@ -49,7 +49,7 @@ Result<std::string> probe() {
 Result<std::string> clean_up(const ReceiveCommand& command) {
   DROVER_ASSIGN(const mirror::CleanupReport report,
                 mirror::cleanup_receiver(mirror::RunReceiverOptions{}.jobs_directory, command.job,
-                                         command.force));
+                                         command.kept));
   std::string out;
   for (const std::string& path : report.removed) out += "removed " + printable(path) + "\n";
   for (const std::string& path : report.kept) out += "kept " + printable(path) + "\n";

@@ -685,12 +685,11 @@ class Move {
   void end_receiver() {
     engine_->link().stop_relay();
     const auto finished = engine_->link().call({{"op", "finish"}}, kControlTimeout);
-    if (!finished) {
-      summary_.notes.push_back("the receiver on the target did not say goodbye: " +
-                               finished.error().to_string());
-    }
     engine_->stop();
     engine_.reset();
+    if (finished) return;
+    log_warning("the receiver did not say goodbye: {}", finished.error().to_string());
+    note_if_failed("clearing up after the receiver, which has died", clean_up_target("--keep"));
   }
 
   // --- undo ---
@@ -734,7 +733,7 @@ class Move {
       collect("detaching the mirror of " + disk, source().detach_mirror(uuid(), disk));
     }
     // The receiver removes its images by itself when the link is gone; this is for one that was killed.
-    if (!removed) collect("cleaning up on the target", clean_up_target());
+    if (!removed) collect("cleaning up on the target", clean_up_target("--force"));
     if (!left.empty()) return fail(Code::Io, left, "see the log of the job");
     queue_.push(Undone_{});
     return {};
@@ -747,13 +746,14 @@ class Move {
     return target().destroy(uuid());
   }
 
-  Status clean_up_target() {
+  // For a receiver that did not end in order. `images`: what becomes of those of a handover.
+  Status clean_up_target(const std::string& images) {
     DROVER_ASSIGN(const ProcessResult result,
-                  mirror::run_on_target(prepared_.ssh->ssh(), {"drover", "receive", "--cleanup", id_, "--force"}));
+                  mirror::run_on_target(prepared_.ssh->ssh(), {"drover", "receive", "--cleanup", id_, images}));
     // It may have gone in order, only later than we asked.
     if (result.exit_code == 0 || result.exit_code == kNothingLeft) return {};
     return fail(Code::Io, result.err.empty() ? result.out : result.err,
-                "run `drover receive --cleanup " + id_ + " --force` on " + options_.host);
+                "run `drover receive --cleanup " + id_ + " " + images + "` on " + options_.host);
   }
 
   // --- the end ---

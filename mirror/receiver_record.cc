@@ -163,7 +163,7 @@ Status ReceiverRecord::save() {
 void ReceiverRecord::remove() { remove_tree(directory_); }
 
 Result<CleanupReport> cleanup_receiver(const std::string& jobs_directory, const std::string& id,
-                                       bool force, std::chrono::milliseconds patience) {
+                                       KeptImages kept, std::chrono::milliseconds patience) {
   DROVER_TRY(check_session_id(id));
   remove_memory_socket(id);
   const std::string directory = jobs_directory + "/" + id + "/receiver";
@@ -184,7 +184,7 @@ Result<CleanupReport> cleanup_receiver(const std::string& jobs_directory, const 
   auto record = load(directory + "/record.json");
   if (record) {
     DROVER_ASSIGN(const bool keep, get_bool(*record, "keep", false));
-    if (keep && !force) {
+    if (keep && kept == KeptImages::Refuse) {
       return fail(Code::Denied,
                   fmt::format("the handover of job {} had begun: its images on this host may be the "
                               "guest's only disks, they are kept",
@@ -193,7 +193,9 @@ Result<CleanupReport> cleanup_receiver(const std::string& jobs_directory, const 
                       "/record.json; make sure where the guest runs before you "
                       "remove anything by hand");
     }
-    if (const auto images = record->find("images"); images != record->end() && images->is_array()) {
+    const auto images = record->find("images");
+    const bool leave = keep && kept == KeptImages::Leave;
+    if (!leave && images != record->end() && images->is_array()) {
       for (const nlohmann::json& json : *images) {
         if (!json.is_object()) continue;
         ReceiverRecord::Image image;

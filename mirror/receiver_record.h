@@ -70,12 +70,16 @@ struct CleanupReport {
   std::vector<std::string> removed;  // paths
   std::vector<std::string> kept;     // "path: why"
 };
+// What becomes of the images whose handover had begun, which may be all there is.
+enum class KeptImages {
+  Refuse,  // Denied, nothing is removed
+  Remove,  // for a source that knows that its guest runs
+  Leave,   // they stay, all else goes: for a source that knows that the guest runs on the target
+};
 // Removes what a receiver that no longer runs left behind. One that is just ending is waited for, at
-// most `patience`. NotFound if there is nothing of that job, Busy if its receiver is alive, Denied if
-// the handover had begun, for then the images may be all there is: `force` is for a source that knows
-// that its guest runs.
+// most `patience`. NotFound if there is nothing of that job, Busy if its receiver is alive.
 Result<CleanupReport> cleanup_receiver(
-    const std::string& jobs_directory, const std::string& id, bool force = false,
+    const std::string& jobs_directory, const std::string& id, KeptImages kept = KeptImages::Refuse,
     std::chrono::milliseconds patience = std::chrono::seconds(15));
 
 // QEMU leaves its end of the memory's path behind when an incoming guest is killed.

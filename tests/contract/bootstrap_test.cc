@@ -163,7 +163,7 @@ TEST_F(BootstrapTest, AfterKill9CleanupRemovesWhatItMade) {
   ASSERT_NO_FATAL_FAILURE(start());
   TestSource source;
   ASSERT_NO_FATAL_FAILURE(set_up(source, 2, 1_MiB));
-  const auto alive = cleanup_receiver(dir_ / "jobs", kSession, false, 0ms);
+  const auto alive = cleanup_receiver(dir_ / "jobs", kSession, KeptImages::Refuse, 0ms);
   ASSERT_FALSE(alive.has_value());
   EXPECT_EQ(alive.error().code, Code::Busy);
   ASSERT_EQ(::kill(pid_, SIGKILL), 0);
@@ -185,7 +185,7 @@ TEST_F(BootstrapTest, CleanupWaitsForAReceiverThatIsEnding) {
   TestSource source;
   ASSERT_NO_FATAL_FAILURE(set_up(source, 2, 1_MiB));
   auto cleaned = std::async(
-      std::launch::async, [this] { return cleanup_receiver(dir_ / "jobs", kSession, false, kPatience); });
+      std::launch::async, [this] { return cleanup_receiver(dir_ / "jobs", kSession, KeptImages::Refuse, kPatience); });
   ASSERT_EQ(::kill(pid_, SIGTERM), 0);
   const auto result = cleaned.get();
   EXPECT_TRUE(result || result.error().code == Code::NotFound) << result.error().to_string();

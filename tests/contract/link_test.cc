@@ -536,7 +536,7 @@ TEST_F(LinkHostileTest, ABarrierThatDoesNotMatchNamesTheLaneAndKeepsTheImages) {
   EXPECT_FALSE(receiver_->wait().has_value());
   EXPECT_FALSE(disks_[0]->removed);
   EXPECT_TRUE(disks_[0]->released);
-  const auto cleaned = cleanup_receiver(dir_ / "jobs", kSession, false, 0ms);
+  const auto cleaned = cleanup_receiver(dir_ / "jobs", kSession, KeptImages::Refuse, 0ms);
   ASSERT_FALSE(cleaned.has_value());
   EXPECT_EQ(cleaned.error().code, Code::Busy) << "the receiver object still holds its lock";
 }
@@ -604,7 +604,22 @@ TEST_F(LinkTest, ImagesThatAreToBeKeptSurviveALostLinkUntilTheSourceInsists) {
   EXPECT_TRUE(disks_[0]->released);
   receiver_.reset();
   EXPECT_EQ(cleanup_receiver(dir_ / "jobs", kSession).error().code, Code::Denied);
-  EXPECT_TRUE(cleanup_receiver(dir_ / "jobs", kSession, true).has_value());
+  EXPECT_TRUE(cleanup_receiver(dir_ / "jobs", kSession, KeptImages::Remove).has_value());
+  expect_nothing_left();
+}
+
+TEST_F(LinkTest, CleaningUpMayLeaveTheImagesOfAHandover) {
+  add_disk(1_MiB);
+  start_receiver();
+  TestSource source;
+  set_up(source, link_options());
+  ASSERT_TRUE(source.link().barrier(kPatience).has_value());
+  source.disconnect();
+  EXPECT_FALSE(receiver_->wait().has_value());
+  receiver_.reset();
+  const auto cleaned = cleanup_receiver(dir_ / "jobs", kSession, KeptImages::Leave);
+  ASSERT_TRUE(cleaned.has_value());
+  EXPECT_TRUE(cleaned->removed.empty());
   expect_nothing_left();
 }
 

@@ -23,8 +23,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from lab import Disk, Guest, Lab, why_not  # noqa: E402
 from moves import Move  # noqa: E402
 
-# The record of finished jobs is meant to stay: `drover history` and `drover report` read it.
-JOB_RECORDS = "*: file: /var/lib/drover/jobs/*"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -72,7 +70,7 @@ def lab(_shared_lab: _Shared, request: pytest.FixtureRequest) -> Iterator[Lab]:
     for running in list(Move.running):  # its test has failed before its end
         running.interrupt(signal.SIGTERM)
         running.end()
-    ignore = [JOB_RECORDS]
+    ignore: list[str] = []
     for mark in request.node.iter_markers("leaves"):
         ignore += mark.args
     try:

@@ -356,8 +356,9 @@ class Host:
         helper's: its pid, signals and exit code are the command's."""
         # A process's PID namespace is that of its creation: this thread's next children are born into
         # the host's. nsenter then joins the other namespaces and becomes the command.
+        # `env`: whoever started us in the background may have had SIGINT ignored, which is inherited.
         words = ["nsenter", "-t", str(self.pid), "-m", "-u", "-i", "-n", f"--wd={self.path(cwd)}", "--",
-                 *map(str, cmd)]
+                 "env", "--default-signal=INT,QUIT,HUP,TERM", *map(str, cmd)]
         own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         theirs = os.open(f"/proc/{self.pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         try:
