@@ -176,7 +176,6 @@ class Move {
       case Do::Attach: return attach();
       case Do::EnterStrict: return enter_strict();
       case Do::StartMemory: return start_memory();
-      case Do::OpenGate: return open_gate();
       case Do::AbortMemory: return abort_memory();
       case Do::Settle: return settle();
       case Do::PassBarrier: return pass_barrier();
@@ -223,8 +222,8 @@ class Move {
     request.port = options_.target_port;
     request.address = options_.target_address;
     receiver_started_ = true;
-    mirror::Ssh ssh = prepared_.ssh->ssh();
-    ssh.cancel_fd = cancel_.fd();
+    // Not broken off by a cancel: then nobody would know whether a receiver is there.
+    const mirror::Ssh& ssh = prepared_.ssh->ssh();
     DROVER_ASSIGN(const mirror::ReceiverInfo receiver,
                   mirror::start_receiver(ssh, request));
 
@@ -239,6 +238,7 @@ class Move {
     };
     events.mirror_gone = [this](const std::string& disk, const Error& error) {
       if (mirrors_may_go_.load()) return;
+      mirror_lost_.store(true);
       queue_.push(Trouble{Error{error.code, "QEMU let go of the mirror of disk " + disk + ": " +
                                 error.message, "", true}});
     };
@@ -323,7 +323,10 @@ class Move {
     };
     switch (event.kind) {
       case GuestEvent::Kind::CpusStopped: source_stopped_at_.store(event.received); break;
-      case GuestEvent::Kind::Quiesced: queue_.push(SourceStopped{}); break;
+      case GuestEvent::Kind::Quiesced:
+        mirrors_may_go_.store(true);  // QEMU ends them when it goes
+        queue_.push(SourceStopped{});
+        break;
       case GuestEvent::Kind::Suspended:
         if (event.detail == "paused") user_paused_.store(true);
         break;
@@ -337,6 +340,7 @@ class Move {
         break;
       case GuestEvent::Kind::MirrorEnded:
         if (!mirrors_may_go_.load()) {
+          mirror_lost_.store(true);
           trouble(Code::Io, "QEMU ended the mirror of disk " + event.disk + ": " + event.detail);
         }
         break;
@@ -431,7 +435,6 @@ class Move {
                                             .mode = 0600,
                                             .uid = static_cast<int>(guest.qemu_uid),
                                             .gid = static_cast<int>(guest.qemu_gid)}));
-    mirrors_may_go_.store(true);  // QEMU ends them when it goes
     memory_started_ = true;
     migrating_ = std::thread([this, migrate] {
       MigrateEnded ended;
@@ -440,11 +443,10 @@ class Move {
       });
       queue_.push(std::move(ended));
     });
-    return {};
-  }
-
-  Status open_gate() {
-    engine_->link().open_relay();
+    // While libvirt starts QEMU there: then the barrier has little left to flush.
+    if (const auto flushed = engine_->link().call({{"op", "flush"}}, kReserveTimeout); !flushed) {
+      log_warning("flushing the target: {}", flushed.error().to_string());
+    }
     return {};
   }
 
@@ -520,7 +522,7 @@ class Move {
   // The source stands still with complete images, and the target was never resumed.
   void take_back(bool target_off) {
     if (!target_off) {
-      if (const Status gone = target().destroy(uuid()); !gone) {
+      if (const Status gone = end_target_guest(); !gone) {
         log_warning("ending the guest that waits on the target: {}", gone.error().to_string());
         return;
       }
@@ -531,6 +533,10 @@ class Move {
   }
 
   Status pass_barrier() {
+    if (mirror_lost_.load()) {
+      return fail(Code::Io, "QEMU let go of a disk's mirror before the guest stopped: the target misses writes");
+    }
+    mirrors_may_go_.store(true);
     const Instant start = now();
     DROVER_TRY(engine_->drain(kDrainTimeout));
     const Instant drained = now();
@@ -569,17 +575,23 @@ class Move {
 
   Status resume_target() {
     DROVER_TRY(guard_source());
+    resume_tried_ = true;
+    const Instant deadline = now() + kCommitPatience;
     Status resumed = target().resume(uuid());
-    for (int tries = 1; !resumed && tries < kResumeTries; ++tries) {
+    while (!resumed) {
       log_warning("resuming the target: {}", resumed.error().to_string());
+      // Its answer may have been lost, or libvirt be restarting there.
+      const Result<GuestState> state = state_on(prepared_.target);
+      if (state && *state == GuestState::Running) break;
+      // Not for want of libvirt: QEMU itself refuses, and somebody must find out why.
+      const bool refused = state.has_value() && ++refusals_ >= kResumeTries;
+      if (refused || now() > deadline) {
+        return fail(Code::Held, "the guest could not be resumed on the target: " + resumed.error().message);
+      }
       std::this_thread::sleep_for(200ms);
       resumed = target().resume(uuid());
     }
     resumed_at_ = now();
-    if (!resumed) {
-      return fail(Code::Held, "the guest could not be resumed on the target, where it stands still: " +
-                                  resumed.error().message);
-    }
     DROVER_TRY(journal_->put("target", "runs"));
     queue_.push(TargetRuns{});
     return {};
@@ -739,11 +751,12 @@ class Move {
     return {};
   }
 
-  // A guest that was being taken over and that libvirt has not cleared away.
+  // A guest that was being taken over and that libvirt has not cleared away, with its definition: the
+  // pre-flight saw to it that there was none before.
   Status end_target_guest() {
     DROVER_ASSIGN(const GuestState state, state_on(prepared_.target));
-    if (state == GuestState::ShutOff) return {};
-    return target().destroy(uuid());
+    if (state != GuestState::ShutOff) DROVER_TRY(target().destroy(uuid()));
+    return target().undefine(uuid());
   }
 
   // For a receiver that did not end in order. `images`: what becomes of those of a handover.
@@ -766,11 +779,20 @@ class Move {
       source_paths += (source_paths.empty() ? "" : ", ") + disk.source_path;
       target_paths += (target_paths.empty() ? "" : ", ") + disk.target_path;
     }
+    const std::string paths =
+        fmt::format("nothing was deleted: the source's images are {}, the target's are {}; the job's journal is {}",
+                    source_paths, target_paths, directory_);
+    if (resume_tried_) {
+      return Error{Code::Held, what,
+                   fmt::format("the guest was told to run on {0}: look there (`virsh -c {1} domstate {2}`). If it "
+                               "runs, or has run, the source's images are out of date: do not start it here. {3}",
+                               plan().host, prepared_.target->uri(), plan().guest, paths),
+                   false};
+    }
     return Error{Code::Held, what,
-                 fmt::format("nothing was deleted: the source's images ({}) are complete and still, the "
-                             "target's are {}; the job's journal is {}; make sure that the guest runs on "
-                             "one host only",
-                             source_paths, target_paths, directory_),
+                 fmt::format("the guest was not resumed on {}; the source's images are complete; make sure that it "
+                             "runs on one host only. {}",
+                             plan().host, paths),
                  false};
   }
 
@@ -835,11 +857,14 @@ class Move {
   std::vector<std::string> attached_;
   // Before the engine: its thread uses it until it ends.
   std::atomic<bool> mirrors_may_go_{false};
+  std::atomic<bool> mirror_lost_{false};  // while the guest still wrote
   std::unique_ptr<mirror::MirrorEngine> engine_;
   std::atomic<bool> user_paused_{false};
   std::atomic<Instant> source_stopped_at_{};
   std::atomic<Instant> target_runs_at_{};
   Instant resumed_at_{};
+  bool resume_tried_ = false;
+  int refusals_ = 0;
   std::vector<memmig::ImageLock> source_guard_;
   std::thread migrating_;
   std::unique_ptr<memmig::Subscription> source_events_;

@@ -13,7 +13,7 @@
 // Errors: Blocked when the plan has a blocker (Plan::findings say which; the observer got the plan);
 // Cancelled when the user asked; otherwise what went wrong. After an error before the barrier nothing is
 // left of the move on either host and the guest runs on; where that is not so, the message says what
-// holds where and what to do.
+// holds where and what to do (Held: it stopped half-way, with nothing deleted).
 #pragma once
 
 #include <atomic>

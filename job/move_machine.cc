@@ -22,7 +22,9 @@ Error cancelled() {
 
 Step stay(State state) { return {std::move(state), {}}; }
 Step undo(Error reason) { return {Undoing{std::move(reason)}, {Do::Undo}}; }
-Step abort_memory(Error reason) { return {AbortingMemory{std::move(reason)}, {Do::AbortMemory}}; }
+Step abort_memory(Error reason) {
+  return {AbortingMemory{std::move(reason), false}, {Do::AbortMemory}};
+}
 
 // The reason to give the move up, if the event is one.
 const Error* trouble_in(const Event& event) {
@@ -58,8 +60,7 @@ Step on(Synchronising state, const Event& event) {
   if (const auto* copied = std::get_if<AllCopied>(&event)) state.copied |= copied->strict;
   if (std::holds_alternative<StrictEntered>(event)) {
     MovingMemory memory;
-    memory.gate_open = state.copied;
-    if (state.copied) return {memory, {Do::StartMemory, Do::OpenGate}};
+    memory.disks_equal = state.copied;
     return {memory, {Do::StartMemory}};
   }
   if (const Error* reason = trouble_in(event)) return undo(*reason);
@@ -78,7 +79,7 @@ Step settle(Error reason, bool barrier_passed) {
 // The guest's memory is on the target and its images here are complete and still: the way is forward.
 Step go_forward(bool barrier_passed) {
   MovingMemory state;
-  state.gate_open = state.source_stopped = state.target_suspended = state.migrate_ended = true;
+  state.disks_equal = state.source_stopped = state.target_suspended = state.migrate_ended = true;
   state.barrier_passed = barrier_passed;
   if (barrier_passed) return resume_if_ready(state);
   return {state, {Do::PassBarrier}};
@@ -129,8 +130,8 @@ Step on(MovingMemory state, const Event& event) {
           [&](const Reserved&) { return stay(state); },
           [&](const Attached&) { return stay(state); },
           [&](const AllCopied& copied) -> Step {
-            if (!copied.strict || std::exchange(state.gate_open, true)) return stay(state);
-            return {state, {Do::OpenGate}};
+            state.disks_equal |= copied.strict;
+            return stay(state);
           },
           [&](const StrictEntered&) { return stay(state); },
           [&](const TargetRuns&) { return stay(state); },
@@ -140,12 +141,14 @@ Step on(MovingMemory state, const Event& event) {
       event);
 }
 
-Step on(const AbortingMemory& state, const Event& event) {
+Step on(AbortingMemory state, const Event& event) {
+  // It may have been under way when the trouble came.
+  if (std::holds_alternative<BarrierPassed>(event)) state.barrier_passed = true;
   const auto* ended = std::get_if<MigrateEnded>(&event);
   if (ended == nullptr) return stay(state);
   // It may have been too late to take it back.
-  if (ended->status) return go_forward(false);
-  return settle(state.reason, false);
+  if (ended->status) return go_forward(state.barrier_passed);
+  return settle(state.reason, state.barrier_passed);
 }
 
 Step on(Settling state, const Event& event) {
@@ -213,7 +216,6 @@ std::string_view action_name(Do action) {
     case Do::Attach: return "attach";
     case Do::EnterStrict: return "enter-strict";
     case Do::StartMemory: return "start-memory";
-    case Do::OpenGate: return "open-gate";
     case Do::AbortMemory: return "abort-memory";
     case Do::Settle: return "settle";
     case Do::PassBarrier: return "pass-barrier";
@@ -240,7 +242,7 @@ Phase phase_of(const State& state) {
                         [](const Synchronising&) { return Phase::Synchronised; },
                         [](const MovingMemory& memory) {
                           if (memory.source_stopped) return Phase::Barrier;
-                          return memory.gate_open ? Phase::Memory : Phase::Synchronised;
+                          return memory.disks_equal ? Phase::Memory : Phase::Synchronised;
                         },
                         [](const AbortingMemory&) { return Phase::Undo; },
                         [](const Settling&) { return Phase::Undo; },

@@ -73,8 +73,8 @@ enum class Do {
   Reserve,
   Attach,
   EnterStrict,
-  StartMemory,   // returns at once; MigrateEnded comes later. Nothing is carried before OpenGate
-  OpenGate,      // the disks are equal: the memory may follow
+  StartMemory,   // returns at once; MigrateEnded comes later. The engine lets the memory pass only while
+                 // the disks are equal
   AbortMemory,   // returns at once
   Settle,        // find out where the guest is, and make the source run if it can only be there
   PassBarrier,   // drain, prove, flush, release
@@ -94,7 +94,7 @@ struct Synchronising {
   bool copied = false;  // strictly
 };
 struct MovingMemory {
-  bool gate_open = false;
+  bool disks_equal = false;
   bool source_stopped = false;
   bool barrier_passed = false;
   bool target_suspended = false;
@@ -102,6 +102,7 @@ struct MovingMemory {
 };
 struct AbortingMemory {
   Error reason;
+  bool barrier_passed = false;
 };
 struct Settling {
   Error reason;

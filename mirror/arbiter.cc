@@ -41,11 +41,9 @@ void Arbiter::guest_write(WriteId id, WriteKind kind, Extent extent, Instant now
         "the NBD server lets only extents of the disk through");
   const bool fresh_id = writes_.emplace(id, Write()).second;
   CHECK(fresh_id, "a write's id is new");
-  // In strict mode a write waits when too much is on its way, and a discard always.
-  const bool wait_for_target =
-      strict_ && (kind == WriteKind::Discard
-                      ? options_.discards_wait
-                      : bytes_on_the_way_ + extent.length > options_.strict_window);
+  // In strict mode a write waits when too much is on its way.
+  const bool wait_for_target = strict_ && kind != WriteKind::Discard &&
+                               bytes_on_the_way_ + extent.length > options_.strict_window;
   begin_part(id);  // held until all parts are taken
   if (wait_for_target) waiting_.push_back(id);
   writes_.at(id).acknowledged = !wait_for_target;
@@ -91,15 +89,10 @@ void Arbiter::take_piece(const Piece& piece, Actions& out) {
 }
 
 void Arbiter::take_discard(const Piece& piece, Actions& out) {
-  Copy* const copy = copy_of(piece.chunk);
-  if (copy != nullptr) {
+  if (Copy* const copy = copy_of(piece.chunk); copy != nullptr) {
     copy->redo = true;
-    if (strict_ && options_.discards_wait) return copy->discards.push_back(wait(piece));
   } else {
     pending_.insert(piece.chunk);
-    if (strict_ && options_.discards_wait) {
-      return pending_discards_[piece.chunk].push_back(wait(piece));
-    }
   }
   skip_part(piece.write, out);
 }
@@ -192,10 +185,6 @@ std::optional<CopyTicket> Arbiter::start_copy() {
     Copy copy;
     copy.chunk = *chunk;
     copy.first_unseen = next_piece_;
-    if (const auto discards = pending_discards_.find(*chunk); discards != pending_discards_.end()) {
-      copy.covered = std::move(discards->second);
-      pending_discards_.erase(discards);
-    }
     copies_.emplace(id, std::move(copy));
     copying_.emplace(*chunk, id);
     return CopyTicket{id, *chunk, chunk_extent(*chunk), lane_of(*chunk), !sent_.contains(*chunk)};
@@ -227,29 +216,21 @@ void Arbiter::forget_copy(TicketId id, Actions& out) {
   copying_.erase(copy.chunk);
   pending_.insert(copy.chunk);
   finish_pieces(copy.waiting, out);
-  std::vector<PieceId> discards = std::move(copy.covered);
-  discards.insert(discards.end(), copy.discards.begin(), copy.discards.end());
-  if (!discards.empty()) pending_discards_[copy.chunk] = std::move(discards);
 }
 
 void Arbiter::copy_abandoned(TicketId id, Actions& out) {
   if (copies_.contains(id)) forget_copy(id, out);
 }
 
-void Arbiter::copy_acked(TicketId id, Actions& out) {
+void Arbiter::copy_acked(TicketId id, Actions& /*out*/) {
   const auto found = copies_.find(id);
   if (found == copies_.end()) return;
   CHECK(found->second.state == CopyState::Sending, "only what was sent is acknowledged");
-  const Copy copy = std::move(found->second);
+  const ChunkIndex chunk = found->second.chunk;
+  const bool redo = found->second.redo;
   copies_.erase(found);
-  copying_.erase(copy.chunk);
-  if (copy.redo && !options_.mutation.forget_redo) {
-    pending_.insert(copy.chunk);
-    if (!copy.discards.empty()) pending_discards_[copy.chunk] = copy.discards;
-  } else {
-    finish_pieces(copy.discards, out);
-  }
-  finish_pieces(copy.covered, out);
+  copying_.erase(chunk);
+  if (redo && !options_.mutation.forget_redo) pending_.insert(chunk);
 }
 
 void Arbiter::scan_begin(Extent range) {
@@ -267,7 +248,7 @@ void Arbiter::scan_hole(Extent hole) {
   for (auto chunk = pending_.next(first); chunk && *chunk < end; chunk = pending_.next(*chunk + 1)) {
     const bool written = written_since_scan_.contains(*chunk) &&
                          !options_.mutation.ignore_write_during_scan;
-    if (!written && !sent_.contains(*chunk) && !pending_discards_.contains(*chunk)) {
+    if (!written && !sent_.contains(*chunk)) {
       pending_.erase(*chunk);
     }
   }
@@ -365,14 +346,6 @@ void Arbiter::end_strict(Actions& out) {
   for (const WriteId write : std::exchange(waiting_, {})) {
     writes_.at(write).acknowledged = true;
     out.push_back({.kind = Action::Kind::Acknowledge, .write = write});
-  }
-  // Discards are on their way only in strict mode: their chunks are Pending, or will be.
-  for (const auto& [chunk, discards] : std::exchange(pending_discards_, {})) {
-    finish_pieces(discards, out);
-  }
-  for (auto& [id, copy] : copies_) {
-    finish_pieces(std::exchange(copy.covered, {}), out);
-    finish_pieces(std::exchange(copy.discards, {}), out);
   }
 }
 

@@ -25,8 +25,8 @@
 // chunks only falls, and what is on its way when the guest stops is little.
 //
 // A discard says nothing about what the source reads afterwards (it may be ignored, or only done in
-// part), so it is never repeated: its chunks become Pending. In strict mode the discard is answered
-// when the chunk has been copied again, if the source can be read whatever QEMU does (discards_wait).
+// part), so it is never repeated: it is acknowledged at once and its chunks become Pending, in strict
+// mode too.
 //
 // No write waits longer than max_strict_wait: past it strict mode ends, and with it the handover.
 //
@@ -96,10 +96,6 @@ class Arbiter {
     // What may be on its way in strict mode before writes wait.
     Length strict_window = Length(std::uint64_t{1} << 20);
     Duration max_strict_wait = std::chrono::seconds(5);
-    // False when the source is read through QEMU: a QEMU that stops the guest waits for its discards
-    // before it lets anybody read, so they must not wait for a read. They are acknowledged at once then,
-    // and the barrier waits for their chunks.
-    bool discards_wait = true;
     // For the test that the simulation notices each missing rule; see tests/sim.
     struct Mutation {
       bool forward_during_read = false;      // a write to a Reading chunk is forwarded at once
@@ -188,8 +184,6 @@ class Arbiter {
     bool redo = false;               // becomes Pending, not Copied, once acknowledged
     PieceId first_unseen = 0;        // the read saw every piece before this one
     std::vector<PieceId> waiting;    // Reading: forwarded when the read is done
-    std::vector<PieceId> covered;    // strict: discards that this copy answers
-    std::vector<PieceId> discards;   // strict: discards that came too late for it
   };
   struct Piece {
     WriteId write = 0;
@@ -236,7 +230,6 @@ class Arbiter {
   std::map<PieceId, Piece> pieces_;             // on their way, oldest first
   std::unordered_map<WriteId, Write> writes_;   // look-ups only, never iterated
   std::vector<WriteId> waiting_;                // strict: not acknowledged yet, oldest first
-  std::map<ChunkIndex, std::vector<PieceId>> pending_discards_;  // strict: wait for the next copy
   Length bytes_on_the_way_;
   std::uint64_t expired_ = 0;
   TicketId next_ticket_ = 1;

@@ -189,16 +189,24 @@ Result<ProcessResult> run_on_target(const Ssh& ssh, const std::vector<std::strin
   }
   if (!ssh.control_path.empty()) {
     command.insert(command.end(), {"-o", "ControlMaster=auto", "-o", "ControlPersist=60", "-o",
-                                   "ControlPath=" + ssh.control_path});
+                                   "ControlPath=" + ssh.control_path, "-o",
+                                   "ServerAliveInterval=5", "-o", "ServerAliveCountMax=2"});
   }
   command.insert(command.end(), {"-o",
                                  fmt::format("ConnectTimeout={}",
                                              std::max<std::int64_t>(1, ssh.timeout.count() / 1500)),
                                  "-T", "--", ssh.host});
+  // A shared connection may have died meanwhile.
+  const auto alone = [&] {
+    Ssh other = ssh;
+    other.control_path.clear();
+    return run_on_target(other, argv, input);
+  };
   std::string words;
   for (const std::string& argument : argv) words += (words.empty() ? "" : " ") + quote(argument);
   command.push_back(std::move(words));
   DROVER_ASSIGN(ProcessResult result, run_ssh(ssh, std::move(command), input));
+  if (result.exit_code == kSshFailed && !ssh.control_path.empty()) return alone();
   if (result.exit_code == kSshFailed) return fail(ssh_error(ssh, result.err));
   return result;
 }

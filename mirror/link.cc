@@ -648,7 +648,7 @@ class MemoryRelay {
     std::ranges::copy(options.unix_path, name.sun_path);
     DROVER_TRY(stop_.open());
     DROVER_TRY(gate_.open());
-    if (!options.gated) open_gate();
+    if (!options.gated) gate_.set(true);
     listener_ = UniqueFd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
     if (!listener_) return fail_errno(errno, doing);
     if (::bind(listener_.get(), reinterpret_cast<const sockaddr*>(&name), sizeof name) != 0) {
@@ -672,7 +672,7 @@ class MemoryRelay {
     return {};
   }
 
-  void open_gate() { gate_.wake(); }
+  void set_gate(bool open) { gate_.set(open); }
 
   // Breaks every connection; no more are taken.
   void cut() { stop_.wake(); }
@@ -729,13 +729,7 @@ class MemoryRelay {
   Status carry(const UniqueFd& plain) {
     DROVER_ASSIGN(TlsSocket link,
                   open_connection(endpoint_, hello_, now() + connect_timeout_, stop_.fd()));
-    std::array<pollfd, 2> polled = {pollfd{gate_.fd(), POLLIN, 0}, pollfd{stop_.fd(), POLLIN, 0}};
-    while (polled[0].revents == 0 && polled[1].revents == 0) {
-      if (::poll(polled.data(), polled.size(), -1) < 0 && errno != EINTR) {
-        return fail_errno(errno, "waiting to carry memory");
-      }
-    }
-    return relay(link, plain.get(), stop_.fd(), totals_.memory_bytes);
+    return relay(link, plain.get(), stop_.fd(), totals_.memory_bytes, &gate_);
   }
 
   const Endpoint endpoint_;
@@ -743,7 +737,7 @@ class MemoryRelay {
   const std::chrono::milliseconds connect_timeout_;
   Totals& totals_;
   Waker stop_;
-  Waker gate_;  // readable once memory may be carried
+  Gate gate_;
   UniqueFd listener_;
   std::string path_;
   std::thread acceptor_;
@@ -836,11 +830,14 @@ class LinkImpl final : public Link {
     DROVER_TRY(made->start(options));
     const std::lock_guard lock(relay_mutex_);
     relay_ = std::move(made);
+    if (options.gated) relay_->set_gate(memory_may_pass_);
     return {};
   }
 
-  void open_relay() override {
-    if (relay_) relay_->open_gate();
+  void let_memory_pass(bool pass) override {
+    const std::lock_guard lock(relay_mutex_);
+    memory_may_pass_ = pass;
+    if (relay_) relay_->set_gate(pass);
   }
 
   void stop_relay() override {
@@ -874,6 +871,7 @@ class LinkImpl final : public Link {
   std::vector<std::unique_ptr<LaneSender>> lanes_;
   std::unique_ptr<Control> control_;
   std::mutex relay_mutex_;
+  bool memory_may_pass_ = false;
   std::unique_ptr<MemoryRelay> relay_;
 };
 

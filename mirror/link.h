@@ -77,7 +77,7 @@ class Link : public Lanes {
                                       std::chrono::milliseconds timeout) = 0;
   // The source is still and nothing more will be queued: waits until every frame is answered, then
   // has the target prove that it took the same frames in the same order, flush its images to stable
-  // storage and release them. From the request on the target keeps its images whatever happens.
+  // storage and release them. The images are kept from {"op":"keep"} on, at the latest from here.
   // Protocol if the proof fails (it names the lane), Busy if frames stay unanswered, Unreachable,
   // or the target's error.
   virtual Status barrier(std::chrono::milliseconds timeout) = 0;
@@ -86,13 +86,15 @@ class Link : public Lanes {
   // migration. Until stop_relay(), which breaks the connections that are left.
   struct RelayOptions {
     std::string unix_path;
-    bool gated = false;  // connections are taken, but nothing is carried before open_relay()
+    bool gated = false;  // connections are taken, but nothing is carried until let_memory_pass(true)
     unsigned mode = 0600;
     int uid = -1;
     int gid = -1;
   };
   virtual Status start_relay(const RelayOptions& options) = 0;
-  virtual void open_relay() = 0;
+  // Opens and closes the gate of a gated relay: what the source's QEMU sends waits while it is closed.
+  // Any thread.
+  virtual void let_memory_pass(bool pass) = 0;
   virtual void stop_relay() = 0;
   [[nodiscard]] virtual LinkCounters counters() const = 0;  // any thread
 };

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <csignal>
 #include <filesystem>
 #include <fstream>
 #include <sstream>
@@ -65,6 +66,13 @@ Result<nlohmann::json> load(const std::string& path) {
   return parse_object(text, path);
 }
 
+// Tells the receiver that holds the lock to end: nobody may have reached it.
+void end_holder(const std::string& directory) {
+  std::ifstream in(directory + "/lock");
+  pid_t pid = 0;
+  if (in >> pid && pid > 1) ::kill(pid, SIGTERM);
+}
+
 // Removes the file if it is still the one that was recorded.
 void remove_image(const ReceiverRecord::Image& image, CleanupReport& report) {
   struct stat found {};
@@ -107,6 +115,11 @@ Result<std::unique_ptr<ReceiverRecord>> ReceiverRecord::create(const std::string
                 fmt::format("if no receiver of it runs: drover receive --cleanup {}", id));
   }
   DROVER_ASSIGN(UniqueFd lock, take_lock(directory, O_CREAT | O_EXCL));
+  // Whose lock it is, for who must end it.
+  const std::string pid = std::to_string(::getpid()) + "\n";
+  if (::write(lock.get(), pid.data(), pid.size()) != static_cast<ssize_t>(pid.size())) {
+    return fail_errno(errno, "writing " + directory + "/lock");
+  }
   std::unique_ptr<ReceiverRecord> record(new ReceiverRecord(directory, id, std::move(lock)));
   DROVER_TRY(make_directory(record->work_directory()));
   DROVER_TRY(record->save());
@@ -174,6 +187,7 @@ Result<CleanupReport> cleanup_receiver(const std::string& jobs_directory, const 
   CleanupReport report;
   const Instant deadline = now() + patience;
   auto lock = take_lock(directory, O_CREAT);
+  if (!lock && lock.error().code == Code::Busy && kept == KeptImages::Remove) end_holder(directory);
   while (!lock && lock.error().code == Code::Busy && now() < deadline) {
     std::this_thread::sleep_for(kLockRetry);
     lock = take_lock(directory, O_CREAT);

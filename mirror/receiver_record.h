@@ -3,7 +3,7 @@
 // What a receiver leaves on disk while it works, so that a person (or `drover receive --cleanup`)
 // can clear up after it was killed: JOBS/ID/receiver/ with
 //
-//   lock          held (flock) as long as the receiver lives
+//   lock          held (flock) as long as the receiver lives; its process id
 //   record.json   which image files it created, by path, device and inode; whether they are to be
 //                 kept
 //   log
@@ -73,7 +73,7 @@ struct CleanupReport {
 // What becomes of the images whose handover had begun, which may be all there is.
 enum class KeptImages {
   Refuse,  // Denied, nothing is removed
-  Remove,  // for a source that knows that its guest runs
+  Remove,  // for a source that knows that its guest runs; a receiver that is alive is told to end
   Leave,   // they stay, all else goes: for a source that knows that the guest runs on the target
 };
 // Removes what a receiver that no longer runs left behind. One that is just ending is waited for, at

@@ -2,6 +2,7 @@
 #include "mirror/relay.h"
 
 #include <poll.h>
+#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 
@@ -140,23 +141,46 @@ class Inward {
 
 }  // namespace
 
-Status relay(TlsSocket& link, int plain, int stop_fd, std::atomic<std::uint64_t>& bytes) {
+Status Gate::open() {
+  fd_ = UniqueFd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  if (!fd_) return fail_errno(errno, "creating an eventfd");
+  return {};
+}
+
+void Gate::set(bool open) {
+  const std::lock_guard lock(mutex_);
+  if (open_.exchange(open) == open || !fd_) return;
+  std::uint64_t count = 1;
+  if (open) {
+    (void)!::write(fd_.get(), &count, sizeof count);
+  } else {
+    (void)!::read(fd_.get(), &count, sizeof count);
+  }
+}
+
+Status relay(TlsSocket& link, int plain, int stop_fd, std::atomic<std::uint64_t>& bytes,
+             const Gate* gate) {
   link.tls().grow_buffers(kPiece, kPiece + kPiece / 4);
   Outward outward(link, plain);
   Inward inward(link, plain);
   while (true) {
-    DROVER_ASSIGN(const bool out_moved, outward.step(bytes));
+    const bool open = gate == nullptr || gate->is_open();
+    bool out_moved = false;
+    if (open) {
+      DROVER_ASSIGN(out_moved, outward.step(bytes));
+    }
     DROVER_ASSIGN(const bool in_moved, inward.step(bytes));
     if (outward.done() && inward.done()) return {};
     if (out_moved || in_moved) continue;
     const auto events = [](bool in, bool out) {
       return static_cast<short>((in ? POLLIN : 0) | (out ? POLLOUT : 0));
     };
-    const short plain_events = events(outward.can_read(), inward.wants_plain());
-    const short link_events = events(inward.can_receive(), outward.wants_link());
-    std::array<pollfd, 3> polled = {pollfd{plain_events != 0 ? plain : -1, plain_events, 0},
+    const short plain_events = events(open && outward.can_read(), inward.wants_plain());
+    const short link_events = events(inward.can_receive(), open && outward.wants_link());
+    std::array<pollfd, 4> polled = {pollfd{plain_events != 0 ? plain : -1, plain_events, 0},
                                     pollfd{link_events != 0 ? link.fd() : -1, link_events, 0},
-                                    pollfd{stop_fd, POLLIN, 0}};
+                                    pollfd{stop_fd, POLLIN, 0},
+                                    pollfd{open ? -1 : gate->fd(), POLLIN, 0}};
     const int ready = ::poll(polled.data(), polled.size(), -1);
     if (ready < 0 && errno != EINTR) return fail_errno(errno, "waiting for the memory migration");
     if (ready > 0 && polled[2].revents != 0) {

@@ -843,7 +843,7 @@ TEST_F(LinkTest, MemoryTravelsBothWaysAtOnceAndEndsWithBoth) {
   ASSERT_EQ(::send(qemu.get(), &early, 1, MSG_NOSIGNAL), 1);
   const UniqueFd incoming = server.accept();
   EXPECT_EQ(source.link().counters().memory_bytes, 0U) << "the gate is closed";
-  source.link().open_relay();
+  source.link().let_memory_pass(true);
   std::byte first{};
   ASSERT_EQ(::recv(incoming.get(), &first, 1, MSG_WAITALL), 1);
   Bytes arrived;

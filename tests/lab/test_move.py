@@ -38,6 +38,14 @@ def test_writes_into_the_very_region_being_copied(lab: Lab) -> None:
     assert_unharmed(guest)
 
 
+def test_a_qcow2_disk_whose_guest_discards_all_the_time(lab: Lab) -> None:
+    guest = lab.guest("trims", [Disk("256M", "qcow2", data="128M")], memory="256M", rate=500,
+                      options="w.size=4096-262144 w.discard=50 w.zero=10")
+    for _ in range(3):
+        move_comparing_at_barrier(lab, guest)
+        assert_unharmed(guest)
+
+
 def test_four_disks(lab: Lab) -> None:
     guest = lab.guest("four", [Disk("128M", data="64M"), Disk("128M", "qcow2", data="64M"),
                                Disk("96M", data="16M", bus="scsi"), Disk("65537K", "raw", data="8M")],
@@ -176,6 +184,33 @@ def test_a_receiver_that_is_killed_after_the_barrier_no_longer_matters(lab: Lab,
     assert lab.leftovers() == []
     assert_unharmed(guest)
     move_ok(lab, guest)
+
+
+@pytest.mark.parametrize("phase", ["copy", "memory"])
+def test_somebody_cancels_the_mirror(lab: Lab, guest: Guest, phase: str) -> None:
+    """From then on the target misses the guest's writes."""
+    running = Move(lab, guest, "--bandwidth", "20M")
+    running.wait_for_phase(phase)
+    lab.a.qmp(guest.name, "block-job-cancel", device="drover-vda")
+    outcome = running.end()
+    assert outcome.exit_code == 1, outcome.text()
+    assert "mirror of disk vda" in outcome.error["message"], outcome.error
+    assert guest.host is lab.a
+    assert lab.leftovers() == []
+    assert_unharmed(guest)
+    move_ok(lab, guest)
+
+
+def test_ctrl_c_at_the_barrier_comes_too_late(lab: Lab, guest: Guest) -> None:
+    running = Move(lab, guest, "--hold-barrier", HOLD)
+    held = lab.a.path(HOLD)
+    wait_for("the barrier", held.exists, 300)
+    running.interrupt(signal.SIGINT)
+    held.unlink()
+    outcome = running.end()
+    assert outcome.exit_code == 0, outcome.text()
+    assert guest.host is lab.b
+    assert_unharmed(guest)
 
 
 def test_a_guest_that_cannot_be_resumed_is_held_and_nothing_is_deleted(lab: Lab, guest: Guest) -> None:

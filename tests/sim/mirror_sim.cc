@@ -414,7 +414,6 @@ void MirrorSim::set_up() {
   if (random_.one_in(4)) {
     options.arbiter.max_strict_wait = std::chrono::milliseconds(1 + random_.below(40));
   }
-  options.arbiter.discards_wait = !random_.one_in(3);
   options.arbiter.mutation = options_.mutation;
   options.max_copies = 1 + random_.below(4);
   options.target_initially_zero =
@@ -529,7 +528,7 @@ void MirrorSim::send_to_mirror(std::uint64_t id) {
   }
   op.with_mirror = true;
   trace("mirror gets {}", id);
-  if (request.kind == NbdRequest::Kind::Discard && !mirror_->arbiter().options().discards_wait) {
+  if (request.kind == NbdRequest::Kind::Discard) {
     // Acknowledged at once: its chunks are left to be copied.
     strict_pending_ += request.extent.length.bytes() / limits_.chunk_size.bytes() + 2;
   }
@@ -569,8 +568,7 @@ void MirrorSim::check_bound() {
   }
 }
 
-// Strict: the number of chunks to copy only falls (a discard, answered when its chunk has been copied
-// again, is no exception to what it is there for: count without those).
+// Strict: the number of chunks to copy only falls, but for discards: send_to_mirror() allows for theirs.
 void MirrorSim::check_strict() {
   const auto& arbiter = mirror_->arbiter();
   if (!arbiter.strict()) {
@@ -578,17 +576,11 @@ void MirrorSim::check_strict() {
     return;
   }
   const auto summary = arbiter.summary();
-  std::uint64_t discards = 0;
-  for (const auto& [id, op] : guest_ops_) {
-    if (op.with_mirror && op.request.kind == NbdRequest::Kind::Discard) {
-      discards += op.request.extent.length.bytes() / limits_.chunk_size.bytes() + 2;
-    }
-  }
   const std::uint64_t left = summary.pending + summary.copying;
   if (!was_strict_) {
     was_strict_ = true;
     strict_pending_ = left;
-  } else if (left > strict_pending_ + discards) {
+  } else if (left > strict_pending_) {
     violate("in strict mode, chunks became Pending");
   }
   strict_pending_ = std::min(strict_pending_, left);
