@@ -157,6 +157,7 @@ class Move {
   void log_event(const Event& event) {
     std::string detail;
     if (const auto* trouble = std::get_if<Trouble>(&event)) detail = trouble->error.to_string();
+    if (const auto* busy = std::get_if<SourceNotGuarded>(&event)) detail = busy->error.to_string();
     if (const auto* failed = std::get_if<ActionFailed>(&event)) detail = failed->error.to_string();
     if (const auto* ended = std::get_if<MigrateEnded>(&event); ended != nullptr && !ended->status) {
       detail = ended->status.error().to_string();
@@ -506,8 +507,8 @@ class Move {
           queue_.push(Settled{target_off ? Whereabouts::Source : Whereabouts::Target});
           return {};
         }
-        if (*source_state == GuestState::Paused && !patient) take_back(target_off);
       }
+      if (source_state && *source_state == GuestState::Paused && !patient) take_back(target_state);
       std::this_thread::sleep_for(100ms);  // libvirt has no event for "this is how I leave it"
     }
     return fail(Code::Held, "the handover failed, and where the guest is now is not known (" + known + ")");
@@ -520,8 +521,8 @@ class Move {
   }
 
   // The source stands still with complete images, and the target was never resumed.
-  void take_back(bool target_off) {
-    if (!target_off) {
+  void take_back(const Result<GuestState>& target_state) {
+    if (target_state && *target_state != GuestState::ShutOff) {
       if (const Status gone = end_target_guest(); !gone) {
         log_warning("ending the guest that waits on the target: {}", gone.error().to_string());
         return;
@@ -574,7 +575,10 @@ class Move {
   }
 
   Status resume_target() {
-    DROVER_TRY(guard_source());
+    if (const Status guarded = guard_source(); !guarded) {
+      queue_.push(SourceNotGuarded{guarded.error()});
+      return {};
+    }
     resume_tried_ = true;
     const Instant deadline = now() + kCommitPatience;
     Status resumed = target().resume(uuid());
@@ -708,8 +712,11 @@ class Move {
 
   Status undo() {
     std::string left;
+    std::string hint = "see the log of the job";
     const auto collect = [&](const std::string& doing, const Status& status) {
-      if (!status) left += (left.empty() ? "" : "; ") + doing + ": " + status.error().message;
+      if (status) return;
+      left += (left.empty() ? "" : "; ") + doing + ": " + status.error().message;
+      if (!status.error().hint.empty()) hint = status.error().hint;
     };
     if (engine_) {
       engine_->leave_strict();
@@ -746,14 +753,15 @@ class Move {
     }
     // The receiver removes its images by itself when the link is gone; this is for one that was killed.
     if (!removed) collect("cleaning up on the target", clean_up_target("--force"));
-    if (!left.empty()) return fail(Code::Io, left, "see the log of the job");
+    if (!left.empty()) return fail(Code::Io, left, hint);
     queue_.push(Undone_{});
     return {};
   }
 
   // A guest that was being taken over and that libvirt has not cleared away, with its definition: the
-  // pre-flight saw to it that there was none before.
+  // pre-flight saw to it that there was none before. A libvirt that has lost us clears it away itself.
   Status end_target_guest() {
+    if (!target().alive()) return {};
     DROVER_ASSIGN(const GuestState state, state_on(prepared_.target));
     if (state != GuestState::ShutOff) DROVER_TRY(target().destroy(uuid()));
     return target().undefine(uuid());
@@ -761,12 +769,14 @@ class Move {
 
   // For a receiver that did not end in order. `images`: what becomes of those of a handover.
   Status clean_up_target(const std::string& images) {
-    DROVER_ASSIGN(const ProcessResult result,
-                  mirror::run_on_target(prepared_.ssh->ssh(), {"drover", "receive", "--cleanup", id_, images}));
+    const std::string hint = "when " + options_.host + " is in reach, run `drover receive --cleanup " + id_ +
+                             " " + images + "` on " + options_.host;
+    const auto result =
+        mirror::run_on_target(prepared_.ssh->ssh(), {"drover", "receive", "--cleanup", id_, images});
+    if (!result) return fail(Code::Unreachable, result.error().message, hint);
     // It may have gone in order, only later than we asked.
-    if (result.exit_code == 0 || result.exit_code == kNothingLeft) return {};
-    return fail(Code::Io, result.err.empty() ? result.out : result.err,
-                "run `drover receive --cleanup " + id_ + " " + images + "` on " + options_.host);
+    if (result->exit_code == 0 || result->exit_code == kNothingLeft) return {};
+    return fail(Code::Io, result->err.empty() ? result->out : result->err, hint);
   }
 
   // --- the end ---

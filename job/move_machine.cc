@@ -135,6 +135,7 @@ Step on(MovingMemory state, const Event& event) {
           },
           [&](const StrictEntered&) { return stay(state); },
           [&](const TargetRuns&) { return stay(state); },
+          [&](const SourceNotGuarded&) { return stay(state); },
           [&](const Committed&) { return stay(state); },
           [&](const Undone_&) { return stay(state); },
       },
@@ -171,6 +172,8 @@ Step on(Resuming state, const Event& event) {
   // running. The driver makes sure that the source is gone before it commits.
   if (std::holds_alternative<MigrateEnded>(event)) state.migrate_ended = true;
   if (const auto* failed = std::get_if<ActionFailed>(&event)) return stay(Held{failed->error});
+  // The target was not resumed, then.
+  if (const auto* busy = std::get_if<SourceNotGuarded>(&event)) return settle(busy->error, true);
   if (state.target_runs && state.migrate_ended) return {Committing{}, {Do::Commit}};
   return stay(state);
 }
@@ -206,7 +209,7 @@ std::string_view event_name(const Event& event) {
   static constexpr std::array<std::string_view, std::variant_size_v<Event>> kNames = {
       "begin",           "reserved",     "attached",      "all-copied",  "strict-entered",
       "source-stopped",  "target-suspended", "migrate-ended", "settled", "barrier-passed",
-      "target-runs", "committed",       "undone",       "action-failed", "trouble",     "cancel-wished"};
+      "target-runs", "source-not-guarded", "committed",       "undone",       "action-failed", "trouble",     "cancel-wished"};
   return kNames.at(event.index());
 }
 

@@ -53,6 +53,9 @@ struct Settled {
 };
 struct BarrierPassed {};
 struct TargetRuns {};
+struct SourceNotGuarded {   // somebody has its images open again: perhaps libvirt has resumed it
+  Error error;
+};
 struct Committed {};
 struct Undone_ {};        // the undo has done all it could
 struct ActionFailed {     // the action under way did not succeed
@@ -65,7 +68,7 @@ struct CancelWished {};
 
 using Event = std::variant<Begin, Reserved, Attached, AllCopied, StrictEntered, SourceStopped,
                            TargetSuspended, MigrateEnded, Settled, BarrierPassed, TargetRuns,
-                           Committed, Undone_, ActionFailed, Trouble, CancelWished>;
+                           SourceNotGuarded, Committed, Undone_, ActionFailed, Trouble, CancelWished>;
 std::string_view event_name(const Event& event);
 
 // --- what to do ---
