@@ -485,7 +485,6 @@ class Move {
   // resumed.
   Status settle() {
     if (migrating_.joinable()) migrating_.join();
-    mirrors_may_go_.store(false);
     const Instant start = now();
     std::string known;
     while (now() < start + kSettleTimeout) {
