@@ -222,7 +222,7 @@ void Arbiter::copy_abandoned(TicketId id, Actions& out) {
   if (copies_.contains(id)) forget_copy(id, out);
 }
 
-void Arbiter::copy_acked(TicketId id, Actions& /*out*/) {
+void Arbiter::copy_acked(TicketId id) {
   const auto found = copies_.find(id);
   if (found == copies_.end()) return;
   CHECK(found->second.state == CopyState::Sending, "only what was sent is acknowledged");

@@ -126,7 +126,7 @@ class Arbiter {
   // The read failed or was not wanted after all: the chunk is Pending again.
   void copy_abandoned(TicketId id, Actions& out);
   // The target has applied the chunk. Unknown tickets (from before a lane was lost) are ignored.
-  void copy_acked(TicketId id, Actions& out);
+  void copy_acked(TicketId id);
 
   // Finding holes: scan_begin() before the source is asked how `range` is mapped, scan_hole() for
   // each run that reads as zeroes. Chunks that lie wholly in a hole, are Pending and saw no write

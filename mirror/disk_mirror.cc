@@ -132,7 +132,7 @@ void DiskMirror::applied(std::uint64_t token) {
   if (is_piece(token)) {
     arbiter_.piece_acked(token >> 1, actions_);
   } else {
-    arbiter_.copy_acked(token >> 1, actions_);
+    arbiter_.copy_acked(token >> 1);
   }
   carry_out();
 }

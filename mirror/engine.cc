@@ -19,9 +19,8 @@ namespace {
 
 // The guest's writes pass through this thread, on a host whose CPUs may all be busy, with copying not
 // least: it runs when it can. It does little: the lanes do what costs CPU, but for disks that are not raw,
-// whose bytes it receives from QEMU. Real
-// time where that is allowed, else by niceness. Measured on two busy cores: mean of a guest's write 2.3
-// and 1.6 ms, worst 180 and 50 ms, without and with it.
+// whose bytes it receives from QEMU. Real time where that is allowed, else by niceness. Measured on two
+// busy cores: mean of a guest's write 2.3 and 1.6 ms, worst 180 and 50 ms, without and with it.
 void come_first() {
   sched_param wanted{};
   wanted.sched_priority = 1;

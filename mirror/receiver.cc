@@ -13,7 +13,6 @@
 #include <condition_variable>
 #include <deque>
 #include <fstream>
-#include <future>
 #include <list>
 #include <mutex>
 #include <optional>

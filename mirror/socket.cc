@@ -22,7 +22,7 @@ namespace drover::mirror {
 namespace {
 
 // Unsent bytes that the kernel holds of one connection.
-constexpr int kUnsent = 1 << 20;
+constexpr int kUnsent = 256 << 10;
 constexpr int kBacklog = 64;
 constexpr int kKeepalive = 5;  // seconds between probes
 

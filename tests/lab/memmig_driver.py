@@ -404,6 +404,14 @@ class Move:
         finally:
             self.tool.call("unexport", guest=self.uuid, socket=exports)
 
+    def ready(self) -> None:
+        """Disks equal, the guest writing to both sides, the memory's path open."""
+        self.guest.command("stop")
+        self.attach()
+        self.copy()
+        self.guest.command("start")
+        self.open_memory_path()
+
     def open_memory_path(self, port: int = 49300) -> None:
         if self.scheme == "tcp":
             self.relay = tcp_relay(self.source, self.target, port)

@@ -334,11 +334,7 @@ def test_nbd_server_that_somebody_else_has(lab: Lab, small: Guest, tool: Tool, e
 @pytest.mark.parametrize("scheme, connections", [("unix", 1), ("unix", 3), ("tcp", 1), ("tcp", 3)])
 def test_guest_moves(lab: Lab, guest: Guest, scheme: str, connections: int) -> None:
     with Move(lab, guest, lab.b, scheme=scheme) as move:
-        guest.command("stop")
-        move.attach()
-        move.copy()
-        guest.command("start")
-        move.open_memory_path()
+        move.ready()
         mark = move.tool.mark()
         lab_mark = lab.events.mark()
         migration = move.migrate(connections=connections)
@@ -374,11 +370,7 @@ def test_guest_moves(lab: Lab, guest: Guest, scheme: str, connections: int) -> N
 def test_resuming_from_the_event_shortens_the_blackout(lab: Lab, guest: Guest) -> None:
     """The migration's call returns when the source's QEMU has been ended, well after the target could run."""
     with Move(lab, guest, lab.b) as move:
-        guest.command("stop")
-        move.attach()
-        move.copy()
-        guest.command("start")
-        move.open_memory_path()
+        move.ready()
         migration = move.migrate()
         move.tool.event("suspended", "target")
         move.release()
@@ -432,11 +424,7 @@ def test_migration_is_cancelled(lab: Lab, small: Guest) -> None:
 
 def test_memory_path_is_cut_then_the_migration_is_repeated(lab: Lab, guest: Guest) -> None:
     with Move(lab, guest, lab.b) as move:
-        guest.command("stop")
-        move.attach()
-        move.copy()
-        guest.command("start")
-        move.open_memory_path()
+        move.ready()
         assert move.relay is not None
         migration = move.migrate(bandwidth=8 << 20)
         move.tool.event("progress")
@@ -641,11 +629,7 @@ def test_source_libvirtd_restarts_while_memory_moves(lab: Lab, small: Guest) -> 
 
 def test_target_libvirtd_restarts_before_the_resume(lab: Lab, guest: Guest) -> None:
     with Move(lab, guest, lab.b) as move:
-        guest.command("stop")
-        move.attach()
-        move.copy()
-        guest.command("start")
-        move.open_memory_path()
+        move.ready()
         migration = move.migrate()
         move.tool.event("suspended", "target")
         move.tool.result(migration)
