@@ -22,6 +22,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "job/copy_pace.h"
 #include "job/event_queue.h"
 #include "job/journal.h"
 #include "job/move_machine.h"
@@ -46,7 +47,7 @@ constexpr auto kReserveTimeout = 60s;
 constexpr auto kDrainTimeout = 20s;
 constexpr auto kBarrierTimeout = 60s;
 constexpr auto kControlTimeout = 10s;
-constexpr auto kProgressInterval = 250ms;
+constexpr auto kLookInterval = 100ms;  // at progress, and at how the guest fares
 constexpr auto kSettleTimeout = 60s;
 constexpr auto kLibvirtGrace = 5s;
 constexpr auto kCommitPatience = 120s;
@@ -108,9 +109,11 @@ class Move {
       remove_directory();
       return fail(ready.error());
     }
+    if (prepared_.io_at != Instant()) (void)pace_.look(prepared_.io_at, prepared_.io, Length());
     queue_.push(Begin{});
     while (!ended(state_)) {
-      if (const std::optional<Event> event = queue_.wait(cancel_, kProgressInterval)) handle(*event);
+      if (const std::optional<Event> event = queue_.wait(cancel_, kLookInterval)) handle(*event);
+      keep_pace();
       report_progress();
     }
     return finish();
@@ -379,9 +382,30 @@ class Move {
     }
   }
 
+  // The guest first: the copy is as fast as its disks' latency allows (job/copy_pace.h). Up to the handover,
+  // of which little is left then.
+  void keep_pace() {
+    const bool before = std::holds_alternative<Reserving>(state_) || std::holds_alternative<Attaching>(state_);
+    if ((!before && !std::holds_alternative<Copying>(state_)) || now() < next_look_) return;
+    const Instant start = now();
+    const Result<memmig::GuestIo> io = source().disk_io(uuid());
+    // A libvirt that is slow to answer is not asked all the time.
+    next_look_ = now() + std::max<Duration>(kLookInterval, 10 * (now() - start));
+    if (!io) return;
+    Length read;
+    if (!before) {
+      for (const auto& disk : engine_->status().disks) read += disk.counters.read_bytes;
+    }
+    const Length pace = pace_.look(now(), *io, read);
+    if (!engine_) return;
+    const bool limited = options_.bandwidth > Length() && (pace == Length() || options_.bandwidth < pace);
+    engine_->set_bandwidth(limited ? options_.bandwidth : pace);
+  }
+
   // --- handover ---
 
   Status enter_strict() {
+    engine_->set_bandwidth(options_.bandwidth);
     DROVER_TRY(engine_->enter_strict());
     queue_.push(StrictEntered{});
     return {};
@@ -856,6 +880,8 @@ class Move {
   EventQueue queue_;
   State state_ = Reserving{};
   ProgressMeter meter_;
+  CopyPace pace_;
+  Instant next_look_{};
   Summary summary_;
   std::unique_ptr<Journal> journal_;
   bool receiver_started_ = false;

@@ -82,6 +82,10 @@ Result<Prepared> prepare(const MoveOptions& options, Cancel& cancel) {
   std::thread(std::move(connect)).detach();
   DROVER_ASSIGN(prepared.source, memmig::connect_libvirt({.uri = options.source_uri}));
   DROVER_ASSIGN(prepared.guest, prepared.source->describe(options.guest));
+  if (const auto io = prepared.source->disk_io(prepared.guest.uuid)) {
+    prepared.io = *io;
+    prepared.io_at = now();
+  }
   prepared.move_plan = make_plan(prepared.guest, options);
   prepared.plan = shown_plan(prepared.guest, prepared.move_plan, options);
   // What already stops the move here needs no target.

@@ -6,6 +6,7 @@
 
 #include <memory>
 
+#include "base/clock.h"
 #include "base/result.h"
 #include "job/move.h"
 #include "memmig/hypervisor.h"
@@ -18,6 +19,8 @@ struct Prepared {
   Plan plan;                   // what people are shown
   memmig::MovePlan move_plan;  // the same in full
   memmig::GuestInfo guest;
+  memmig::GuestIo io;  // its disks' counters when it was described
+  Instant io_at{};
   std::unique_ptr<mirror::SharedSsh> ssh;  // to the target
   std::unique_ptr<memmig::Hypervisor> source;
   std::unique_ptr<memmig::Hypervisor> target;  // null when a blocker kept it from being asked

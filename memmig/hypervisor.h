@@ -224,6 +224,13 @@ struct MirrorState {
   [[nodiscard]] bool nothing() const { return !job && !node && !bitmap; }
 };
 
+// What the guest has had its disks do since it was started here, all disks together: requests that are done
+// (reads, writes) and how long they took, as the guest felt it.
+struct GuestIo {
+  std::uint64_t operations = 0;
+  Duration time{};
+};
+
 struct ExportSpec {
   std::string disk;
   std::string node;
@@ -335,6 +342,8 @@ class Hypervisor {
   virtual Result<GuestInfo> describe(const std::string& guest) = 0;
   // ShutOff also for a guest that is defined only; NotFound if there is none.
   virtual Result<GuestState> state(const std::string& guest) = 0;
+
+  virtual Result<GuestIo> disk_io(const std::string& guest) = 0;
 
   // Before attach_mirror() the guest's events should be subscribed to (MirrorEnded).
   // Creates the bitmap, the NBD client node and the mirror job, in this order; returns when the job

@@ -25,6 +25,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "base/priority.h"
 #include "mirror/connect.h"
 #include "mirror/lane_queue.h"
 #include "mirror/relay.h"
@@ -225,6 +226,7 @@ class LaneSender {
   }
 
   void run() {
+    give_way();
     const Status status = serve();
     std::optional<Error> error;
     {
@@ -717,6 +719,7 @@ class MemoryRelay {
       }
       Connection& connection = connections_.emplace_back();
       connection.thread = std::thread([this, &connection, plain = std::move(fd)]() mutable {
+        give_way();
         if (const Status status = carry(plain); !status) {
           log_warning("memory connection: {}", status.error().to_string());
         }

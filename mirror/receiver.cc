@@ -23,6 +23,7 @@
 #include "base/check.h"
 #include "base/log.h"
 #include "base/loop.h"
+#include "base/priority.h"
 #include "mirror/connect.h"
 #include "mirror/receiver_lane.h"
 #include "mirror/relay.h"
@@ -700,6 +701,7 @@ class ReceiverImpl final : public Receiver {
 
   // On a thread of its own.
   Status carry_memory(TlsSocket& link, const std::string& path) {
+    give_way();
     link.set_cancel_fd(stop_relays_.get());
     const Instant deadline = now() + options_.handshake;
     const auto plain = connect_unix(path);

@@ -12,6 +12,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "base/priority.h"
 
 namespace drover::mirror {
 
@@ -44,6 +45,7 @@ Status LaneReceiver::start(const std::vector<std::unique_ptr<blockcopy::TargetIm
   if (!images.empty()) DROVER_TRY(open_writers(images));
   tls_->grow_buffers(kInput, kOutput);
   thread_ = std::thread([this] {
+    give_way();
     send_output();
     beat_later();
     if (auto status = process(); !status) lose(status.error());

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// How fast the disks are copied, so that the guest does not notice: follows the guest's own disk
+// latency and gives way when that rises. A pure state machine: what QEMU has counted goes in, a
+// rate comes out.
+//
+//   CopyPace pace;
+//   pace.look(now, io, Length());                      // before copying begins: the guest alone
+//   engine.set_bandwidth(pace.look(now, io, read));    // a few times a second while it goes on
+//
+// The rate starts low and grows until the mean latency of the guest's requests is kTolerated times
+// what it is without the copy (the lowest seen so far), then it is kept there. A guest that asks
+// nothing of its disks holds up nobody: no limit. What is still slow after the copy has been at its
+// least for a while is not the copy's doing: it becomes the new measure.
+//
+// Threads: none; use from one.
+#pragma once
+
+#include <cstdint>
+
+#include "base/clock.h"
+#include "base/units.h"
+#include "memmig/hypervisor.h"
+
+namespace drover::job {
+
+class CopyPace {
+ public:
+  // The guest's mean latency may become this much of what it is alone, and kSlack more (disks that
+  // answer within microseconds need not be crept around).
+  static constexpr double kTolerated = 1.5;
+  static constexpr Duration kSlack = std::chrono::microseconds(250);
+  // A mean of fewer requests says little; so many are waited for, at most so long.
+  static constexpr std::uint64_t kEnough = 40;
+  static constexpr Duration kPatience = std::chrono::seconds(1);
+  static constexpr Length kStart = Length(std::uint64_t{128} << 20);  // per second
+  static constexpr Length kLeast = Length(std::uint64_t{8} << 20);
+  static constexpr std::uint64_t kLeastShare =
+      8;  // of the fastest so far: never below one part in 8
+  static constexpr Duration kNotOurDoing = std::chrono::seconds(2);
+
+  // `io`: what the guest has had done since it started; `read`: what the copy has read since it
+  // began. The rate from now on, per second; zero: no limit.
+  Length look(Instant now, const memmig::GuestIo& io, Length read);
+
+  [[nodiscard]] Duration latency() const { return latency_; }    // of the guest, now (smoothed)
+  [[nodiscard]] Duration baseline() const { return baseline_; }  // and without us
+
+ private:
+  void adjust(Instant now, Length measured);
+  [[nodiscard]] Length least() const;
+
+  bool begun_ = false;
+  Instant since_{};     // begin of the present window
+  memmig::GuestIo io_;  // at that time
+  Length read_;
+  bool copying_ = false;
+  bool awake_ = false;   // the guest asks something of its disks
+  Duration latency_{};   // zero: not known
+  Duration baseline_{};  // zero: not known
+  Length rate_;          // zero: no limit
+  Length fastest_;
+  bool at_least_ = false;  // the rate is at its least, since:
+  Instant least_since_{};
+};
+
+}  // namespace drover::job
