@@ -8,9 +8,9 @@
 
 #include "base/result.h"
 #include "job/move.h"
+#include "job/platform.h"
 #include "memmig/hypervisor.h"
 #include "memmig/preflight.h"
-#include "mirror/bootstrap.h"
 
 namespace drover::job {
 
@@ -18,13 +18,12 @@ struct Prepared {
   Plan plan;                   // what people are shown
   memmig::MovePlan move_plan;  // the same in full
   memmig::GuestInfo guest;
-  std::unique_ptr<mirror::SharedSsh> ssh;  // to the target
   std::unique_ptr<memmig::Hypervisor> source;
   std::unique_ptr<memmig::Hypervisor> target;  // null when a blocker kept it from being asked
 };
 
 // Denied if not root; NotFound for the guest; Unreachable, Denied, NotFound, Incompatible when one of the
 // hosts can't be asked. Everything that would stop the move itself is a finding of the plan.
-Result<Prepared> prepare(const MoveOptions& options, Cancel& cancel);
+Result<Prepared> prepare(Platform& platform, const MoveOptions& options, Cancel& cancel);
 
 }  // namespace drover::job
