@@ -62,6 +62,8 @@ class Loop {
   // Once, when one of `events` (POLLIN, POLLOUT) is there: result is poll's revents.
   virtual Handle poll(int fd, short events, Completion done) = 0;
 
+  // The clock that at() goes by.
+  [[nodiscard]] virtual Instant now() const { return drover::now(); }
   // Runs `task` once, at or after `when`.
   virtual Handle at(Instant when, Task task) = 0;
   // The callback of a cancelled timer never runs; that of a cancelled operation runs with

@@ -5,11 +5,9 @@
 #pragma once
 
 #include <chrono>
-#include <deque>
-#include <mutex>
+#include <memory>
 #include <optional>
 
-#include "base/unique_fd.h"
 #include "job/move.h"
 #include "job/move_machine.h"
 
@@ -17,18 +15,12 @@ namespace drover::job {
 
 class EventQueue {
  public:
+  static std::unique_ptr<EventQueue> create();
+  virtual ~EventQueue() = default;
   // Any thread; never blocks.
-  void push(Event event);
+  virtual void push(Event event) = 0;
   // The next event; CancelWished once when the user cancels; nothing after `timeout`.
-  std::optional<Event> wait(Cancel& cancel, std::chrono::milliseconds timeout);
-  EventQueue();
-
- private:
-  std::optional<Event> pop();
-  UniqueFd wake_;  // an eventfd, counts what is queued
-  std::mutex mutex_;
-  std::deque<Event> events_;
-  bool cancel_taken_ = false;
+  virtual std::optional<Event> wait(Cancel& cancel, std::chrono::milliseconds timeout) = 0;
 };
 
 }  // namespace drover::job

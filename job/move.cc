@@ -5,32 +5,26 @@
 
 #include <algorithm>
 #include <array>
-#include <cerrno>
-#include <cstring>
-#include <filesystem>
 #include <fstream>
-#include <thread>
 #include <utility>
 
-#include <fcntl.h>
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
-#include <poll.h>
 #include <sys/inotify.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/check.h"
 #include "base/log.h"
+#include "base/unique_fd.h"
 #include "job/copy_pace.h"
 #include "job/event_queue.h"
 #include "job/journal.h"
 #include "job/move_machine.h"
+#include "job/platform.h"
 #include "job/prepare.h"
 #include "job/progress_meter.h"
+#include "job/run_move.h"
 #include "memmig/domain_xml.h"
-#include "memmig/image_lock.h"
-#include "memmig/libvirt_hypervisor.h"
 #include "mirror/bootstrap.h"
 #include "mirror/engine.h"
 #include "mirror/session.h"
@@ -54,65 +48,40 @@ constexpr auto kCommitPatience = 120s;
 constexpr int kResumeTries = 5;
 constexpr int kNothingLeft = 3;  // cli/exit_codes.h: not found
 constexpr const char* kJobsDirectory = "/var/lib/drover/jobs";
-constexpr const char* kLogDirectory = "/var/log/drover";
-
-Length peak_memory_of_this_process() {
-  std::ifstream status("/proc/self/status");
-  std::string word;
-  while (status >> word) {
-    if (word == "VmHWM:") {
-      std::uint64_t kib = 0;
-      status >> kib;
-      return Length(kib * 1024);
-    }
-  }
-  return {};
-}
-
-std::string new_job_id(const std::string& guest) {
-  std::string id;
-  for (const char c : guest) {
-    const bool plain = std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '-' || c == '_';
-    id += plain ? c : '-';
-  }
-  id.resize(std::min<std::size_t>(id.size(), 40));
-  std::array<unsigned char, 4> random{};
-  const int fd = ::open("/dev/urandom", O_RDONLY | O_CLOEXEC);
-  CHECK(fd >= 0 && ::read(fd, random.data(), random.size()) == 4, "the kernel has random bytes");
-  ::close(fd);
-  return fmt::format("{}-{:02x}{:02x}{:02x}{:02x}", id, random[0], random[1], random[2], random[3]);
-}
 
 class Move {
  public:
-  Move(const MoveOptions& options, Observer& observer, Cancel& cancel, Prepared prepared)
-      : options_(options),
+  Move(Platform& platform, const MoveOptions& options, Observer& observer, Cancel& cancel,
+       Prepared prepared)
+      : platform_(platform),
+        options_(options),
         observer_(observer),
         cancel_(cancel),
         prepared_(std::move(prepared)),
-        id_(new_job_id(prepared_.guest.name)),
-        directory_(std::string(kJobsDirectory) + "/" + id_) {}
+        id_(platform.new_job_id(prepared_.guest.name)),
+        directory_(std::string(kJobsDirectory) + "/" + id_),
+        queue_(platform.new_event_queue()),
+        meter_([&platform] { return platform.now(); }) {}
 
   ~Move() {
-    if (!migrating_.joinable()) return;
-    (void)source().abort_migration(uuid());
-    migrating_.join();
+    if (migrating_) (void)source().abort_migration(uuid());
+    migrating_.reset();
   }
 
   Result<Summary> run() {
-    Status ready = make_directories();
+    Status ready = platform_.make_job_directory(directory_, id_);
     if (ready) {
       log_info("job {}: move of {} to {}", id_, plan().guest, plan().host);
       ready = open_journal();
     }
     if (!ready) {
-      remove_directory();
+      platform_.remove_job_directory(directory_);
       return fail(ready.error());
     }
     if (prepared_.io_at != Instant()) (void)pace_.look(prepared_.io_at, prepared_.io, Length());
-    queue_.push(Begin{});
+    queue_->push(Begin{});
     while (!ended(state_)) {
-      if (const std::optional<Event> event = queue_.wait(cancel_, kLookInterval)) handle(*event);
+      if (const std::optional<Event> event = queue_->wait(cancel_, kLookInterval)) handle(*event);
       keep_pace();
       report_progress();
     }
@@ -138,12 +107,12 @@ class Move {
     for (const Do action : next.actions) {
       log_info("{}: {}", state_name(state_), action_name(action));
       if (Status status = journal_state(); !status && may_still_fail()) {
-        queue_.push(ActionFailed{status.error()});
+        queue_->push(ActionFailed{status.error()});
         continue;
       }
       if (Status status = carry_out(action); !status) {
         log_error("{} failed: {}", action_name(action), status.error().to_string());
-        queue_.push(ActionFailed{status.error()});
+        queue_->push(ActionFailed{status.error()});
       }
     }
   }
@@ -192,17 +161,8 @@ class Move {
 
   // --- before ---
 
-  Status make_directories() {
-    std::error_code error;
-    std::filesystem::create_directories(directory_, error);
-    if (error) return fail_errno(error.value(), "creating the job's directory " + directory_);
-    ::chmod(directory_.c_str(), 0700);
-    std::filesystem::create_directories(kLogDirectory, error);
-    return log_to_file(fmt::format("{}/{}.log", kLogDirectory, id_));
-  }
-
   Status open_journal() {
-    DROVER_ASSIGN(journal_, Journal::open(directory_ + "/journal"));
+    DROVER_ASSIGN(journal_, platform_.open_journal(directory_ + "/journal"));
     json job = {{"version", 1},       {"kind", "move"},        {"guest", plan().guest},
                 {"uuid", plan().uuid}, {"host", plan().host}, {"keep_source", options_.keep_source}};
     for (const DiskPlan& disk : plan().disks) {
@@ -219,7 +179,7 @@ class Move {
   // --- reserve: receiver, link, images ---
 
   Status reserve() {
-    DROVER_ASSIGN(const mirror::LinkKey key, mirror::random_key());
+    DROVER_ASSIGN(const mirror::LinkKey key, platform_.new_key());
     mirror::ReceiverRequest request;
     request.session = id_;
     request.key = key;
@@ -227,26 +187,25 @@ class Move {
     request.address = options_.target_address;
     receiver_started_ = true;
     // Not broken off by a cancel: then nobody would know whether a receiver is there.
-    const mirror::Ssh& ssh = prepared_.ssh->ssh();
     DROVER_ASSIGN(const mirror::ReceiverInfo receiver,
-                  mirror::start_receiver(ssh, request));
+                  platform_.start_receiver(plan().host, request));
 
     mirror::MirrorEngine::Options engine_options;
     engine_options.bandwidth = options_.bandwidth;
     mirror::MirrorEngine::Events events;
-    events.all_copied = [this](bool strict) { queue_.push(AllCopied{strict}); };
-    events.link_lost = [this](const Error& error) { queue_.push(Trouble{error}); };
+    events.all_copied = [this](bool strict) { queue_->push(AllCopied{strict}); };
+    events.link_lost = [this](const Error& error) { queue_->push(Trouble{error}); };
     events.disk_failed = [this](const std::string& disk, const Error& error) {
-      queue_.push(Trouble{Error{error.code, "disk " + disk + ": " + error.message, error.hint,
-                                error.retryable}});
+      queue_->push(Trouble{Error{error.code, "disk " + disk + ": " + error.message, error.hint,
+                                 error.retryable}});
     };
     events.mirror_gone = [this](const std::string& disk, const Error& error) {
       if (mirrors_may_go_.load()) return;
       mirror_lost_.store(true);
-      queue_.push(Trouble{Error{error.code, "QEMU let go of the mirror of disk " + disk + ": " +
-                                error.message, "", true}});
+      queue_->push(Trouble{Error{error.code, "QEMU let go of the mirror of disk " + disk + ": " +
+                                 error.message, "", true}});
     };
-    DROVER_ASSIGN(engine_, mirror::MirrorEngine::create(engine_options, events));
+    DROVER_ASSIGN(engine_, platform_.create_engine(engine_options, events));
 
     mirror::LinkOptions link;
     link.address = receiver.address;
@@ -266,7 +225,7 @@ class Move {
     DROVER_TRY(engine_->connect(link));
     linked_ = true;
     DROVER_TRY(engine_->link().call({{"op", "reserve"}, {"disks", disks}}, kReserveTimeout));
-    queue_.push(Reserved{});
+    queue_->push(Reserved{});
     return {};
   }
 
@@ -316,20 +275,20 @@ class Move {
           uuid(), {disk.disk, disk.source_node, socket_path(disk.disk), disk.disk}));
     }
     engine_->start();
-    queue_.push(Attached{});
+    queue_->push(Attached{});
     return {};
   }
 
   void on_source_event(const GuestEvent& event) {
     log_info("source event: {} {} {}", memmig::event_name(event.kind), event.detail, event.disk);
     const auto trouble = [&](Code code, std::string what) {
-      queue_.push(Trouble{Error{code, std::move(what), "", true}});
+      queue_->push(Trouble{Error{code, std::move(what), "", true}});
     };
     switch (event.kind) {
       case GuestEvent::Kind::CpusStopped: source_stopped_at_.store(event.received); break;
       case GuestEvent::Kind::Quiesced:
         mirrors_may_go_.store(true);  // QEMU ends them when it goes
-        queue_.push(SourceStopped{});
+        queue_->push(SourceStopped{});
         break;
       case GuestEvent::Kind::Suspended:
         if (event.detail == "paused") user_paused_.store(true);
@@ -373,12 +332,12 @@ class Move {
     // Without an image that could be guarded the source might still run: then migrate() must have said
     // that it is over (which the machine takes for this event).
     const bool guarded = !plan().disks.empty();
-    if (event.kind == GuestEvent::Kind::Suspended && guarded) queue_.push(TargetSuspended{});
+    if (event.kind == GuestEvent::Kind::Suspended && guarded) queue_->push(TargetSuspended{});
     if (event.kind == GuestEvent::Kind::CpusRunning) target_runs_at_.store(event.received);
     if (event.kind == GuestEvent::Kind::ConnectionLost) {
-      queue_.push(Trouble{Error{Code::Unreachable,
-                                "the connection to the target's libvirt was lost: " + event.detail, "",
-                                true}});
+      queue_->push(Trouble{Error{Code::Unreachable,
+                                 "the connection to the target's libvirt was lost: " + event.detail, "",
+                                 true}});
     }
   }
 
@@ -386,17 +345,17 @@ class Move {
   // of which little is left then.
   void keep_pace() {
     const bool before = std::holds_alternative<Reserving>(state_) || std::holds_alternative<Attaching>(state_);
-    if ((!before && !std::holds_alternative<Copying>(state_)) || now() < next_look_) return;
-    const Instant start = now();
+    if ((!before && !std::holds_alternative<Copying>(state_)) || platform_.now() < next_look_) return;
+    const Instant start = platform_.now();
     const Result<memmig::GuestIo> io = source().disk_io(uuid());
     // A libvirt that is slow to answer is not asked all the time.
-    next_look_ = now() + std::max<Duration>(kLookInterval, 10 * (now() - start));
+    next_look_ = platform_.now() + std::max<Duration>(kLookInterval, 10 * (platform_.now() - start));
     if (!io) return;
     Length read;
     if (!before) {
       for (const auto& disk : engine_->status().disks) read += disk.counters.read_bytes;
     }
-    const Length pace = pace_.look(now(), *io, read);
+    const Length pace = pace_.look(platform_.now(), *io, read);
     if (!engine_) return;
     const bool limited = options_.bandwidth > Length() && (pace == Length() || options_.bandwidth < pace);
     engine_->set_bandwidth(limited ? options_.bandwidth : pace);
@@ -407,7 +366,7 @@ class Move {
   Status enter_strict() {
     engine_->set_bandwidth(options_.bandwidth);
     DROVER_TRY(engine_->enter_strict());
-    queue_.push(StrictEntered{});
+    queue_->push(StrictEntered{});
     return {};
   }
 
@@ -461,12 +420,12 @@ class Move {
                                             .uid = static_cast<int>(guest.qemu_uid),
                                             .gid = static_cast<int>(guest.qemu_gid)}));
     memory_started_ = true;
-    migrating_ = std::thread([this, migrate] {
+    migrating_ = platform_.start_thread([this, migrate] {
       MigrateEnded ended;
       ended.status = source().migrate(migrate, [this](const memmig::MigrationProgress& progress) {
         meter_.memory(progress.memory_total, progress.memory_remaining);
       });
-      queue_.push(std::move(ended));
+      queue_->push(std::move(ended));
     });
     // While libvirt starts QEMU there: then the barrier has little left to flush.
     if (const auto flushed = engine_->link().call({{"op", "flush"}}, kReserveTimeout); !flushed) {
@@ -478,9 +437,9 @@ class Move {
   Status abort_memory() {
     // Nobody may be waiting for the target now, or QEMU could not drain its disks to let go of them.
     engine_->leave_strict();
-    if (!migrating_.joinable()) {
+    if (!migrating_) {
       // It never began (StartMemory itself failed): nobody else will say that it has ended.
-      queue_.push(MigrateEnded{fail(Code::Cancelled, "the memory was not moved")});
+      queue_->push(MigrateEnded{fail(Code::Cancelled, "the memory was not moved")});
       return {};
     }
     const Status aborted = source().abort_migration(uuid());
@@ -496,7 +455,7 @@ class Move {
     Result<GuestState> state = host->state(uuid());
     if (!state && state.error().code == Code::NotFound) return GuestState::ShutOff;
     if (state || host->alive()) return state;
-    DROVER_ASSIGN(auto fresh, memmig::connect_libvirt({.uri = host->uri()}));
+    DROVER_ASSIGN(auto fresh, platform_.connect_libvirt(host->uri()));
     log_info("connected to {} again", host->uri());
     retired_.push_back(std::exchange(host, std::move(fresh)));
     state = host->state(uuid());
@@ -508,14 +467,14 @@ class Move {
   // itself as a rule; where it did not, and the target can't run, it is done here. The target was not
   // resumed.
   Status settle() {
-    if (migrating_.joinable()) migrating_.join();
-    const Instant start = now();
+    migrating_.reset();
+    const Instant start = platform_.now();
     std::string known;
-    while (now() < start + kSettleTimeout) {
+    while (platform_.now() < start + kSettleTimeout) {
       const Result<GuestState> source_state = state_on(prepared_.source);
-      const bool patient = now() < start + kLibvirtGrace;  // it may be about to do it itself
+      const bool patient = platform_.now() < start + kLibvirtGrace;  // it may be about to do it itself
       if (source_state && settled_on_source(*source_state)) {
-        queue_.push(Settled{Whereabouts::Source});
+        queue_->push(Settled{Whereabouts::Source});
         return {};
       }
       const Result<GuestState> target_state = state_on(prepared_.target);
@@ -527,12 +486,12 @@ class Move {
         const bool source_off = *source_state == GuestState::ShutOff;
         const bool target_off = *target_state == GuestState::ShutOff;
         if (source_off && (target_off || *target_state == GuestState::Paused)) {
-          queue_.push(Settled{target_off ? Whereabouts::Source : Whereabouts::Target});
+          queue_->push(Settled{target_off ? Whereabouts::Source : Whereabouts::Target});
           return {};
         }
       }
       if (source_state && *source_state == GuestState::Paused && !patient) take_back(target_state);
-      std::this_thread::sleep_for(100ms);  // libvirt has no event for "this is how I leave it"
+      platform_.sleep(100ms);  // libvirt has no event for "this is how I leave it"
     }
     return fail(Code::Held, "the handover failed, and where the guest is now is not known (" + known + ")");
   }
@@ -561,15 +520,15 @@ class Move {
       return fail(Code::Io, "QEMU let go of a disk's mirror before the guest stopped: the target misses writes");
     }
     mirrors_may_go_.store(true);
-    const Instant start = now();
+    const Instant start = platform_.now();
     DROVER_TRY(engine_->drain(kDrainTimeout));
-    const Instant drained = now();
+    const Instant drained = platform_.now();
     DROVER_TRY(engine_->link().barrier(kBarrierTimeout));
     log_info("barrier: drained in {} us, flushed and released in {} us",
              std::chrono::duration_cast<std::chrono::microseconds>(drained - start).count(),
-             std::chrono::duration_cast<std::chrono::microseconds>(now() - drained).count());
+             std::chrono::duration_cast<std::chrono::microseconds>(platform_.now() - drained).count());
     if (!options_.hold_barrier_file.empty()) hold_barrier();
-    queue_.push(BarrierPassed{});
+    queue_->push(BarrierPassed{});
     return {};
   }
 
@@ -588,9 +547,9 @@ class Move {
   // All of the source's images or none: a guard that is held keeps the source from resuming, which it may
   // have to if this fails.
   Status guard_source() {
-    std::vector<memmig::ImageLock> guard;
+    std::vector<std::unique_ptr<ImageGuard>> guard;
     for (const DiskPlan& disk : plan().disks) {
-      DROVER_ASSIGN(memmig::ImageLock lock, memmig::lock_image(disk.source_path));
+      DROVER_ASSIGN(auto lock, platform_.guard_image(disk.source_path));
       guard.push_back(std::move(lock));
     }
     source_guard_ = std::move(guard);
@@ -599,11 +558,11 @@ class Move {
 
   Status resume_target() {
     if (const Status guarded = guard_source(); !guarded) {
-      queue_.push(SourceNotGuarded{guarded.error()});
+      queue_->push(SourceNotGuarded{guarded.error()});
       return {};
     }
     resume_tried_ = true;
-    const Instant deadline = now() + kCommitPatience;
+    const Instant deadline = platform_.now() + kCommitPatience;
     Status resumed = target().resume(uuid());
     while (!resumed) {
       log_warning("resuming the target: {}", resumed.error().to_string());
@@ -612,22 +571,22 @@ class Move {
       if (state && *state == GuestState::Running) break;
       // Not for want of libvirt: QEMU itself refuses, and somebody must find out why.
       const bool refused = state.has_value() && ++refusals_ >= kResumeTries;
-      if (refused || now() > deadline) {
+      if (refused || platform_.now() > deadline) {
         return fail(Code::Held, "the guest could not be resumed on the target: " + resumed.error().message);
       }
-      std::this_thread::sleep_for(200ms);
+      platform_.sleep(200ms);
       resumed = target().resume(uuid());
     }
-    resumed_at_ = now();
+    resumed_at_ = platform_.now();
     DROVER_TRY(journal_->put("target", "runs"));
-    queue_.push(TargetRuns{});
+    queue_->push(TargetRuns{});
     return {};
   }
 
   // --- after ---
 
   Status commit() {
-    if (migrating_.joinable()) migrating_.join();
+    migrating_.reset();
     DROVER_TRY(source_is_gone());
     DROVER_ASSIGN(const GuestState state, patient_state_on(prepared_.target));
     // Invariant 4: it must have been seen running there, now or by its event.
@@ -654,22 +613,22 @@ class Move {
       for (const DiskPlan& disk : plan().disks) delete_source(disk);
     }
     end_receiver();
-    queue_.push(Committed{});
+    queue_->push(Committed{});
     return {};
   }
 
   // Waits for a libvirt that does not answer.
   Result<GuestState> patient_state_on(std::unique_ptr<memmig::Hypervisor>& host) {
-    const Instant deadline = now() + kCommitPatience;
+    const Instant deadline = platform_.now() + kCommitPatience;
     while (true) {
       Result<GuestState> state = state_on(host);
       if (state) return state;
-      if (now() > deadline) {
+      if (platform_.now() > deadline) {
         return fail(Code::Held, "the guest runs on " + plan().host +
                                     ", but that could not be confirmed: " + state.error().message);
       }
       log_warning("asking {}: {}", host->uri(), state.error().to_string());
-      std::this_thread::sleep_for(500ms);
+      platform_.sleep(500ms);
     }
   }
 
@@ -685,7 +644,7 @@ class Move {
         // Paused, after a handover that libvirt did not see through: its guest lives on the target.
         DROVER_TRY(source().destroy(uuid()));
       }
-      std::this_thread::sleep_for(100ms);
+      platform_.sleep(100ms);
     }
     return fail(Code::Held, "libvirt does not end the stopped guest on this host");
   }
@@ -695,13 +654,12 @@ class Move {
       summary_.kept.push_back(disk.source_path);
       return;
     }
-    if (::unlink(disk.source_path.c_str()) == 0 || errno == ENOENT) {
-      summary_.deleted.push_back(disk.source_path);
+    if (const Status removed = platform_.remove_image(disk.source_path); !removed) {
+      summary_.kept.push_back(disk.source_path);
+      summary_.notes.push_back(removed.error().message);
       return;
     }
-    summary_.kept.push_back(disk.source_path);
-    summary_.notes.push_back(
-        error_from_errno(errno, "deleting the source's " + disk.source_path).message);
+    summary_.deleted.push_back(disk.source_path);
   }
 
   void note_if_failed(const std::string& doing, const Status& status) {
@@ -745,7 +703,7 @@ class Move {
       engine_->leave_strict();
       engine_->stop_copying();
     }
-    if (migrating_.joinable()) migrating_.join();
+    migrating_.reset();
     mirrors_may_go_.store(true);
     // The mirrors first: from then on the guest is as it was.
     std::vector<std::string> stuck;
@@ -777,7 +735,7 @@ class Move {
     // The receiver removes its images by itself when the link is gone; this is for one that was killed.
     if (!removed) collect("cleaning up on the target", clean_up_target("--force"));
     if (!left.empty()) return fail(Code::Io, left, hint);
-    queue_.push(Undone_{});
+    queue_->push(Undone_{});
     return {};
   }
 
@@ -795,7 +753,7 @@ class Move {
     const std::string hint = "when " + options_.host + " is in reach, run `drover receive --cleanup " + id_ +
                              " " + images + "` on " + options_.host;
     const auto result =
-        mirror::run_on_target(prepared_.ssh->ssh(), {"drover", "receive", "--cleanup", id_, images});
+        platform_.run_on_target(plan().host, {.argv = {"drover", "receive", "--cleanup", id_, images}});
     if (!result) return fail(Code::Unreachable, result.error().message, hint);
     // It may have gone in order, only later than we asked.
     if (result->exit_code == 0 || result->exit_code == kNothingLeft) return {};
@@ -831,19 +789,19 @@ class Move {
 
   Result<Summary> finish() {
     meter_.enter(phase_of(state_));
-    if (migrating_.joinable()) migrating_.join();
+    migrating_.reset();
     source_events_.reset();
     target_events_.reset();
     journal_.reset();
     if (const auto* undone = std::get_if<Undone>(&state_)) {
-      if (undone->complete) remove_directory();
+      if (undone->complete) platform_.remove_job_directory(directory_);
       return fail(undone->reason);
     }
     if (const auto* held = std::get_if<Held>(&state_)) {
       engine_.reset();
       return fail(held_error(held->reason.message));
     }
-    remove_directory();
+    platform_.remove_job_directory(directory_);
     summary_.guest = plan().guest;
     summary_.host = plan().host;
     summary_.disks = plan().disks;
@@ -853,15 +811,8 @@ class Move {
     Instant resumed = target_runs_at_.load();
     if (resumed == Instant()) resumed = resumed_at_;
     summary_.blackout = std::chrono::duration_cast<std::chrono::microseconds>(resumed - stopped);
-    summary_.runner_peak_memory = peak_memory_of_this_process();
+    summary_.runner_peak_memory = platform_.peak_memory();
     return summary_;
-  }
-
-  void remove_directory() {
-    std::error_code ignored;
-    std::filesystem::remove_all(directory_, ignored);
-    // Only if no other job is there.
-    ::rmdir(kJobsDirectory);
   }
 
   void report_progress(bool now_please = false) {
@@ -870,6 +821,7 @@ class Move {
     observer_.progress(meter_.progress(phase_of(state_)));
   }
 
+  Platform& platform_;
   const MoveOptions options_;
   Observer& observer_;
   Cancel& cancel_;
@@ -877,7 +829,7 @@ class Move {
   std::vector<std::unique_ptr<memmig::Hypervisor>> retired_;  // connections that broke
   const std::string id_;
   const std::string directory_;
-  EventQueue queue_;
+  const std::unique_ptr<EventQueue> queue_;
   State state_ = Reserving{};
   ProgressMeter meter_;
   CopyPace pace_;
@@ -900,8 +852,8 @@ class Move {
   Instant resumed_at_{};
   bool resume_tried_ = false;
   int refusals_ = 0;
-  std::vector<memmig::ImageLock> source_guard_;
-  std::thread migrating_;
+  std::vector<std::unique_ptr<ImageGuard>> source_guard_;
+  std::unique_ptr<Thread> migrating_;  // calls migrate()
   std::unique_ptr<memmig::Subscription> source_events_;
   std::unique_ptr<memmig::Subscription> target_events_;
 };
@@ -915,12 +867,14 @@ bool Plan::blocked() const {
 }
 
 Result<Plan> plan_move(const MoveOptions& options, Cancel& cancel) {
-  DROVER_ASSIGN(Prepared prepared, prepare(options, cancel));
+  const auto platform = real_platform();
+  DROVER_ASSIGN(Prepared prepared, prepare(*platform, options, cancel));
   return std::move(prepared.plan);
 }
 
 Result<Summary> move(const MoveOptions& options, Observer& observer, Cancel& cancel) {
-  DROVER_ASSIGN(Prepared prepared, prepare(options, cancel));
+  const auto platform = real_platform();
+  DROVER_ASSIGN(Prepared prepared, prepare(*platform, options, cancel));
   observer.planned(prepared.plan);
   if (prepared.plan.blocked()) {
     return fail(Code::Blocked, "guest " + prepared.plan.guest + " can't be moved to " + options.host +
@@ -928,7 +882,12 @@ Result<Summary> move(const MoveOptions& options, Observer& observer, Cancel& can
                 "see what stops it above");
   }
   if (cancel.requested()) return fail(Code::Cancelled, "cancelled; nothing was changed");
-  Move job(options, observer, cancel, std::move(prepared));
+  return run_move(*platform, options, observer, cancel, std::move(prepared));
+}
+
+Result<Summary> run_move(Platform& platform, const MoveOptions& options, Observer& observer,
+                         Cancel& cancel, Prepared prepared) {
+  Move job(platform, options, observer, cancel, std::move(prepared));
   return job.run();
 }
 

@@ -9,17 +9,18 @@
 
 #include "memmig/libvirt_hypervisor.h"
 #include "memmig/probe.h"
-#include "mirror/bootstrap.h"
 
 namespace drover::job {
 namespace {
 
 constexpr std::chrono::milliseconds kCancelPoll{100};
 
-Result<memmig::ProbeAnswer> probe_target(const mirror::Ssh& ssh, const memmig::ProbeRequest& request) {
-  const std::string& host = ssh.host;
+Result<memmig::ProbeAnswer> probe_target(Platform& platform, const std::string& host,
+                                         const memmig::ProbeRequest& request, const Cancel& cancel) {
   DROVER_ASSIGN(const ProcessResult probed,
-                mirror::run_on_target(ssh, {"drover", "receive", "--probe"}, memmig::to_json(request)));
+                platform.run_on_target(host, {.argv = {"drover", "receive", "--probe"},
+                                              .input = memmig::to_json(request),
+                                              .cancel = &cancel}));
   if (probed.exit_code == 127) {
     return fail(Code::NotFound, "drover is not installed on " + host,
                 "install the same version there, so that `ssh " + host + " drover --version` finds it");
@@ -64,7 +65,7 @@ Plan shown_plan(const memmig::GuestInfo& guest, const memmig::MovePlan& move_pla
 
 }  // namespace
 
-Result<Prepared> prepare(const MoveOptions& options, Cancel& cancel) {
+Result<Prepared> prepare(Platform& platform, const MoveOptions& options, Cancel& cancel) {
   if (::geteuid() != 0) {
     return fail(Code::Denied, "drover needs root: it reads the guests' disks and drives libvirt",
                 "run it with sudo");
@@ -80,11 +81,11 @@ Result<Prepared> prepare(const MoveOptions& options, Cancel& cancel) {
       [uri] { return memmig::connect_libvirt({.uri = uri}); });
   auto connecting = connect.get_future();
   std::thread(std::move(connect)).detach();
-  DROVER_ASSIGN(prepared.source, memmig::connect_libvirt({.uri = options.source_uri}));
+  DROVER_ASSIGN(prepared.source, platform.connect_libvirt(options.source_uri));
   DROVER_ASSIGN(prepared.guest, prepared.source->describe(options.guest));
   if (const auto io = prepared.source->disk_io(prepared.guest.uuid)) {
     prepared.io = *io;
-    prepared.io_at = now();
+    prepared.io_at = platform.now();
   }
   prepared.move_plan = make_plan(prepared.guest, options);
   prepared.plan = shown_plan(prepared.guest, prepared.move_plan, options);
@@ -93,11 +94,9 @@ Result<Prepared> prepare(const MoveOptions& options, Cancel& cancel) {
   if (memmig::blocked(prepared.plan.findings)) return prepared;
   if (cancel.requested()) return fail(Code::Cancelled, "cancelled; nothing was changed");
 
-  prepared.ssh = std::make_unique<mirror::SharedSsh>(mirror::Ssh{.host = options.host});
-  mirror::Ssh ssh = prepared.ssh->ssh();
-  ssh.cancel_fd = cancel.fd();
   DROVER_ASSIGN(const memmig::ProbeAnswer target_probe,
-                probe_target(ssh, memmig::probe_request(prepared.guest, prepared.move_plan)));
+                probe_target(platform, options.host,
+                             memmig::probe_request(prepared.guest, prepared.move_plan), cancel));
   while (connecting.wait_for(kCancelPoll) != std::future_status::ready) {
     if (cancel.requested()) return fail(Code::Cancelled, "cancelled; nothing was changed");
   }

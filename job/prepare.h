@@ -9,9 +9,9 @@
 #include "base/clock.h"
 #include "base/result.h"
 #include "job/move.h"
+#include "job/platform.h"
 #include "memmig/hypervisor.h"
 #include "memmig/preflight.h"
-#include "mirror/bootstrap.h"
 
 namespace drover::job {
 
@@ -21,13 +21,12 @@ struct Prepared {
   memmig::GuestInfo guest;
   memmig::GuestIo io;  // its disks' counters when it was described
   Instant io_at{};
-  std::unique_ptr<mirror::SharedSsh> ssh;  // to the target
   std::unique_ptr<memmig::Hypervisor> source;
   std::unique_ptr<memmig::Hypervisor> target;  // null when a blocker kept it from being asked
 };
 
 // Denied if not root; NotFound for the guest; Unreachable, Denied, NotFound, Incompatible when one of the
 // hosts can't be asked. Everything that would stop the move itself is a finding of the plan.
-Result<Prepared> prepare(const MoveOptions& options, Cancel& cancel);
+Result<Prepared> prepare(Platform& platform, const MoveOptions& options, Cancel& cancel);
 
 }  // namespace drover::job

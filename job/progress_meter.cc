@@ -11,10 +11,11 @@ using std::chrono::milliseconds;
 constexpr auto kInterval = std::chrono::milliseconds(250);
 constexpr auto kRateWindow = std::chrono::seconds(4);
 
-ProgressMeter::ProgressMeter() : start_(now()), phase_start_(start_) {}
+ProgressMeter::ProgressMeter(std::function<Instant()> clock)
+    : now_(std::move(clock)), start_(now_()), phase_start_(start_) {}
 
 void ProgressMeter::enter(Phase phase) {
-  const Instant time = now();
+  const Instant time = now_();
   phase_times_.emplace_back(phase_, duration_cast<milliseconds>(time - phase_start_));
   phase_ = phase;
   phase_start_ = time;
@@ -38,7 +39,7 @@ void ProgressMeter::copy(const mirror::MirrorEngine::EngineStatus& status) {
     progress_.mirrored_writes += disk.counters.guest_writes;
   }
   progress_.wire_bytes = Length(status.link.bytes_sent + status.link.memory_bytes);
-  const Instant time = now();
+  const Instant time = now_();
   samples_.push_back({time, progress_.copied});
   while (samples_.size() > 2 && samples_.front().at < time - kRateWindow) samples_.pop_front();
 }
@@ -49,10 +50,10 @@ void ProgressMeter::memory(Length total, Length remaining) {
   memory_remaining_ = remaining;
 }
 
-bool ProgressMeter::due() const { return now() - last_ >= kInterval; }
+bool ProgressMeter::due() const { return now_() - last_ >= kInterval; }
 
 Progress ProgressMeter::progress(Phase phase) {
-  last_ = now();
+  last_ = now_();
   progress_.phase = phase;
   progress_.elapsed = elapsed();
   progress_.rate = Length();
@@ -75,6 +76,6 @@ Progress ProgressMeter::progress(Phase phase) {
   return progress_;
 }
 
-milliseconds ProgressMeter::elapsed() const { return duration_cast<milliseconds>(now() - start_); }
+milliseconds ProgressMeter::elapsed() const { return duration_cast<milliseconds>(now_() - start_); }
 
 }  // namespace drover::job

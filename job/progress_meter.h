@@ -7,6 +7,7 @@
 #pragma once
 
 #include <deque>
+#include <functional>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -19,7 +20,7 @@ namespace drover::job {
 
 class ProgressMeter {
  public:
-  ProgressMeter();
+  explicit ProgressMeter(std::function<Instant()> clock);
   // A new phase has begun.
   void enter(Phase phase);
   void copy(const mirror::MirrorEngine::EngineStatus& status);
@@ -38,6 +39,7 @@ class ProgressMeter {
     Instant at;
     Length copied;
   };
+  const std::function<Instant()> now_;
   const Instant start_;
   Instant phase_start_;
   Phase phase_ = Phase::Plan;

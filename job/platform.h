@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What a job takes from the world besides hypervisors and the mirror engine that it is given here:
+// time, threads, files, SSH. The job's own code (job/run_move.h) asks only this, so that the
+// simulation can run it on a virtual clock, with hosts that crash and disks that lie.
+//
+//   const auto platform = real_platform();
+//   DROVER_ASSIGN(auto source, platform->connect_libvirt("qemu:///system"));
+//
+// Threads: any. sleep(), Thread's destructor, EventQueue::wait() and what talks to a host or a disk
+// block.
+#pragma once
+
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/clock.h"
+#include "base/result.h"
+#include "base/subprocess.h"
+#include "job/event_queue.h"
+#include "job/journal.h"
+#include "job/move.h"
+#include "memmig/hypervisor.h"
+#include "mirror/bootstrap.h"
+#include "mirror/engine.h"
+
+namespace drover::job {
+
+// A thread that runs; its destruction waits for its end.
+class Thread {
+ public:
+  virtual ~Thread() = default;
+  Thread(const Thread&) = delete;
+  Thread& operator=(const Thread&) = delete;
+
+ protected:
+  Thread() = default;
+};
+
+// While it is held, no QEMU on this host can open the image for writing (memmig/image_lock.h).
+class ImageGuard {
+ public:
+  virtual ~ImageGuard() = default;
+  ImageGuard(const ImageGuard&) = delete;
+  ImageGuard& operator=(const ImageGuard&) = delete;
+
+ protected:
+  ImageGuard() = default;
+};
+
+class Platform {
+ public:
+  virtual ~Platform() = default;
+  Platform(const Platform&) = delete;
+  Platform& operator=(const Platform&) = delete;
+
+  // --- time and threads ---
+  [[nodiscard]] virtual Instant now() = 0;
+  virtual void sleep(std::chrono::milliseconds time) = 0;
+  virtual std::unique_ptr<Thread> start_thread(std::function<void()> run) = 0;
+  virtual std::unique_ptr<EventQueue> new_event_queue() = 0;
+
+  // --- this host ---
+  // "web1-1f3a5c7e": the guest's name, as far as it suits a file's, and something that no other job
+  // has.
+  virtual std::string new_job_id(const std::string& guest) = 0;
+  virtual Result<mirror::LinkKey> new_key() = 0;
+  // Makes the job's directory (root's alone) and begins the job's log.
+  virtual Status make_job_directory(const std::string& directory, const std::string& id) = 0;
+  virtual void remove_job_directory(const std::string& directory) = 0;
+  virtual Result<std::unique_ptr<Journal>> open_journal(const std::string& directory) = 0;
+  virtual Result<std::unique_ptr<mirror::MirrorEngine>> create_engine(
+      const mirror::MirrorEngine::Options& options, mirror::MirrorEngine::Events events) = 0;
+  virtual Result<std::unique_ptr<ImageGuard>> guard_image(const std::string& path) = 0;
+  // One that is not there is removed already.
+  virtual Status remove_image(const std::string& path) = 0;
+  // Resident, of this process.
+  [[nodiscard]] virtual Length peak_memory() = 0;
+
+  // --- both hosts ---
+  virtual Result<std::unique_ptr<memmig::Hypervisor>> connect_libvirt(const std::string& uri) = 0;
+
+  // --- the target; `host` is an SSH destination ---
+  virtual Result<mirror::ReceiverInfo> start_receiver(const std::string& host,
+                                                      const mirror::ReceiverRequest& request) = 0;
+  struct Command {
+    std::vector<std::string> argv;
+    std::string input;               // its standard input
+    const Cancel* cancel = nullptr;  // gives up (Cancelled) when it is requested
+  };
+  // As mirror::run_on_target(); the connection is kept for the next.
+  virtual Result<ProcessResult> run_on_target(const std::string& host, const Command& command) = 0;
+
+ protected:
+  Platform() = default;
+};
+
+// This machine.
+std::unique_ptr<Platform> real_platform();
+
+}  // namespace drover::job

@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "mirror/engine_core.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/check.h"
+
+namespace drover::mirror {
+
+EngineCore::EngineCore(Loop& loop, EngineBuffers& buffers, const MirrorEngine::Options& options,
+                       MirrorEngine::Events events)
+    : options_(options),
+      events_(std::move(events)),
+      loop_(loop),
+      buffers_(buffers),
+      throttle_(options.bandwidth) {
+  buffers_.copies.on_available([this] { loop_.post([this] { pump(); }); });
+  buffers_.writes.on_available([this] {
+    loop_.post([this] {
+      for (const auto& disk : disks_) {
+        if (disk->server) disk->server->buffers_available();
+      }
+    });
+  });
+}
+
+EngineCore::~EngineCore() {
+  link_.reset();
+  disks_.clear();
+  // The loop gives back the buffers it was receiving into; nobody waits for them any more.
+  buffers_.copies.on_available(nullptr);
+  buffers_.writes.on_available(nullptr);
+}
+
+void EngineCore::use(std::unique_ptr<Link> link, LaneIndex lanes) {
+  link_ = std::move(link);
+  lanes_ = lanes;
+}
+
+Link& EngineCore::link() {
+  CHECK(link_ != nullptr, "connect() comes first");
+  return *link_;
+}
+
+Status EngineCore::add_disk(Disk disk, const Listen& listen) {
+  CHECK(!started_, "disks are added before copying begins");
+  const auto index = static_cast<std::uint16_t>(disks_.size());
+  auto one = std::make_unique<OneDisk>();
+  one->name = disk.name;
+  one->reader = std::move(disk.reader);
+  if (one->reader->size() != disk.size) {
+    return fail(Code::Incompatible,
+                "disk " + disk.name + " is " + std::to_string(one->reader->size().bytes()) +
+                    " bytes long, but QEMU says " + std::to_string(disk.size.bytes()),
+                "was it resized just now? try again");
+  }
+  DiskMirror::Options options;
+  options.disk = index;
+  options.arbiter.disk_size = disk.size;
+  options.arbiter.chunk_size = options_.chunk_size;
+  options.arbiter.lanes = lanes_;
+  options.arbiter.first_lane = index % lanes_;  // small disks don't all use the first lane
+  options.target_initially_zero = disk.target_initially_zero;
+  options.max_copies = MirrorEngine::kMaxCopies;
+  one->mirror = std::make_unique<DiskMirror>(options, *one->reader, link(), buffers_.copies,
+                                             mirror_events(one.get()));
+  if (listen) {
+    DROVER_ASSIGN(one->server, listen(buffers_.writes, server_events(one.get())));
+  }
+  disks_.push_back(std::move(one));
+  return {};
+}
+
+DiskMirror::Events EngineCore::mirror_events(OneDisk* disk) {
+  DiskMirror::Events events;
+  events.acknowledge = [disk](std::uint64_t id) {
+    if (disk->server) disk->server->complete(id, 0);
+  };
+  events.failed = [this, disk](const Error& error) {
+    if (stopping_) return;
+    give_up(error);
+    events_.disk_failed(disk->name, error);
+  };
+  events.changed = [this] { loop_.post([this] { pump(); }); };
+  events.now = [this] { return loop_.now(); };
+  return events;
+}
+
+NbdServer::Events EngineCore::server_events(OneDisk* disk) {
+  NbdServer::Events events;
+  events.request = [this, disk](NbdRequest request) {
+    disk->mirror->guest(std::move(request));
+    if (buffers_.writes.available() < MirrorEngine::kSpareWriteBuffers) {
+      for (const auto& each : disks_) each->mirror->shed();
+    }
+    pump();
+  };
+  events.connected = [disk] { disk->connected = true; };
+  events.disconnected = [this, disk](const Error& error) {
+    disk->connected = false;
+    if (!stopping_) events_.mirror_gone(disk->name, error);
+  };
+  return events;
+}
+
+void EngineCore::start() {
+  for (const auto& disk : disks_) disk->mirror->start();
+  started_ = true;
+  pump();
+}
+
+Status EngineCore::enter_strict() {
+  for (const auto& disk : disks_) {
+    if (!disk->mirror->enter_strict()) {
+      leave_strict();
+      return fail(Code::Busy, "the handover can't begin: a connection of the link is down");
+    }
+  }
+  strict_ = true;
+  told_copied_ = false;
+  // The caller is told from the loop, not from inside its own call.
+  loop_.post([this] { settle(); });
+  return {};
+}
+
+void EngineCore::leave_strict() {
+  for (const auto& disk : disks_) disk->mirror->leave_strict();
+  strict_ = false;
+  told_copied_ = false;
+  settle();
+}
+
+void EngineCore::set_bandwidth(Length per_second) {
+  throttle_.set_rate(per_second);
+  pump();
+}
+
+void EngineCore::stop_copying() {
+  for (const auto& disk : disks_) disk->mirror->stop();
+}
+
+void EngineCore::drain(std::function<void(Status)> done) {
+  drained_ = std::move(done);
+  loop_.post([this] {
+    if (broken_) return drain_ended(fail(*broken_));
+    settle();
+  });
+}
+
+void EngineCore::end(std::function<void()> idle) {
+  stopping_ = true;
+  for (const auto& disk : disks_) {
+    disk->mirror->stop();
+    disk->server.reset();
+  }
+  idle_ = std::move(idle);
+  loop_.post([this] { settle(); });
+}
+
+void EngineCore::applied(std::uint32_t /*lane*/, std::uint16_t disk, std::uint64_t token) {
+  disks_[disk]->mirror->applied(token);
+  pump();
+}
+
+void EngineCore::refused(std::uint32_t /*lane*/, std::uint16_t disk, std::uint64_t token,
+                         const Error& error) {
+  // The target can't take what strict mode makes the guest wait for.
+  leave_strict();
+  Error told = error;
+  told.message = "on the target: " + told.message;
+  if (told.code == Code::NoSpace) {
+    told.hint = "make room there, or choose another place with --disk";
+  }
+  disks_[disk]->mirror->refused(token, told);
+}
+
+void EngineCore::lane_lost(std::uint32_t lane, const Error& error) {
+  for (const auto& disk : disks_) disk->mirror->lane_lost(lane);
+  strict_ = false;
+  told_copied_ = false;
+  give_up(error);
+  if (!stopping_) events_.link_lost(error);
+  settle();
+}
+
+// Nobody need wait for the target any longer.
+void EngineCore::give_up(const Error& error) {
+  if (!broken_) broken_ = error;
+  drain_ended(fail(error));
+}
+
+void EngineCore::drain_ended(Status status) {
+  if (const auto done = std::exchange(drained_, nullptr)) done(std::move(status));
+}
+
+// Starts as many copies as buffers, windows and the bandwidth limit allow.
+void EngineCore::pump() {
+  if (started_ && !stopping_) {
+    // One disk after the other: a spinning disk is not made to seek between images.
+    for (const auto& disk : disks_) {
+      if (!start_copies(*disk)) break;
+    }
+  }
+  settle();
+}
+
+// False: no more may be started now, on any disk.
+bool EngineCore::start_copies(OneDisk& disk) {
+  while (true) {
+    const Instant time = loop_.now();
+    if (!throttle_.may_start(time)) {
+      if (!throttle_timer_) {
+        throttle_timer_ = loop_.at(throttle_.ready(), [this] {
+          throttle_timer_.reset();
+          pump();
+        });
+      }
+      return false;
+    }
+    if (!disk.mirror->start_copy()) return true;
+    throttle_.take(time, options_.chunk_size);
+  }
+}
+
+// After anything has happened: timers, and what others wait for.
+void EngineCore::settle() {
+  arm_deadline();
+  bool scanned = started_;
+  Length left;
+  bool synchronised = true;
+  bool idle = true;
+  for (const auto& disk : disks_) {
+    if (!disk->data_known && started_ && disk->mirror->scanned()) {
+      disk->data_known = true;
+      disk->data = left_of(*disk);
+    }
+    scanned = scanned && disk->mirror->scanned();
+    left += left_of(*disk);
+    synchronised = synchronised && disk->mirror->arbiter().synchronised();
+    idle = idle && disk->mirror->idle();
+  }
+  if (synchronised) drain_ended({});
+  if (idle) {
+    if (const auto told = std::exchange(idle_, nullptr)) told();
+  }
+  // A guest that discards makes chunks Pending again in strict mode; its memory waits for them, or
+  // it could stop with more to copy than QEMU's export lives for.
+  if (strict_ && link_ && !stopping_) link_->let_memory_pass(left.bytes() == 0);
+  const bool copied = scanned && left <= (strict_ ? Length() : MirrorEngine::kHandoverRest);
+  if (copied && !std::exchange(told_copied_, true) && !stopping_) events_.all_copied(strict_);
+  if (!copied) told_copied_ = false;
+}
+
+void EngineCore::arm_deadline() {
+  std::optional<Instant> first;
+  for (const auto& disk : disks_) {
+    const auto deadline = disk->mirror->next_deadline();
+    if (deadline && (!first || *deadline < *first)) first = deadline;
+  }
+  if (!first || (deadline_timer_ && deadline_ <= *first)) return;
+  if (deadline_timer_) loop_.cancel(*deadline_timer_);
+  deadline_ = *first;
+  deadline_timer_ = loop_.at(*first, [this] { deadline_passed(); });
+}
+
+void EngineCore::deadline_passed() {
+  deadline_timer_.reset();
+  for (const auto& disk : disks_) disk->mirror->tick();
+  if (strict_ && std::ranges::any_of(
+                     disks_, [](const auto& disk) { return !disk->mirror->arbiter().strict(); })) {
+    leave_strict();
+    if (!stopping_) {
+      events_.link_lost({Code::Unreachable,
+                         "the target did not take the guest's writes in time during the handover",
+                         "is the link or the target's disk overloaded?", true});
+    }
+  }
+  pump();
+}
+
+Length EngineCore::left_of(const OneDisk& disk) const {
+  return disk.mirror->arbiter().options().disk_size - disk.mirror->arbiter().summary().copied;
+}
+
+MirrorEngine::EngineStatus EngineCore::status() const {
+  MirrorEngine::EngineStatus status;
+  status.strict = strict_;
+  if (link_) status.link = link_->counters();
+  for (const auto& disk : disks_) {
+    MirrorEngine::DiskStatus one;
+    one.name = disk->name;
+    one.size = disk->mirror->arbiter().options().disk_size;
+    one.data = disk->data;
+    one.left = left_of(*disk);
+    one.counters = disk->mirror->counters();
+    one.expired = disk->mirror->arbiter().summary().expired;
+    one.connected = disk->connected;
+    status.disks.push_back(std::move(one));
+  }
+  return status;
+}
+
+}  // namespace drover::mirror

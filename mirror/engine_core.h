@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the engine decides, without a thread of its own: which disk copies next, when everything is
+// copied, what becomes of strict mode when the link is lost, when nothing is on its way any more.
+// Runs on any Loop, over any Link, readers and NBD servers, so the simulation runs this very class.
+// mirror/engine.h is what a job uses; mirror/engine.cc puts a thread around this.
+//
+//   EngineCore core(loop, buffers, options, events);
+//   core.use(std::move(link), lanes);          // made with core.answers()
+//   DROVER_TRY(core.add_disk({...}, listen));
+//   core.start();
+//
+// Threads: one, the loop's; no call blocks. Events may come from inside a call, except for those of
+// enter_strict(), drain() and end(), which come from the loop. Destroy it before the loop and the
+// buffers.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/buffer.h"
+#include "base/loop.h"
+#include "blockcopy/image.h"
+#include "blockcopy/throttle.h"
+#include "mirror/disk_mirror.h"
+#include "mirror/engine.h"
+#include "mirror/link.h"
+#include "mirror/nbd_server.h"
+
+namespace drover::mirror {
+
+// Of a chunk each.
+struct EngineBuffers {
+  explicit EngineBuffers(Length chunk_size)
+      : copies(chunk_size, MirrorEngine::kCopyBuffers),
+        writes(chunk_size, MirrorEngine::kWriteBuffers) {}
+  BufferPool copies;
+  BufferPool writes;
+};
+
+class EngineCore : private Answers {
+ public:
+  EngineCore(Loop& loop, EngineBuffers& buffers, const MirrorEngine::Options& options,
+             MirrorEngine::Events events);
+  ~EngineCore() override;
+
+  // What the link reports to.
+  [[nodiscard]] Answers& answers() { return *this; }
+  // Before add_disk().
+  void use(std::unique_ptr<Link> link, LaneIndex lanes);
+  [[nodiscard]] Link& link();
+
+  struct Disk {
+    std::string name;  // "vda"
+    Length size;       // as QEMU says
+    std::unique_ptr<blockcopy::ImageReader> reader;
+    bool target_initially_zero = true;
+  };
+  // Makes the server that QEMU's mirror connects to; its payloads lie in the pool.
+  using Listen = std::function<Result<std::unique_ptr<NbdServer>>(BufferPool&, NbdServer::Events)>;
+  // `listen` may be empty: nobody writes. Incompatible if the reader's size is not the disk's.
+  Status add_disk(Disk disk, const Listen& listen);
+
+  // As in MirrorEngine.
+  void start();
+  Status enter_strict();
+  void leave_strict();
+  void set_bandwidth(Length per_second);
+  void stop_copying();
+  [[nodiscard]] MirrorEngine::EngineStatus status() const;
+
+  // Calls `done` once, when every write that QEMU sent has been applied on the target and no chunk
+  // is left to copy, or with why that can't be reached any more; not after stop_draining().
+  void drain(std::function<void(Status)> done);
+  void stop_draining() { drained_ = nullptr; }
+  // Ends copying and the NBD servers; calls `idle` once nothing is being read any more.
+  void end(std::function<void()> idle);
+
+ private:
+  struct OneDisk {
+    std::string name;
+    std::unique_ptr<blockcopy::ImageReader> reader;
+    std::unique_ptr<DiskMirror> mirror;
+    std::unique_ptr<NbdServer> server;
+    bool connected = false;
+    Length data;  // to be copied when the holes were known
+    bool data_known = false;
+  };
+
+  // Answers
+  void applied(std::uint32_t lane, std::uint16_t disk, std::uint64_t token) override;
+  void refused(std::uint32_t lane, std::uint16_t disk, std::uint64_t token,
+               const Error& error) override;
+  void lane_lost(std::uint32_t lane, const Error& error) override;
+
+  [[nodiscard]] DiskMirror::Events mirror_events(OneDisk* disk);
+  [[nodiscard]] NbdServer::Events server_events(OneDisk* disk);
+  void give_up(const Error& error);
+  void drain_ended(Status status);
+  void pump();
+  bool start_copies(OneDisk& disk);
+  void settle();
+  void arm_deadline();
+  void deadline_passed();
+  [[nodiscard]] Length left_of(const OneDisk& disk) const;
+
+  const MirrorEngine::Options options_;
+  const MirrorEngine::Events events_;
+  Loop& loop_;
+  EngineBuffers& buffers_;
+  std::unique_ptr<Link> link_;
+  LaneIndex lanes_ = 1;
+  std::vector<std::unique_ptr<OneDisk>> disks_;
+  blockcopy::Throttle throttle_;
+  std::optional<Loop::Handle> throttle_timer_;
+  std::optional<Loop::Handle> deadline_timer_;
+  Instant deadline_{};  // its time
+  bool started_ = false;
+  bool stopping_ = false;
+  bool strict_ = false;
+  bool told_copied_ = false;
+  std::function<void(Status)> drained_;
+  std::optional<Error> broken_;  // why the target can't become equal any more
+  std::function<void()> idle_;
+};
+
+}  // namespace drover::mirror
