@@ -147,6 +147,10 @@ int cancel_live(const JobView& view, bool as_json, const Surroundings& surroundi
                                "to have the guest back, move it from there", false},
                          reporter);
                    }
+                   if (std::holds_alternative<Left>(followed)) {
+                     reporter.remark(fmt::format("job {} is undone without this command", view.id));
+                     return kExitLeft;
+                   }
                    return report_followed(followed, {store, view.id}, reporter);
                  });
 }

@@ -93,6 +93,7 @@ struct Client {
   std::string out;
   bool watching = false;
   bool wants_recent = false;  // it has just begun to watch
+  bool asks_no_more = false;  // it has closed its half of the connection
   bool gone = false;
   Instant last_heard = now();
 };
@@ -185,6 +186,7 @@ class Server final : public ControlServer {
     std::erase_if(clients_, [&](const Client& client) {
       if (client.gone) return true;
       if (stopping) return client.out.empty();
+      if (client.asks_no_more && !client.watching && client.out.empty()) return true;
       return !client.watching && client.out.empty() && now() >= client.last_heard + kIdle;
     });
   }
@@ -193,8 +195,8 @@ class Server final : public ControlServer {
     std::vector<pollfd> ready = {{wake_.get(), POLLIN, 0}, {listener_.get(), POLLIN, 0}};
     std::optional<Instant> until = end;
     for (const Client& client : clients_) {
-      const short events = client.out.empty() ? POLLIN : POLLIN | POLLOUT;
-      ready.push_back({client.fd.get(), events, 0});
+      const int events = (client.asks_no_more ? 0 : POLLIN) | (client.out.empty() ? 0 : POLLOUT);
+      ready.push_back({client.fd.get(), static_cast<short>(events), 0});
       if (end || client.watching) continue;
       const Instant idle = client.last_heard + kIdle;
       if (!until || idle < *until) until = idle;
@@ -209,7 +211,11 @@ class Server final : public ControlServer {
     for (Client& client : clients_) {
       const short events = ready[at++].revents;
       if ((events & POLLOUT) != 0) send(client);
-      if ((events & (POLLIN | POLLHUP | POLLERR)) != 0) receive(client);
+      if ((events & POLLIN) != 0) {
+        receive(client);
+      } else if ((events & (POLLHUP | POLLERR)) != 0) {
+        client.gone = true;
+      }
     }
     if (ready[1].revents != 0) accept_one();
   }
@@ -243,10 +249,9 @@ class Server final : public ControlServer {
     std::array<char, kMostRequest> piece{};
     const ssize_t got = ::recv(client.fd.get(), piece.data(), piece.size(), 0);
     if (got < 0 && (errno == EINTR || errno == EAGAIN)) return;
-    if (got <= 0) {
-      client.gone = true;
-      return;
-    }
+    if (got < 0) client.gone = true;
+    if (got == 0) client.asks_no_more = true;
+    if (got <= 0) return;
     client.last_heard = now();
     client.in.append(piece.data(), static_cast<std::size_t>(got));
     for (std::size_t end = 0; (end = client.in.find('\n')) != std::string::npos;) {

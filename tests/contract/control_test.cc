@@ -246,6 +246,19 @@ TEST_F(Control, StoppingDoesNotWaitForEverForOneWhoDoesNotRead) {
   server->stop();
 }
 
+TEST_F(Control, WhoHasNothingMoreToAskIsStillAnswered) {
+  const UniqueFd asks = raw();
+  const UniqueFd watches = raw();
+  send(asks, "{\"op\":\"status\"}\n");
+  send(watches, "{\"op\":\"watch\"}\n");
+  ASSERT_EQ(::shutdown(asks.get(), SHUT_WR), 0);
+  ASSERT_EQ(::shutdown(watches.get(), SHUT_WR), 0);
+  EXPECT_THAT(all(asks), HasSubstr("copying"));
+  EXPECT_EQ(line(watches), "{\"ok\":true}");
+  server->publish(event_of(Note{"later"}));
+  EXPECT_THAT(line(watches), HasSubstr("later"));
+}
+
 TEST_F(Control, ALineWithoutAnEndIsNoRequest) {
   {
     const UniqueFd fd = raw();
