@@ -4,7 +4,8 @@
 // others.
 //
 //   int main(int argc, char** argv) {
-//     return cli::run({argv + 1, argv + argc}, {job::move, job::plan_move, receive}, {});
+//     return cli::run({argv + 1, argv + argc},
+//                     {job::move, job::plan_move, receive, job::resume, job::cancel}, {});
 //   }
 //
 // Threads: call run() from a process's only thread. It returns the exit code (cli/exit_codes.h);
@@ -20,6 +21,7 @@
 #include "cli/command_line.h"
 #include "cli/config.h"
 #include "cli/terminal.h"
+#include "job/job_store.h"
 #include "job/move.h"
 
 namespace drover::cli {
@@ -30,6 +32,9 @@ struct Services {
   std::function<Result<job::Plan>(const job::MoveOptions&, job::Cancel&)> plan_move;
   // Speaks on standard output itself; returns the exit code. No thread has been started before it.
   std::function<int(const ReceiveCommand&)> receive;
+  // Of jobs whose process has ended; the others are reached through their control sockets.
+  std::function<Result<job::Summary>(const std::string& id, job::Observer&, job::Cancel&)> resume;
+  std::function<Status(const std::string& id, job::Observer&, job::Cancel&)> cancel;
 };
 
 struct Surroundings {
@@ -39,6 +44,7 @@ struct Surroundings {
   TerminalEnvironment environment = TerminalEnvironment::of_process();
   // Work where the keyboard's signals don't reach (forks when there is a terminal).
   bool away_from_keyboard = true;
+  job::JobPlaces places;
 };
 
 int run(const std::vector<std::string>& arguments, const Services& services,

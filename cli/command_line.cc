@@ -21,18 +21,21 @@ constexpr const char* kPurpose =
 constexpr const char* kMainExamples = R"(Examples:
   drover check web1 hostb                     what would stop a move, on both hosts
   drover move web1 hostb                      the running guest and all its disks
+  drover jobs                                 what is on its way, and what was interrupted
   drover move --help                          the options of a command
 
 `drover receive` is the target's side; drover starts it there itself, over SSH.
-Manual pages: drover(1), drover-move(1), drover-check(1).)";
+Manual pages: drover(1), drover-move(1), drover-check(1), drover-jobs(1).)";
 
 constexpr const char* kMoveExamples = R"(Examples:
   drover move web1 hostb
   drover move web1 hostb --dry-run
   drover move web1 root@192.0.2.7 --disk vda=/srv/nvme/web1.raw --bandwidth 800mbit
+  drover move web1 hostb --detach
   drover move web1 hostb --json | jq -r 'select(.event == "progress").percent'
 
-Ctrl-C undoes the move: the guest runs on here and nothing is left on the target.
+Ctrl-C undoes the move: the guest runs on here and nothing is left on the target. With --detach
+it leaves the move running in the background.
 Manual page: drover-move(1).)";
 
 constexpr const char* kCheckExamples = R"(Examples:
@@ -41,6 +44,49 @@ constexpr const char* kCheckExamples = R"(Examples:
 
 Exit code: 0 when a move can begin, 4 when something stops it.
 Manual page: drover-check(1).)";
+
+constexpr const char* kJobsExamples = R"(Examples:
+  drover jobs
+  drover jobs --json | jq -r 'select(.alive | not).job'
+
+Manual page: drover-jobs(1).)";
+
+constexpr const char* kStatusExamples = R"(Examples:
+  drover status web1
+  drover status web1-1f3a5c77 --json | jq .progress.percent
+
+Manual page: drover-jobs(1).)";
+
+constexpr const char* kWatchExamples = R"(Examples:
+  drover watch web1
+  drover watch web1-1f3a5c77 --json
+
+Ctrl-C ends the watching, not the job. Manual page: drover-jobs(1).)";
+
+constexpr const char* kCancelExamples = R"(Examples:
+  drover cancel web1
+  drover cancel web1-1f3a5c77
+
+It waits until everything is undone. Manual page: drover-jobs(1).)";
+
+constexpr const char* kResumeExamples = R"(Examples:
+  drover resume web1
+  drover resume web1-1f3a5c77 --detach
+  drover resume --all
+
+--all starts each interrupted job again in the background. Manual page: drover-jobs(1).)";
+
+constexpr const char* kHistoryExamples = R"(Examples:
+  drover history
+  drover history --json | jq -r 'select(.outcome == "moved").guest'
+
+Manual page: drover-jobs(1).)";
+
+constexpr const char* kSetExamples = R"(Examples:
+  drover set web1 --bandwidth 400mbit
+  drover set web1 --bandwidth none
+
+Manual page: drover-jobs(1).)";
 
 constexpr const char* kReceiveNotes =
     R"(drover starts it on the target over SSH, with the job on its standard input.)";
@@ -91,9 +137,16 @@ struct Written {
   std::optional<std::string> bandwidth;
   std::optional<std::string> max_downtime;
   std::optional<std::string> connections;
+  std::optional<std::string> link_timeout;
+  std::optional<std::string> max_slowdown;
   std::string hold_barrier;
   std::string config;
+  std::string job;
+  bool all = false;
+  bool detach = false;
   bool keep_source = false;
+  bool keep_partial = false;
+  bool verify = false;
   bool dry_run = false;
   bool json = false;
   bool verbose = false;
@@ -161,7 +214,40 @@ void add_move(CLI::App& app, Written& written, const job::MoveOptions& defaults)
   value(app, "--connections", written.connections, "N",
         with_default(fmt::format("TCP connections for the data, 1 to {}", kMostConnections),
                      std::to_string(defaults.connections)));
+  value(app, "--link-timeout", written.link_timeout, "T",
+        with_default("undo the move when the link was gone for so long",
+                     format_link_timeout(defaults.link_timeout)));
+  value(app, "--max-slowdown", written.max_slowdown, "PERCENT",
+        with_default(
+            "how much the guest may be slowed in the handover when it\nwrites faster than "
+            "the link, 0 to 99",
+            defaults.max_slowdown ? std::to_string(*defaults.max_slowdown) : "as far as it takes"));
+  flag(app, "--keep-partial", written.keep_partial,
+       with_default("on a failure keep the target's images for drover resume",
+                    defaults.keep_partial ? "yes" : "no"));
+  flag(app, "--verify", written.verify,
+       with_default("read each chunk back from the target and compare",
+                    defaults.verify ? "yes" : "no"));
+  flag(app, "--detach", written.detach,
+       "run in the background: closing the terminal and Ctrl-C leave it\nrunning");
   app.add_option("--hold-barrier", written.hold_barrier, "")->group("");  // test switch
+}
+
+// Commands about one job.
+CLI::App* add_job_command(CLI::App& app, const std::string& name, const std::string& purpose,
+                          const char* examples) {
+  CLI::App* const command = app.add_subcommand(name, purpose);
+  command->group("Commands");
+  command->footer(examples);
+  return command;
+}
+
+CLI::Option* add_job(CLI::App& app, Written& written) {
+  return app.add_option("JOB", written.job, "its id, or its guest's name")->option_text(" ");
+}
+
+void add_json(CLI::App& app, Written& written, const std::string& what) {
+  flag(app, "--json", written.json, what);
 }
 
 tl::unexpected<Error> usage(const std::string& command, const std::string& message,
@@ -229,7 +315,21 @@ Status apply(const Written& written, job::MoveOptions& options) {
         },
         [&](std::uint64_t count) { options.connections = static_cast<unsigned>(count); }));
   }
+  if (written.link_timeout) {
+    DROVER_TRY(take("--link-timeout", *written.link_timeout, parse_link_timeout,
+                    [&](std::chrono::milliseconds time) { options.link_timeout = time; }));
+  }
+  if (written.max_slowdown) {
+    DROVER_TRY(take(
+        "--max-slowdown", *written.max_slowdown,
+        [](const auto& t) {
+          return parse_count(t, {0, kMostSlowdown});
+        },
+        [&](std::uint64_t percent) { options.max_slowdown = static_cast<unsigned>(percent); }));
+  }
   if (written.keep_source) options.keep_source = true;
+  if (written.keep_partial) options.keep_partial = true;
+  if (written.verify) options.verify = true;
   options.hold_barrier_file = written.hold_barrier;
   return {};
 }
@@ -281,8 +381,9 @@ tl::unexpected<Error> parse_error(const CLI::ParseError& error, const CLI::App& 
       }
       return usage("", "no command was given", "drover --help lists the commands");
     }
+    const std::string what = used.front()->get_option_no_throw("VM") != nullptr ? "VM HOST" : "JOB";
     return usage(command, printable(error.what()),
-                 fmt::format("usage: drover{} VM HOST [OPTION...]; --help says more", command));
+                 fmt::format("usage: drover{} {} [OPTION...]; --help says more", command, what));
   }
   return usage(command, printable(error.what()));
 }
@@ -293,8 +394,10 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments,
                                    const std::string& config_path) {
   job::MoveOptions defaults;
   const ConfigFile file = config_file(arguments, config_path);
-  const bool receives = !arguments.empty() && arguments.front() == "receive";
-  if (!receives) {
+  // For the others there is nothing in it: they have to work whatever it says.
+  const bool moves =
+      !arguments.empty() && (arguments.front() == "move" || arguments.front() == "check");
+  if (moves) {
     const Status loaded = load_config(file, defaults);
     // A broken file must not keep anybody from reading the help.
     if (!loaded && !asks_for_help(arguments)) {
@@ -323,6 +426,44 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments,
   check->footer(kCheckExamples);
   add_common(*check, written, defaults);
   add_output(*check, written, file.path);
+
+  static constexpr const char* kEvents = "print one JSON object per line, for programs";
+  static constexpr const char* kObjects = "print JSON, for programs";
+  CLI::App* const jobs = add_job_command(
+      app, "jobs", "List the jobs of this host, also those that were interrupted.", kJobsExamples);
+  add_json(*jobs, written, "print one JSON object per job, for programs");
+
+  CLI::App* const status = add_job_command(app, "status", "Say how far a job is.", kStatusExamples);
+  add_job(*status, written)->required();
+  add_json(*status, written, kObjects);
+
+  CLI::App* const watch = add_job_command(app, "watch", "Follow a job to its end.", kWatchExamples);
+  add_job(*watch, written)->required();
+  add_json(*watch, written, kEvents);
+
+  CLI::App* const cancel =
+      add_job_command(app, "cancel", "Undo a job, running or interrupted.", kCancelExamples);
+  add_job(*cancel, written)->required();
+  add_json(*cancel, written, kEvents);
+
+  CLI::App* const resume =
+      add_job_command(app, "resume", "Go on with a job whose process has ended.", kResumeExamples);
+  CLI::Option* const which = add_job(*resume, written);
+  flag(*resume, "--all", written.all, "each such job of this host, in the background");
+  resume->get_option("--all")->excludes(which);
+  flag(*resume, "--detach", written.detach, "run in the background, as drover move --detach");
+  add_json(*resume, written, kEvents);
+  flag(*resume, "--verbose", written.verbose, "log in detail; progress as lines");
+
+  CLI::App* const history =
+      add_job_command(app, "history", "List the jobs that have ended.", kHistoryExamples);
+  add_json(*history, written, "print one JSON object per job, for programs");
+
+  CLI::App* const set = add_job_command(app, "set", "Change a running job.", kSetExamples);
+  add_job(*set, written)->required();
+  value(*set, "--bandwidth", written.bandwidth, "RATE",
+        "limit for disks and memory, per second: 100M (MiB),\n800mbit, none")
+      ->required();
 
   CLI::App* const receive =
       app.add_subcommand("receive", "Receive a guest: the target's side of a move (internal).");
@@ -361,13 +502,36 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments,
     }
     return ReceiveCommand{};
   }
+  if (jobs->parsed()) return JobsCommand{written.json};
+  if (history->parsed()) return HistoryCommand{written.json};
+  for (const CLI::App* const one : {status, watch, cancel, resume, set}) {
+    const bool all = one == resume && written.all;
+    if (one->parsed() && written.job.empty() && !all) {
+      return usage(" " + one->get_name(), one == resume ? "name a JOB, or --all" : "JOB is empty");
+    }
+  }
+  if (status->parsed()) return StatusCommand{written.job, written.json};
+  if (watch->parsed()) return WatchCommand{written.job, written.json};
+  if (cancel->parsed()) return CancelCommand{written.job, written.json};
+  if (resume->parsed()) {
+    return ResumeCommand{written.job, written.json, written.verbose, written.detach};
+  }
+  if (set->parsed()) {
+    SetCommand command{written.job, {}};
+    if (const Status taken = take("--bandwidth", *written.bandwidth, parse_rate,
+                                  [&](Length rate) { command.bandwidth = rate; });
+        !taken) {
+      return usage(" set", taken.error().message, taken.error().hint);
+    }
+    return command;
+  }
   job::MoveOptions options = defaults;
-  if (const Status status = apply(written, options); !status) {
+  if (const Status applied = apply(written, options); !applied) {
     const std::string command = move->parsed() ? " move" : " check";
-    return usage(command, status.error().message, status.error().hint);
+    return usage(command, applied.error().message, applied.error().hint);
   }
   if (move->parsed()) {
-    return MoveCommand{options, written.dry_run, written.json, written.verbose};
+    return MoveCommand{options, written.dry_run, written.json, written.verbose, written.detach};
   }
   return CheckCommand{options, written.json, written.verbose};
 }

@@ -27,6 +27,7 @@ struct MoveCommand {
   bool dry_run = false;
   bool json = false;
   bool verbose = false;
+  bool detach = false;
 };
 
 struct CheckCommand {
@@ -35,11 +36,46 @@ struct CheckCommand {
   bool verbose = false;
 };
 
+struct JobsCommand {
+  bool json = false;
+};
+
+struct StatusCommand {
+  std::string job;  // an id, or a guest's name; as in the following
+  bool json = false;
+};
+
+struct WatchCommand {
+  std::string job;
+  bool json = false;
+};
+
+struct CancelCommand {
+  std::string job;
+  bool json = false;
+};
+
+struct ResumeCommand {
+  std::string job;  // empty: all that have no process
+  bool json = false;
+  bool verbose = false;
+  bool detach = false;
+};
+
+struct HistoryCommand {
+  bool json = false;
+};
+
+struct SetCommand {
+  std::string job;
+  Length bandwidth;  // per second; zero: no limit
+};
+
 // The target's side; drover starts it itself.
 struct ReceiveCommand {
   enum class Mode { Serve, Probe, Cleanup };
   Mode mode = Mode::Serve;
-  std::string job;     // Cleanup
+  std::string job;  // Cleanup
   // Cleanup: of a job whose handover had begun
   mirror::KeptImages kept = mirror::KeptImages::Refuse;
 };
@@ -49,7 +85,9 @@ struct ShowCommand {
   std::string text;
 };
 
-using Command = std::variant<MoveCommand, CheckCommand, ReceiveCommand, ShowCommand>;
+using Command =
+    std::variant<MoveCommand, CheckCommand, JobsCommand, StatusCommand, WatchCommand, CancelCommand,
+                 ResumeCommand, HistoryCommand, SetCommand, ReceiveCommand, ShowCommand>;
 
 // `arguments` without the program's name.
 Result<Command> parse_command_line(const std::vector<std::string>& arguments,

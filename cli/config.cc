@@ -26,6 +26,7 @@ using std::chrono::milliseconds;
 
 constexpr std::size_t kLargestFile = std::size_t{1} << 20;
 constexpr milliseconds kLeastDowntime{1};
+constexpr milliseconds kLeastLinkTimeout{1000};
 
 Status expect(bool condition, const char* problem, const char* hint) {
   if (condition) return {};
@@ -48,6 +49,13 @@ Result<std::uint64_t> number_of(const toml::node& node, Range range) {
   return static_cast<std::uint64_t>(value->get());
 }
 
+Status take_bool(const toml::node& node, bool& into) {
+  const auto* value = node.as_boolean();
+  DROVER_TRY(expect(value != nullptr, "must be true or false", ""));
+  into = value->get();
+  return {};
+}
+
 struct Key {
   std::string_view name;
   Status (*set)(const toml::node&, job::MoveOptions&);
@@ -66,17 +74,28 @@ constexpr auto kKeys = std::to_array<Key>({
        options.connections = static_cast<unsigned>(count);
        return {};
      }},
-    {"keep-source",
+    {"keep-partial",
+     [](const toml::node& node, job::MoveOptions& options) {
+       return take_bool(node, options.keep_partial);
+     }},
+    {"keep-source", [](const toml::node& node,
+                       job::MoveOptions& options) { return take_bool(node, options.keep_source); }},
+    {"link-timeout",
      [](const toml::node& node, job::MoveOptions& options) -> Status {
-       const auto* value = node.as_boolean();
-       DROVER_TRY(expect(value != nullptr, "must be true or false", ""));
-       options.keep_source = value->get();
+       DROVER_ASSIGN(const std::string text, text_of(node, "link-timeout = \"10min\""));
+       DROVER_ASSIGN(options.link_timeout, parse_link_timeout(text));
        return {};
      }},
     {"max-downtime",
      [](const toml::node& node, job::MoveOptions& options) -> Status {
        DROVER_ASSIGN(const std::string text, text_of(node, "max-downtime = \"300ms\""));
        DROVER_ASSIGN(options.max_downtime, parse_max_downtime(text));
+       return {};
+     }},
+    {"max-slowdown",
+     [](const toml::node& node, job::MoveOptions& options) -> Status {
+       DROVER_ASSIGN(const auto percent, number_of(node, {0, kMostSlowdown}));
+       options.max_slowdown = static_cast<unsigned>(percent);
        return {};
      }},
     {"port",
@@ -90,6 +109,8 @@ constexpr auto kKeys = std::to_array<Key>({
        DROVER_ASSIGN(options.source_uri, text_of(node, "source-uri = \"qemu:///system\""));
        return {};
      }},
+    {"verify", [](const toml::node& node,
+                  job::MoveOptions& options) { return take_bool(node, options.verify); }},
 });
 
 std::string known_keys() {
@@ -116,6 +137,15 @@ Result<milliseconds> within(std::string_view text, milliseconds least, milliseco
 
 Result<milliseconds> parse_max_downtime(std::string_view text) {
   return within(text, kLeastDowntime, kLongestTime);
+}
+
+Result<milliseconds> parse_link_timeout(std::string_view text) {
+  if (text == "none") return milliseconds(0);
+  return within(text, kLeastLinkTimeout, kLongestTime);
+}
+
+std::string format_link_timeout(milliseconds time) {
+  return time == milliseconds(0) ? "none" : format_time(time);
 }
 
 std::vector<std::string_view> config_keys() {

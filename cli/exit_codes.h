@@ -20,6 +20,7 @@ inline constexpr int kExitInTheWay = 7;      // a file already there, or somebod
 inline constexpr int kExitNoSpace = 8;       // disk or memory
 inline constexpr int kExitIncompatible = 9;  // versions, CPU, kind of disk
 inline constexpr int kExitHeld = 10;         // stopped half-way, nothing lost: see what it says
+inline constexpr int kExitLeft = 11;         // the job goes on without this command
 inline constexpr int kExitInternal = 70;     // a bug in drover
 inline constexpr int kExitCancelled = 130;   // Ctrl-C, SIGTERM, terminal closed; undone
 

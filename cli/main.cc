@@ -10,5 +10,7 @@ int main(int argc, char** argv) {
   // others.
   std::signal(SIGPIPE, SIG_IGN);
   return drover::cli::run({argv + 1, argv + argc},
-                          {drover::job::move, drover::job::plan_move, drover::cli::receive}, {});
+                          {drover::job::move, drover::job::plan_move, drover::cli::receive,
+                           drover::job::resume, drover::job::cancel},
+                          {});
 }

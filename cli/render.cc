@@ -118,7 +118,13 @@ std::string head(const ProgressView& view, std::string_view phase) {
 }
 
 std::string waiting(const job::Progress& progress) {
-  return progress.waiting_for.empty() ? "" : "waiting for " + printable(progress.waiting_for);
+  if (progress.waiting_for.empty()) return "";
+  std::string out = "waiting for " + printable(progress.waiting_for);
+  // A moment is not worth a number.
+  if (progress.waiting >= seconds(2)) {
+    out += " for " + format_clock(duration_cast<seconds>(progress.waiting));
+  }
+  return out;
 }
 
 // The parts behind the head, in the order in which they are written.
@@ -134,6 +140,11 @@ std::vector<Part> parts(const ProgressView& view, std::string disks) {
   add(2, format_rate(progress.rate));
   add(1, time_left(progress));
   if (progress.phase == job::Phase::Copy && progress.disks.size() > 1) add(4, std::move(disks));
+  if (progress.slowdown > 0) add(1, fmt::format("guest slowed by {}%", progress.slowdown));
+  if (progress.sent_again > Length(0)) {
+    add(5, format_length(progress.sent_again) + " sent again");
+  }
+  if (progress.reconnects > 0) add(5, plural(progress.reconnects, "reconnect"));
   if (progress.mirrored_writes > 0) {
     add(5, plural(progress.mirrored_writes, "guest write") + " mirrored");
   }
@@ -251,7 +262,15 @@ std::string render_summary(const job::Summary& summary, const Style& style) {
   out += row("moved", disks);
   out += row("sent", fmt::format("{}, {} of it memory", format_length(summary.wire_bytes),
                                  format_length(summary.memory_bytes)));
+  if (summary.sent_again > Length(0) || summary.reconnects > 0) {
+    out += row("again", fmt::format("{} sent again, {}", format_length(summary.sent_again),
+                                    plural(summary.reconnects, "reconnect")));
+  }
   out += row("mirrored", plural(summary.mirrored_writes, "guest write"));
+  if (summary.slowdown > 0) {
+    out += row("slowed",
+               fmt::format("the guest's writes, by up to {}%, for the handover", summary.slowdown));
+  }
   std::string times;
   for (const auto& [phase, time] : summary.phase_times) {
     times += fmt::format("{}{} {}", times.empty() ? "" : ", ", job::phase_name(phase),
@@ -281,21 +300,20 @@ std::string render_error(const Error& error, const Style& style) {
 std::string render_interruption(const Interruption& interruption, Purpose purpose) {
   const std::string guest = printable(interruption.guest);
   if (purpose == Purpose::Examine) {
-    return interruption.again ? "drover: still waiting for an answer of the hosts\n"
-                              : "drover: interrupted; nothing was changed\n";
+    return interruption.again ? "still waiting for an answer of the hosts"
+                              : "interrupted; nothing was changed";
   }
   const bool finish = past_undoing(interruption.progress.phase);
   if (!interruption.again) {
-    return finish ? fmt::format(
-                        "drover: interrupted too late to undo: {} has been handed over to {}, and "
-                        "the move is finished instead\n",
-                        guest, printable(interruption.host))
-                  : fmt::format(
-                        "drover: interrupted: undoing the move; {} runs on here. Please wait.\n",
-                        guest);
+    return finish
+               ? fmt::format(
+                     "interrupted too late to undo: {} has been handed over to {}, and "
+                     "the move is finished instead",
+                     guest, printable(interruption.host))
+               : fmt::format("interrupted: undoing the move; {} runs on here. Please wait.", guest);
   }
   const std::string what = waiting(interruption.progress);
-  return fmt::format("drover: still {}, {}; stopping now would leave things behind\n",
+  return fmt::format("still {}, {}; stopping now would leave things behind",
                      finish ? "finishing" : "undoing", what.empty() ? "please wait" : what);
 }
 

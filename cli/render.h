@@ -30,7 +30,8 @@ std::string render_note(const std::string& text, const Style& style);
 std::string render_summary(const job::Summary& summary, const Style& style);
 std::string render_error(const Error& error, const Style& style);
 
-// What a signal gets for an answer. `again` is for the second and later ones.
+// What a signal gets for an answer: a sentence without its new line. `again` is for the second and
+// later ones.
 struct Interruption {
   job::Progress progress;
   std::string guest;

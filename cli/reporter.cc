@@ -16,6 +16,12 @@ Reporter::Reporter(Output& output, const Options& options)
   interruption_.host = options.host;
 }
 
+void Reporter::started(const std::string& id) {
+  if (options_.on_started) options_.on_started(id);
+  const std::lock_guard lock(mutex_);
+  if (options_.json) output_.out(json_started(id) + "\n");
+}
+
 void Reporter::planned(const job::Plan& plan) {
   const std::lock_guard lock(mutex_);
   tracker_.planned(plan);
@@ -55,14 +61,19 @@ void Reporter::failed(const Error& error) {
 }
 
 void Reporter::interrupted() {
-  const std::lock_guard lock(mutex_);
-  const std::string text = render_interruption(interruption_, options_.purpose);
-  interruption_.again = true;
-  if (options_.json) {
-    constexpr std::string_view kName = "drover: ";
-    output_.out(json_note(text.substr(kName.size(), text.size() - kName.size() - 1)) + "\n");
+  std::string text;
+  {
+    const std::lock_guard lock(mutex_);
+    text = render_interruption(interruption_, options_.purpose);
+    interruption_.again = true;
   }
-  output_.err(text);
+  remark(text);
+}
+
+void Reporter::remark(const std::string& text) {
+  const std::lock_guard lock(mutex_);
+  if (options_.json) output_.out(json_note(text) + "\n");
+  output_.err("drover: " + text + "\n");
 }
 
 }  // namespace drover::cli

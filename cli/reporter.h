@@ -11,6 +11,7 @@
 // Threads: any; calls are put in order by a lock. None blocks.
 #pragma once
 
+#include <functional>
 #include <mutex>
 #include <string>
 
@@ -32,18 +33,22 @@ class Reporter : public job::Observer {
     int width_of = 1;   // the terminal whose width counts when a line is redrawn
     std::string guest;  // as the user named them, until the plan is there
     std::string host;
+    std::function<void(const std::string& id)> on_started;  // may be empty
   };
   static constexpr std::chrono::milliseconds kLineInterval{5000};
   static constexpr std::chrono::milliseconds kJsonInterval{500};
 
   Reporter(Output& output, const Options& options);
 
+  void started(const std::string& id) override;
   void planned(const job::Plan& plan) override;
   void progress(const job::Progress& progress) override;
   void note(const std::string& text) override;
 
   void finished(const job::Summary& summary);
   void failed(const Error& error);
+  // Something about the command itself: for people on standard error, for programs a note.
+  void remark(const std::string& text);
   // A signal asked to stop; the second and later ones are answered differently.
   void interrupted();
 

@@ -42,6 +42,12 @@ struct MoveOptions {
   Length bandwidth;            // per second, for the disks' copy and the memory; zero: no limit
   std::chrono::milliseconds max_downtime{500};
   unsigned connections = 2;    // data connections of the link
+  bool keep_partial = false;   // after a cancel or a failure the target's images stay for a resume
+  std::chrono::milliseconds link_timeout{0};  // without a link for so long it is undone; 0: never
+  // Per cent by which a guest that writes faster than the link may be slowed in the handover, 0 to 99;
+  // absent: as far as it takes.
+  std::optional<unsigned> max_slowdown;
+  bool verify = false;         // each chunk is read back from the target and compared
   // Test switch: at the barrier, when both sides are equal and still, this file is created and the job
   // waits until it is gone.
   std::string hold_barrier_file;
@@ -61,6 +67,7 @@ enum class Phase {
   Undo,
 };
 std::string_view phase_name(Phase phase);  // "plan", "reserve", ...
+std::optional<Phase> phase_of_name(std::string_view name);
 
 struct DiskPlan {
   std::string disk;  // "vda"
@@ -106,6 +113,10 @@ struct Progress {
   Length memory_total;                // Memory: what QEMU says
   Length memory_remaining;
   std::string waiting_for;            // what holds it up, for people; empty: nothing
+  std::chrono::milliseconds waiting{0};  // for how long (job/broadcast.h fills it in)
+  Length sent_again;            // of what the target had acknowledged or been sent before
+  std::uint64_t reconnects = 0;
+  unsigned slowdown = 0;        // per cent by which the guest's writes are slowed now, on purpose
 };
 
 struct Summary {
@@ -123,6 +134,9 @@ struct Summary {
   std::vector<std::string> deleted;  // source files
   std::vector<std::string> kept;     // and those that were left, with why in the notes
   std::vector<std::string> notes;    // what the user should know
+  Length sent_again;                 // as in Progress
+  std::uint64_t reconnects = 0;
+  unsigned slowdown = 0;             // the most there was
   Length runner_peak_memory;         // resident, of the two agents
   Length receiver_peak_memory;
 };
@@ -130,6 +144,8 @@ struct Summary {
 class Observer {
  public:
   virtual ~Observer() = default;
+  // The job is on disk under this id: it can be watched, cancelled and, should it be killed, resumed.
+  virtual void started(const std::string& id) = 0;
   virtual void planned(const Plan& plan) = 0;
   virtual void progress(const Progress& progress) = 0;  // a few times a second, and at each new phase
   virtual void note(const std::string& text) = 0;       // something the user should know now
@@ -157,5 +173,13 @@ class Cancel {
 Result<Plan> plan_move(const MoveOptions& options, Cancel& cancel);
 
 Result<Summary> move(const MoveOptions& options, Observer& observer, Cancel& cancel);
+
+// Goes on with a job whose process has ended. NotFound; Busy if its process lives. What the observer
+// and Cancel do is as with move().
+Result<Summary> resume(const std::string& id, Observer& observer, Cancel& cancel);
+
+// Undoes a job whose process has ended: afterwards nothing is left of it on either host and the guest
+// runs here. NotFound; Busy if its process lives; Held if it is too late for that.
+Status cancel(const std::string& id, Observer& observer, Cancel& cancel);
 
 }  // namespace drover::job

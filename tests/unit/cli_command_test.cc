@@ -53,6 +53,9 @@ TEST(CommandLine, MoveWithoutOptionsIsTheDefaults) {
   EXPECT_EQ(move.options.connections, defaults.connections);
   EXPECT_EQ(move.options.hold_barrier_file, "");
   EXPECT_FALSE(move.options.keep_source || move.dry_run || move.json || move.verbose);
+  EXPECT_EQ(move.options.link_timeout, milliseconds(0));
+  EXPECT_FALSE(move.options.max_slowdown.has_value());
+  EXPECT_FALSE(move.options.keep_partial || move.options.verify || move.detach);
 }
 
 TEST(CommandLine, MoveTakesEachOption) {
@@ -68,8 +71,12 @@ TEST(CommandLine, MoveTakesEachOption) {
                               "--max-downtime", "0.2s",
                               "--connections",  "4",
                               "--hold-barrier", "/run/hold",
-                              "--keep-source",  "--dry-run",
-                              "--json",         "--verbose"});
+                              "--link-timeout", "10min",
+                              "--max-slowdown", "30",
+                              "--keep-partial", "--verify",
+                              "--detach",       "--keep-source",
+                              "--dry-run",      "--json",
+                              "--verbose"});
   ASSERT_TRUE(command.has_value()) << command.error().to_string();
   const auto& move = std::get<MoveCommand>(*command);
   EXPECT_EQ(move.options.disk_paths,
@@ -83,6 +90,9 @@ TEST(CommandLine, MoveTakesEachOption) {
   EXPECT_EQ(move.options.connections, 4U);
   EXPECT_EQ(move.options.hold_barrier_file, "/run/hold");
   EXPECT_TRUE(move.options.keep_source && move.dry_run && move.json && move.verbose);
+  EXPECT_EQ(move.options.link_timeout, milliseconds(600'000));
+  EXPECT_EQ(move.options.max_slowdown, 30U);
+  EXPECT_TRUE(move.options.keep_partial && move.options.verify && move.detach);
 }
 
 TEST(CommandLine, CheckTakesWhatThePlanDependsOn) {
@@ -95,6 +105,40 @@ TEST(CommandLine, CheckTakesWhatThePlanDependsOn) {
   EXPECT_TRUE(check.json);
   EXPECT_EQ(error_of({"check", "web1", "hostb", "--keep-source"}),
             "unknown option '--keep-source'");
+}
+
+TEST(CommandLine, TheCommandsAboutJobs) {
+  EXPECT_TRUE(std::get<JobsCommand>(*parse({"jobs", "--json"})).json);
+  EXPECT_EQ(std::get<StatusCommand>(*parse({"status", "web1"})).job, "web1");
+  EXPECT_EQ(std::get<WatchCommand>(*parse({"watch", "--json", "web1"})).job, "web1");
+  EXPECT_EQ(std::get<CancelCommand>(*parse({"cancel", "web1-0a"})).job, "web1-0a");
+  EXPECT_FALSE(std::get<HistoryCommand>(*parse({"history"})).json);
+  const auto set = std::get<SetCommand>(*parse({"set", "web1", "--bandwidth", "800mbit"}));
+  EXPECT_EQ(set.bandwidth, Length(100'000'000));
+  const auto resume = std::get<ResumeCommand>(*parse({"resume", "web1", "--detach", "--verbose"}));
+  EXPECT_EQ(resume.job, "web1");
+  EXPECT_TRUE(resume.detach && resume.verbose && !resume.json);
+  EXPECT_EQ(std::get<ResumeCommand>(*parse({"resume", "--all"})).job, "");
+  EXPECT_EQ(error_of({"resume"}), "name a JOB, or --all");
+  EXPECT_NE(error_of({"resume", "web1", "--all"}), "no error");
+  EXPECT_EQ(error_of({"status"}), "JOB is required");
+  EXPECT_EQ(error_of({"watch", ""}), "JOB is empty");
+  EXPECT_EQ(error_of({"set", "web1"}), "--bandwidth is required");
+  EXPECT_EQ(error_of({"set", "web1", "--bandwidth", "fast"}),
+            "--bandwidth: 'fast' is not a rate: no number at its start");
+  EXPECT_EQ(error_of({"move", "web1", "hostb", "--max-slowdown", "100"}),
+            "--max-slowdown: '100' is out of range");
+  EXPECT_EQ(error_of({"move", "web1", "hostb", "--link-timeout", "10ms"}),
+            "--link-timeout: '10ms' is out of range");
+  const auto none = parse({"move", "web1", "hostb", "--link-timeout", "none"});
+  EXPECT_EQ(std::get<MoveCommand>(*none).options.link_timeout, milliseconds(0));
+}
+
+TEST(CommandLine, ABadConfigurationFileKeepsNobodyFromTheJobs) {
+  for (const std::vector<std::string>& arguments :
+       {std::vector<std::string>{"jobs"}, {"cancel", "web1"}, {"resume", "--all"}}) {
+    EXPECT_TRUE(parse_command_line(arguments, "/dev/null/no-directory").has_value());
+  }
 }
 
 TEST(CommandLine, ReceiveHasThreeModes) {
@@ -165,7 +209,13 @@ TEST(CommandLine, HelpShowsPurposeDefaultsAndExamples) {
   EXPECT_THAT(move, HasSubstr("Examples:\n"));
   EXPECT_THAT(shown({"check", "-h"}), HasSubstr("Examples:\n"));
   EXPECT_THAT(shown({"receive", "--help"}), HasSubstr("--probe"));
-  for (const std::string& text : {main, move, shown({"check", "--help"})}) {
+  for (const char* command : {"jobs", "status", "watch", "cancel", "resume", "history", "set"}) {
+    EXPECT_THAT(main, HasSubstr(std::string("\n  ") + command + " "));
+    EXPECT_THAT(shown({command, "--help"}), HasSubstr("Examples:\n"));
+  }
+  EXPECT_THAT(shown({"watch", "--help"}), HasSubstr("drover watch [OPTION...] JOB\n"));
+  for (const std::string& text : {main, move, shown({"check", "--help"}),
+                                  shown({"resume", "--help"}), shown({"set", "--help"})}) {
     std::size_t start = 0;
     while (start < text.size()) {
       const std::size_t end = text.find('\n', start);
@@ -195,7 +245,11 @@ TEST(Config, SetsDefaults) {
                                      "# this machine\n"
                                      "bandwidth = \"400M\"\n"
                                      "connections = 4\n"
+                                     "keep-partial = true\n"
                                      "keep-source = true\n"
+                                     "link-timeout = \"3min\"\n"
+                                     "max-slowdown = 0\n"
+                                     "verify = true\n"
                                      "max-downtime = \"0.3s\"\n"
                                      "port = 49200\n"
                                      "source-uri = \"qemu+unix:///system\"\n"},
@@ -207,6 +261,9 @@ TEST(Config, SetsDefaults) {
   EXPECT_EQ(options.max_downtime, milliseconds(300));
   EXPECT_EQ(options.target_port, 49200);
   EXPECT_EQ(options.source_uri, "qemu+unix:///system");
+  EXPECT_TRUE(options.keep_partial && options.verify);
+  EXPECT_EQ(options.link_timeout, milliseconds(180'000));
+  EXPECT_EQ(options.max_slowdown, 0U);
 }
 
 TEST(Config, SaysFileLineAndKey) {

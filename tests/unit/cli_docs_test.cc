@@ -14,6 +14,7 @@
 #include "base/subprocess.h"
 #include "cli/config.h"
 #include "cli/exit_codes.h"
+#include "cli/jobs_view.h"
 #include "cli/json_events.h"
 #include "tests/unit/cli_fake_job.h"
 
@@ -28,7 +29,8 @@ using testing::sample_summary;
 
 using Names = std::set<std::string>;
 
-const std::vector<std::string> kPages = {"drover.1", "drover-move.1", "drover-check.1"};
+const std::vector<std::string> kPages = {"drover.1", "drover-move.1", "drover-check.1",
+                                         "drover-jobs.1"};
 
 std::string page_path(const std::string& page) {
   return std::string(DROVER_SOURCE) + "/docs/" + page;
@@ -91,6 +93,11 @@ TEST(ManualPages, ListTheOptionsOfHelpAndNoOthers) {
   EXPECT_EQ(options_of_page("drover-move.1"), options_of_help({"move", "--help"}));
   EXPECT_EQ(options_of_page("drover-check.1"), options_of_help({"check", "--help"}));
   EXPECT_EQ(options_of_page("drover.1"), options_of_help({"--help"}));
+  Names of_jobs;
+  for (const char* command : {"jobs", "status", "watch", "cancel", "resume", "history", "set"}) {
+    of_jobs.merge(options_of_help({command, "--help"}));
+  }
+  EXPECT_EQ(options_of_page("drover-jobs.1"), of_jobs);
   EXPECT_GE(options_of_page("drover-move.1").size(), 15U);  // or the patterns above are wrong
   EXPECT_TRUE(options_of_page("drover-move.1").contains("--max-downtime"));
   EXPECT_TRUE(options_of_page("drover.1").contains("-h"));
@@ -102,7 +109,8 @@ TEST(ManualPages, SayTheSameDefaultsAsTheHelp) {
   const std::string page = page_text("drover-move.1");
   for (const auto& [option, standard] :
        {std::pair("--max-downtime", "500ms"), std::pair("--connections", "2"),
-        std::pair("--bandwidth", "none")}) {
+        std::pair("--bandwidth", "none"), std::pair("--link-timeout", "none"),
+        std::pair("--max-slowdown", "as far as it takes")}) {
     EXPECT_NE(page.find("Default: " + std::string(standard) + "."), std::string::npos) << option;
     EXPECT_NE(help.find("[default: " + std::string(standard) + "]"), std::string::npos) << option;
   }
@@ -115,7 +123,7 @@ TEST(ManualPages, ListTheExitCodes) {
     if (tag) documented.merge(all_matches(line, R"(^\.B ([0-9]+)$)"));
     tag = line == ".TP";
   }
-  Names used = {std::to_string(kExitOk)};
+  Names used = {std::to_string(kExitOk), std::to_string(kExitLeft)};
   for (int code = 0; code <= static_cast<int>(Code::Held); ++code) {
     used.insert(std::to_string(exit_code(static_cast<Code>(code))));
   }
@@ -152,6 +160,7 @@ TEST(ManualPages, ListTheFieldsOfEachEvent) {
   plan.findings = {sample_blocker()};
   ProgressTracker tracker;
   const std::map<std::string, std::string> events = {
+      {"started", json_started("web1-0a")},
       {"plan", json_plan(plan)},
       {"progress", json_progress(tracker.update(sample_progress()))},
       {"note", json_note("text")},
@@ -173,6 +182,28 @@ TEST(ManualPages, ListTheFieldsOfEachEvent) {
     documented.erase(event);
     EXPECT_EQ(documented, fields) << event;
   }
+}
+
+TEST(ManualPages, ListTheMembersOfAJobAndOfTheHistory) {
+  job::JobView view;
+  view.record = job::testing::sample_record();
+  view.status = job::JobStatus{};
+  const auto names_of = [](const std::string& line) {
+    Names names;
+    const nlohmann::json object = nlohmann::json::parse(line);
+    for (const auto& [name, value] : object.items()) names.insert(name);
+    return names;
+  };
+  const std::string json = section(page_text("drover-jobs.1"), ".SS JSON");
+  const std::size_t history = json.find("\n.B history\n");
+  ASSERT_NE(history, std::string::npos);
+  Names of_job = all_matches(json.substr(0, history), R"(\n\.BR? ([a-z_]+)(?! \())");
+  of_job.erase("jobs");
+  Names expected = names_of(json_job(view));
+  EXPECT_THAT(of_job, ::testing::IsSupersetOf(expected));
+  Names of_history = all_matches(json.substr(history), R"(\n\.BR? ([a-z_]+))");
+  of_history.erase("history");
+  EXPECT_EQ(of_history, names_of(json_history({})));
 }
 
 TEST(ManualPages, NameEachPhase) {
@@ -229,8 +260,17 @@ Names completions(const std::vector<std::string>& words) {
 }
 
 TEST(Completion, OffersTheOptionsOfHelpAndNoOthers) {
-  for (const std::vector<std::string>& command :
-       {std::vector<std::string>{"move"}, {"check"}, {"receive"}, {}}) {
+  for (const std::vector<std::string>& command : {std::vector<std::string>{"move"},
+                                                  {"check"},
+                                                  {"jobs"},
+                                                  {"status"},
+                                                  {"watch"},
+                                                  {"cancel"},
+                                                  {"resume"},
+                                                  {"history"},
+                                                  {"set"},
+                                                  {"receive"},
+                                                  {}}) {
     std::vector<std::string> words = command;
     words.emplace_back("-");
     std::vector<std::string> help = command;
@@ -242,7 +282,8 @@ TEST(Completion, OffersTheOptionsOfHelpAndNoOthers) {
 }
 
 TEST(Completion, KnowsCommandsGuestsAndDisks) {
-  EXPECT_EQ(completions({""}), (Names{"check", "move"}));
+  EXPECT_EQ(completions({""}), (Names{"cancel", "check", "history", "jobs", "move", "resume", "set",
+                                      "status", "watch"}));
   EXPECT_EQ(completions({"mo"}), (Names{"move"}));
   EXPECT_EQ(completions({"move", ""}), (Names{"db1", "web1"}));
   EXPECT_EQ(completions({"move", "--port", "1", "w"}), (Names{"web1"}));
@@ -250,6 +291,22 @@ TEST(Completion, KnowsCommandsGuestsAndDisks) {
   EXPECT_EQ(completions({"move", "--disk", "vda", "=", "/srv/a", "w"}), (Names{"web1"}));
   EXPECT_EQ(completions({"move", "web1", "hostb", "--disk", ""}), (Names{"vda=", "vdb="}));
   EXPECT_EQ(completions({"move", "web1", "hostb", "--bandwidth", ""}), Names{});
+}
+
+TEST(Completion, KnowsTheJobs) {
+  const job::testing::TemporaryPlaces temporary;
+  const job::JobStore store(temporary.places());
+  const auto job = store.create(job::testing::sample_record());
+  ASSERT_TRUE(job.has_value());
+  ::setenv("DROVER_JOBS", temporary.places().jobs().c_str(), 1);
+  for (const char* command : {"status", "watch", "cancel", "resume", "set"}) {
+    EXPECT_EQ(completions({command, ""}), Names{(*job)->id()});
+    EXPECT_EQ(completions({command, "x"}), Names{});
+  }
+  EXPECT_EQ(completions({"jobs", ""}), Names{});
+  ::setenv("DROVER_JOBS", "/nonexistent", 1);
+  EXPECT_EQ(completions({"watch", ""}), Names{});
+  ::unsetenv("DROVER_JOBS");
 }
 
 }  // namespace

@@ -16,85 +16,15 @@
 #include "base/unique_fd.h"
 #include "cli/app.h"
 #include "job/move.h"
+#include "tests/fakes/job_samples.h"
 
 namespace drover::cli::testing {
 
-inline job::Plan sample_plan() {
-  job::Plan plan;
-  plan.guest = "web1";
-  plan.uuid = "6e0fb4a2-6d4c-4f59-9a39-0f6b0c1fdb57";
-  plan.host = "hostb";
-  plan.memory = 512_MiB;
-  plan.disks = {{.disk = "vda",
-                 .source_path = "/var/lib/libvirt/images/web1.raw",
-                 .source_format = "raw",
-                 .target_path = "/srv/nvme/web1.raw",
-                 .target_format = "raw",
-                 .delete_source = true,
-                 .virtual_size = 4_GiB,
-                 .allocation = 2_GiB},
-                {.disk = "vdb",
-                 .source_path = "/dev/vg0/web1-data",
-                 .source_format = "raw",
-                 .source_block_device = true,
-                 .target_path = "/srv/web1-data.qcow2",
-                 .target_format = "qcow2",
-                 .delete_source = false,
-                 .virtual_size = 1_GiB,
-                 .allocation = 1_GiB}};
-  return plan;
-}
-
-inline memmig::Finding sample_blocker() {
-  return {memmig::Severity::Blocker,
-          "target-file-exists",
-          "disk vda: /srv/nvme/web1.raw is there already on hostb",
-          "drover never overwrites a file",
-          "remove it, or choose another path with --disk vda=PATH",
-          "vda"};
-}
-
-inline memmig::Finding sample_warning() {
-  return {memmig::Severity::Warning, "disk-format", "disk vdb becomes qcow2", "", "", "vdb"};
-}
-
-// In the middle of the copy: 1.5 of 3 GiB.
-inline job::Progress sample_progress() {
-  job::Progress progress;
-  progress.phase = job::Phase::Copy;
-  progress.elapsed = std::chrono::seconds(14);
-  progress.disks = {{"vda", 4_GiB, 2_GiB, 1_GiB, 1_GiB}, {"vdb", 1_GiB, 1_GiB, 512_MiB, 512_MiB}};
-  progress.data = 3_GiB;
-  progress.copied = Length(3ULL << 29);
-  progress.rate = 110_MiB;
-  progress.time_left = std::chrono::seconds(14);
-  progress.mirrored_writes = 1234;
-  progress.wire_bytes = 1_GiB;
-  return progress;
-}
-
-inline job::Summary sample_summary() {
-  const job::Plan plan = sample_plan();
-  job::Summary summary;
-  summary.guest = plan.guest;
-  summary.host = plan.host;
-  summary.disks = plan.disks;
-  summary.data = 3_GiB;
-  summary.wire_bytes = 2_GiB;
-  summary.memory_bytes = 256_MiB;
-  summary.mirrored_writes = 12345;
-  summary.phase_times = {{job::Phase::Reserve, std::chrono::milliseconds(120)},
-                         {job::Phase::Copy, std::chrono::milliseconds(27'390)},
-                         {job::Phase::Memory, std::chrono::milliseconds(61'000)}};
-  summary.total = std::chrono::milliseconds(89'000);
-  summary.blackout = std::chrono::microseconds(61'200);
-  summary.deleted = {"/var/lib/libvirt/images/web1.raw"};
-  summary.kept = {"/dev/vg0/web1-data"};
-  summary.notes = {"a block device is never deleted: /dev/vg0/web1-data"};
-  summary.runner_peak_memory = 80_MiB;
-  summary.receiver_peak_memory = 60_MiB;
-  return summary;
-}
+using job::testing::sample_blocker;
+using job::testing::sample_plan;
+using job::testing::sample_progress;
+using job::testing::sample_summary;
+using job::testing::sample_warning;
 
 // A job that fails, or does what is asked for here.
 struct FakeJob {
@@ -113,6 +43,9 @@ struct FakeJob {
   std::vector<job::MoveOptions> moves;
   std::vector<job::MoveOptions> plans;
   std::vector<ReceiveCommand> receives;
+  std::vector<std::string> resumed;
+  std::vector<std::string> cancelled;
+  Status cancel_result;
 
   Services services() {
     return {[this](const job::MoveOptions& options, job::Observer& observer, job::Cancel& cancel) {
@@ -126,6 +59,14 @@ struct FakeJob {
             [this](const ReceiveCommand& command) {
               receives.push_back(command);
               return 7;
+            },
+            [this](const std::string& id, job::Observer& observer, job::Cancel& cancel) {
+              resumed.push_back(id);
+              return act(observer, cancel);
+            },
+            [this](const std::string& id, job::Observer&, job::Cancel&) {
+              cancelled.push_back(id);
+              return cancel_result;
             }};
   }
 };
@@ -154,7 +95,9 @@ struct RunResult {
 
 // run() in this process, with no terminal and no configuration file.
 inline RunResult run_cli(const std::vector<std::string>& arguments, const Services& services,
-                         const std::string& config_path = "/nonexistent/drover.toml") {
+                         const std::string& config_path = "/nonexistent/drover.toml",
+                         const job::JobPlaces& places = {.state = "/nonexistent/state",
+                                                         .logs = "/nonexistent/logs"}) {
   const Captured out;
   const Captured err;
   RunResult result;
@@ -163,7 +106,8 @@ inline RunResult run_cli(const std::vector<std::string>& arguments, const Servic
                      .err = err.fd(),
                      .config_path = config_path,
                      .environment = {.term = "xterm", .no_color = ""},
-                     .away_from_keyboard = false});
+                     .away_from_keyboard = false,
+                     .places = places});
   result.out = out.text();
   result.err = err.text();
   return result;

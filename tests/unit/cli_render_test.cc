@@ -153,6 +153,37 @@ TEST(RenderProgress, SaysWhatItWaitsForBeforeAnythingElse) {
             "110.0 MiB/s  0:14 left  vda 50%, vdb 50%  1,234 guest writes mirrored");
 }
 
+TEST(RenderProgress, SaysForHowLongItWaitsAndWhatThatCost) {
+  job::Progress progress = sample_progress();
+  progress.waiting_for = "the link to hostb";
+  progress.waiting = seconds(1);
+  EXPECT_THAT(line(progress, 200), HasSubstr("waiting for the link to hostb  "));
+  progress.waiting = seconds(45);
+  EXPECT_THAT(line(progress, 200), HasSubstr("waiting for the link to hostb for 0:45"));
+  progress.waiting_for.clear();
+  progress.sent_again = 3_MiB;
+  progress.reconnects = 2;
+  progress.slowdown = 40;
+  EXPECT_THAT(line(progress, 200), HasSubstr("guest slowed by 40%"));
+  EXPECT_THAT(line(progress, 200), HasSubstr("3.0 MiB sent again  2 reconnects"));
+  const auto json = nlohmann::json::parse(json_progress(view_of(progress)));
+  EXPECT_EQ(json.at("sent_again_bytes"), 3 << 20);
+  EXPECT_EQ(json.at("reconnects"), 2);
+  EXPECT_EQ(json.at("slowdown_percent"), 40);
+}
+
+TEST(RenderSummary, SaysWhatOutagesAndAHandoverUnderLoadCost) {
+  job::Summary summary = sample_summary();
+  EXPECT_THAT(render_summary(summary, kPlain), Not(HasSubstr("again")));
+  summary.sent_again = 3_MiB;
+  summary.reconnects = 1;
+  summary.slowdown = 40;
+  const std::string text = render_summary(summary, kPlain);
+  EXPECT_THAT(text, HasSubstr("\n  again     3.0 MiB sent again, 1 reconnect\n"));
+  EXPECT_THAT(text,
+              HasSubstr("\n  slowed    the guest's writes, by up to 40%, for the handover\n"));
+}
+
 TEST(RenderProgress, KnowsThatItDoesNotKnow) {
   job::Progress progress = sample_progress();
   progress.time_left.reset();
@@ -327,23 +358,22 @@ TEST(RenderError, HasAHintIfThereIsOne) {
 TEST(RenderInterruption, SaysWhetherTheMoveIsUndoneOrFinished) {
   Interruption interruption{sample_progress(), "web1", "hostb", false};
   EXPECT_EQ(render_interruption(interruption, Purpose::Move),
-            "drover: interrupted: undoing the move; web1 runs on here. Please wait.\n");
+            "interrupted: undoing the move; web1 runs on here. Please wait.");
   interruption.again = true;
   interruption.progress.phase = job::Phase::Undo;
   EXPECT_EQ(render_interruption(interruption, Purpose::Move),
-            "drover: still undoing, please wait; stopping now would leave things behind\n");
+            "still undoing, please wait; stopping now would leave things behind");
   interruption.progress.waiting_for = "libvirt on hostb";
   EXPECT_EQ(render_interruption(interruption, Purpose::Move),
-            "drover: still undoing, waiting for libvirt on hostb; stopping now would leave things "
-            "behind\n");
+            "still undoing, waiting for libvirt on hostb; stopping now would leave things "
+            "behind");
   interruption.again = false;
   interruption.progress.phase = job::Phase::Resume;
-  EXPECT_EQ(
-      render_interruption(interruption, Purpose::Move),
-      "drover: interrupted too late to undo: web1 has been handed over to hostb, and the move "
-      "is finished instead\n");
+  EXPECT_EQ(render_interruption(interruption, Purpose::Move),
+            "interrupted too late to undo: web1 has been handed over to hostb, and the move "
+            "is finished instead");
   EXPECT_EQ(render_interruption(interruption, Purpose::Examine),
-            "drover: interrupted; nothing was changed\n");
+            "interrupted; nothing was changed");
 }
 
 // ---- JSON ---------------------------------------------------------------------------------------

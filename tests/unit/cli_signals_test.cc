@@ -18,6 +18,9 @@
 #include "base/subprocess.h"
 #include "cli/exit_codes.h"
 #include "cli/signals.h"
+#include "job/control.h"
+#include "job/job_store.h"
+#include "tests/fakes/job_samples.h"
 
 namespace drover::cli {
 namespace {
@@ -172,7 +175,7 @@ class AtATerminal : public ::testing::Test {
  protected:
   // As the terminal's only program, or by a shell with job control.
   enum class By { Itself, Shell };
-  void start(By by = By::Itself) {
+  void start(By by = By::Itself, std::vector<std::string> arguments = {"move", "web1", "hostb"}) {
     release_ = make_pipe();
     winsize size{};
     size.ws_row = 24;
@@ -189,7 +192,10 @@ class AtATerminal : public ::testing::Test {
         ::execl("/bin/sh", "sh", "-c",
                 "set -m; " DROVER_FAKE " move web1 hostb; echo the shell has $?", nullptr);
       } else {
-        ::execl(DROVER_FAKE, DROVER_FAKE, "move", "web1", "hostb", nullptr);
+        std::vector<char*> argv = {const_cast<char*>(DROVER_FAKE)};
+        for (std::string& argument : arguments) argv.push_back(argument.data());
+        argv.push_back(nullptr);
+        ::execv(DROVER_FAKE, argv.data());
       }
       ::_exit(99);
     }
@@ -265,6 +271,113 @@ TEST_F(AtATerminal, ATerminalThatIsClosedUndoesTheMove) {
   child_ = -1;
   ASSERT_TRUE(WIFEXITED(status));
   EXPECT_EQ(WEXITSTATUS(status), kExitCancelled);
+}
+
+// ---- in the background --------------------------------------------------------------------------
+
+class InTheBackground : public AtATerminal {
+ protected:
+  void SetUp() override { ::setenv("DROVER_FAKE_STATE", state().c_str(), 1); }
+  void TearDown() override {
+    ::unsetenv("DROVER_FAKE_STATE");
+    release_.write.reset();  // ends a job that a failed test has left
+    AtATerminal::TearDown();
+  }
+  [[nodiscard]] std::string state() const { return temporary_.places().state; }
+  void move_detached() {
+    start(By::Itself, {"move", "web1", "hostb", "--detach"});
+    until("runs in the background");
+    id_ = store().find("web1")->id;
+  }
+  [[nodiscard]] job::JobStore store() const { return job::JobStore({state(), state() + "-log"}); }
+  // To the end of the job.
+  job::Event wait_for_the_end(const char* op = "watch") {
+    auto client =
+        job::ControlClient::connect(temporary_.places().jobs() + "/" + id_ + "/control.sock");
+    EXPECT_TRUE(client.has_value()) << client.error().to_string();
+    EXPECT_TRUE(client->call({{"op", "watch"}}).has_value());
+    EXPECT_TRUE(client->call({{"op", op}}).has_value());
+    if (op == std::string("watch")) release();
+    for (;;) {
+      auto event = client->next_event();
+      EXPECT_TRUE(event.has_value() && event->has_value());
+      if (!event || !*event) return Error{};
+      if (std::holds_alternative<job::Summary>(**event) || std::holds_alternative<Error>(**event)) {
+        return **event;
+      }
+    }
+  }
+
+  job::testing::TemporaryPlaces temporary_;
+  std::string id_;
+};
+
+TEST_F(InTheBackground, AJobSurvivesItsTerminal) {
+  move_detached();
+  const pid_t worker = store().look(id_)->pid;
+  EXPECT_NE(::getsid(worker), ::getsid(child_));
+  terminal_.reset();
+  int status = 0;
+  EXPECT_EQ(::waitpid(child_, &status, 0), child_);
+  child_ = -1;
+  ASSERT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), kExitLeft);
+  EXPECT_TRUE(store().look(id_)->alive);
+  EXPECT_TRUE(std::holds_alternative<job::Summary>(wait_for_the_end()));
+  EXPECT_EQ(store().history()->entries.back().outcome, job::Outcome::Moved);
+}
+
+TEST_F(InTheBackground, CtrlCLeavesItRunningAndSaysHowToGoOn) {
+  move_detached();
+  type('\x03');
+  EXPECT_EQ(end(), kExitLeft);
+  EXPECT_THAT(text_, HasSubstr("job " + id_ + " goes on: `drover watch " + id_ + "` shows it"));
+  const job::Event ended = wait_for_the_end("cancel");
+  ASSERT_TRUE(std::holds_alternative<Error>(ended));
+  EXPECT_EQ(std::get<Error>(ended).code, Code::Cancelled);
+  EXPECT_EQ(store().history()->entries.back().outcome, job::Outcome::Undone);
+}
+
+TEST_F(InTheBackground, ItIsFollowedToItsEnd) {
+  move_detached();
+  until("copying disks");  // the newest status only is drawn
+  release();
+  EXPECT_EQ(end(), kExitOk);
+  EXPECT_THAT(text_, HasSubstr("web1 runs on hostb"));
+}
+
+TEST_F(InTheBackground, OneThatIsKilledIsSaidToBeDead) {
+  move_detached();
+  ::kill(store().look(id_)->pid, SIGKILL);
+  EXPECT_EQ(end(), kExitHeld);
+  EXPECT_THAT(text_, HasSubstr("job " + id_ + " has no process any more"));
+  EXPECT_THAT(text_, HasSubstr("drover resume " + id_));
+}
+
+TEST_F(InTheBackground, WhatItPrintsGoesToItsLog) {
+  move_detached();
+  std::error_code error;
+  const std::string target = std::filesystem::read_symlink(
+      "/proc/" + std::to_string(store().look(id_)->pid) + "/fd/2", error);
+  EXPECT_EQ(target, state() + "-log/" + id_ + ".log");
+  release();
+  end();
+}
+
+TEST_F(InTheBackground, AllThatWereInterruptedAreStartedAgain) {
+  id_ = (*store().create(job::testing::sample_record()))->id();
+  start(By::Itself, {"resume", "--all"});
+  EXPECT_EQ(end(), kExitOk);
+  EXPECT_THAT(text_, HasSubstr("job " + id_ + " goes on: "));
+  EXPECT_TRUE(store().look(id_)->alive);
+  EXPECT_TRUE(std::holds_alternative<job::Summary>(wait_for_the_end()));
+}
+
+TEST_F(InTheBackground, OneThatIsAtWorkIsNotResumed) {
+  const auto job = store().create(job::testing::sample_record());
+  start(By::Itself, {"resume", "web1"});
+  EXPECT_EQ(end(), kExitInTheWay);
+  EXPECT_THAT(text_, HasSubstr("job " + (*job)->id() + " is at work already, in process "));
 }
 
 }  // namespace
