@@ -12,7 +12,9 @@
 #include <unistd.h>
 
 #include "base/check.h"
+#include "base/log.h"
 #include "blockcopy/throttle.h"
+#include "mirror/endpoint_watchdog.h"
 
 namespace drover::mirror {
 namespace {
@@ -52,6 +54,7 @@ class Engine final : public MirrorEngine, private Answers {
       come_first();
       loop_->run();
     });
+    if (!options_.watchdog_command.empty()) on_loop([this] { start_watchdog(); });
     return {};
   }
 
@@ -145,6 +148,7 @@ class Engine final : public MirrorEngine, private Answers {
         disk->mirror->stop();
         disk->server.reset();
       }
+      watchdog_.reset();
       idle_.emplace();
       auto future = idle_->get_future();
       loop_->post([this] { settle(); });
@@ -181,6 +185,16 @@ class Engine final : public MirrorEngine, private Answers {
     auto result = task.get_future();
     loop_->post([&task] { task(); });
     return result.get();
+  }
+
+  void start_watchdog() {
+    auto started = EndpointWatchdog::start(*loop_, {.command = options_.watchdog_command});
+    if (started) {
+      watchdog_ = std::move(*started);
+    } else {
+      log_warning("the guest would wait for this process if it was stopped: {}",
+                  started.error().message);
+    }
   }
 
   Status add_disk_on_loop(const Disk& disk) {
@@ -235,6 +249,12 @@ class Engine final : public MirrorEngine, private Answers {
       server_events.disconnected = [this, raw_disk](const Error& error) {
         raw_disk->connected = false;
         if (!stopping_) events_.mirror_gone(raw_disk->name, error);
+      };
+      server_events.accepted = [this](int socket) {
+        if (watchdog_) watchdog_->watch(socket);
+      };
+      server_events.closing = [this](int socket) {
+        if (watchdog_) watchdog_->forget(socket);
       };
       DROVER_ASSIGN(one->server, NbdServer::listen(*loop_, write_buffers_, *disk.server,
                                                    std::move(server_events)));
@@ -406,6 +426,7 @@ class Engine final : public MirrorEngine, private Answers {
   LaneIndex lanes_ = 1;
 
   // All below: the engine's thread only.
+  std::unique_ptr<EndpointWatchdog> watchdog_;
   std::vector<std::unique_ptr<OneDisk>> disks_;
   blockcopy::Throttle throttle_;
   std::optional<Loop::Handle> throttle_timer_;
