@@ -18,7 +18,6 @@
 namespace drover::memmig {
 namespace {
 
-constexpr std::string_view kUnion = "union";
 constexpr Length kFine = 4_KiB;
 constexpr Length kCoarse = 64_KiB;
 // One question asks for so much of the disk: the most that NBD's 32 bits can say, aligned.
@@ -85,22 +84,17 @@ int extents_arrived(void* user, const char* /*context*/, std::uint64_t offset,
 std::string bitmap_name(std::string_view disk, std::uint64_t generation) {
   return fmt::format("{}{}-{}", kPrefix, disk, generation);
 }
-std::string union_bitmap_name(std::string_view disk) {
-  return fmt::format("{}{}-{}", kPrefix, disk, kUnion);
-}
 
 std::optional<BitmapName> parse_bitmap_name(std::string_view name) {
   if (!name.starts_with(kPrefix)) return {};
   name.remove_prefix(kPrefix.size());
   const std::size_t dash = name.rfind('-');
   if (dash == std::string_view::npos || dash == 0) return {};
-  BitmapName parsed{std::string(name.substr(0, dash)), {}};
+  BitmapName parsed{std::string(name.substr(0, dash))};
   const std::string_view last = name.substr(dash + 1);
-  if (last == kUnion) return parsed;
-  std::uint64_t generation = 0;
-  const auto [end, error] = std::from_chars(last.data(), last.data() + last.size(), generation);
+  const auto [end, error] =
+      std::from_chars(last.data(), last.data() + last.size(), parsed.generation);
   if (error != std::errc() || end != last.data() + last.size()) return {};
-  parsed.generation = generation;
   return parsed;
 }
 

@@ -18,12 +18,10 @@ namespace drover::memmig {
 
 // "drover-vda-7"
 std::string bitmap_name(std::string_view disk, std::uint64_t generation);
-// The one that exists only while bitmaps are read: all of a disk's in one.
-std::string union_bitmap_name(std::string_view disk);
 
 struct BitmapName {
   std::string disk;
-  std::optional<std::uint64_t> generation;  // none: union_bitmap_name()
+  std::uint64_t generation = 0;
 };
 // None: not a name of drover's.
 std::optional<BitmapName> parse_bitmap_name(std::string_view name);

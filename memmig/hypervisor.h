@@ -233,7 +233,7 @@ struct Attached {
   struct Bitmap {
     std::string disk;
     std::string node;
-    std::optional<std::uint64_t> generation;  // none: left by a read_bitmaps() that was interrupted
+    std::uint64_t generation = 0;
     bool recording = false;
     bool busy = false;  // an export offers it
     Length granularity;
@@ -245,6 +245,7 @@ struct Attached {
   std::string process;
   std::vector<Mirror> mirrors;
   std::vector<Bitmap> bitmaps;
+  std::vector<std::string> scratch;  // disks whose read_bitmaps() is under way, or was interrupted
   std::vector<std::string> exports;  // ids
   std::string nbd_socket;        // QEMU's NBD server listens here for drover; empty: it does not
   bool foreign_exports = false;  // somebody else uses QEMU's NBD server
@@ -252,7 +253,8 @@ struct Attached {
   [[nodiscard]] const Mirror* mirror(std::string_view disk) const;
   [[nodiscard]] const Bitmap* recording(std::string_view disk) const;  // the bitmap that records
   [[nodiscard]] bool nothing() const {
-    return mirrors.empty() && bitmaps.empty() && exports.empty() && nbd_socket.empty();
+    return mirrors.empty() && bitmaps.empty() && scratch.empty() && exports.empty() &&
+           nbd_socket.empty();
   }
 };
 

@@ -160,6 +160,10 @@ bool bool_of(const json& object, const char* name) {
 }
 std::string drover_name(const std::string& disk) { return std::string(kPrefix) + disk; }
 std::string filter_name(const std::string& disk) { return std::string(kPrefix) + "top-" + disk; }
+// The node, bitmap and export that exist while the bitmaps of a disk are read.
+std::string scratch_name(const std::string& disk) {
+  return std::string(kPrefix) + "bitmap-" + disk;
+}
 bool is_drovers(std::string_view name) { return name.starts_with(kPrefix); }
 
 // ---- the event loop -----------------------------------------------------------------------------
@@ -638,9 +642,12 @@ class LibvirtHypervisor final : public Hypervisor {
   Status in_running(const std::string& guest, const std::function<Status(virDomainPtr)>& act) const;
   Status end_exports(virDomainPtr domain, const std::vector<std::string>& ids) const;
   Status detach(virDomainPtr domain, const std::string& disk, bool keep_bitmap) const;
-  Result<std::vector<Extent>> read_union(virDomainPtr domain, const Attached::Bitmap& all,
-                                         const json& sources, const std::string& socket,
-                                         const std::string& doing) const;
+  Result<std::vector<Extent>> read_union(virDomainPtr domain, const std::string& disk,
+                                         const json& sources, Length size, Length granularity,
+                                         const std::string& socket, const std::string& doing) const;
+  Status end_reading(virDomainPtr domain, const std::string& disk) const;
+  Result<Length> node_size(virDomainPtr domain, const std::string& node,
+                           const std::string& doing) const;
   std::optional<MigrationProgress> statistics(virDomainPtr domain, bool completed) const;
   void watch(virDomainPtr domain, const MigrateOptions& options, const ProgressHandler& progress,
              Migration& migration) const;
@@ -1173,6 +1180,10 @@ Result<Attached> LibvirtHypervisor::look(virDomainPtr domain) const {
     if (is_drovers(node_name)) {
       // The filter comes and goes with its job.
       if (node_name.starts_with(filter_name(""))) continue;
+      if (node_name.starts_with(scratch_name(""))) {
+        attached.scratch.push_back(node_name.substr(scratch_name("").size()));
+        continue;
+      }
       Attached::Mirror& one = mirror(node_name);
       one.node = true;
       one.unix_socket = nbd_socket_of(string_of(node, "file"));
@@ -1371,8 +1382,10 @@ Status LibvirtHypervisor::detach_all(const std::string& guest, bool keep_bitmaps
       DROVER_TRY(qmp(domain, "nbd-server-stop", doing));
     }
     for (const Attached::Mirror& mirror : attached.mirrors) DROVER_TRY(end_mirror(domain, mirror));
+    for (const std::string& disk : attached.scratch) DROVER_TRY(end_reading(domain, disk));
+    if (keep_bitmaps) return {};
     for (const Attached::Bitmap& bitmap : attached.bitmaps) {
-      if (!keep_bitmaps || !bitmap.generation) DROVER_TRY(remove_bitmap(domain, bitmap));
+      DROVER_TRY(remove_bitmap(domain, bitmap));
     }
     return {};
   });
@@ -1392,35 +1405,27 @@ Status LibvirtHypervisor::begin(virDomainPtr domain, const std::vector<BitmapSpe
   const std::string doing =
       fmt::format("recording the writes of guest {}", virDomainGetName(domain));
   DROVER_ASSIGN(const Attached attached, look(domain));
-  DROVER_ASSIGN(const json nodes, qmp(domain, "query-named-block-nodes", {{"flat", true}}, doing));
   json add = json::array();
   json disable = json::array();
   for (const BitmapSpec& disk : disks) {
-    const auto node = std::find_if(nodes.begin(), nodes.end(), [&](const json& each) {
-      return string_of(each, "node-name") == disk.node;
-    });
-    if (node == nodes.end()) {
-      return fail(Code::NotFound,
-                  fmt::format("{}: disk {} has no node {}", doing, disk.disk, disk.node));
-    }
+    DROVER_ASSIGN(const Length size, node_size(domain, disk.node, doing));
     bool there = false;
     for (const Attached::Bitmap& bitmap : attached.bitmaps) {
-      if (bitmap.disk != disk.disk || !bitmap.generation) continue;
-      if (*bitmap.generation == generation && bitmap.recording) {
+      if (bitmap.disk != disk.disk) continue;
+      if (bitmap.generation == generation && bitmap.recording) {
         there = true;
-      } else if (*bitmap.generation >= generation) {
+      } else if (bitmap.generation >= generation) {
         return fail(Code::AlreadyExists,
                     fmt::format("{}: disk {} has bitmaps up to generation {} already", doing,
-                                disk.disk, *bitmap.generation));
+                                disk.disk, bitmap.generation));
       } else if (bitmap.recording) {
         disable.push_back(
             {{"type", "block-dirty-bitmap-disable"},
              {"data",
-              {{"node", bitmap.node}, {"name", bitmap_name(disk.disk, *bitmap.generation)}}}});
+              {{"node", bitmap.node}, {"name", bitmap_name(disk.disk, bitmap.generation)}}}});
       }
     }
     if (there) continue;
-    const Length size(number_of(field(*node, "image"), "virtual-size"));
     add.push_back({{"type", "block-dirty-bitmap-add"},
                    {"data",
                     {{"node", disk.node},
@@ -1437,8 +1442,7 @@ Status LibvirtHypervisor::begin(virDomainPtr domain, const std::vector<BitmapSpe
 }
 
 Status LibvirtHypervisor::remove_bitmap(virDomainPtr domain, const Attached::Bitmap& bitmap) const {
-  const std::string name = bitmap.generation ? bitmap_name(bitmap.disk, *bitmap.generation)
-                                             : union_bitmap_name(bitmap.disk);
+  const std::string name = bitmap_name(bitmap.disk, bitmap.generation);
   return gone_is_fine(
       qmp(domain, "block-dirty-bitmap-remove", {{"node", bitmap.node}, {"name", name}},
           fmt::format("removing the dirty bitmap {} of guest {}", name, virDomainGetName(domain))));
@@ -1450,7 +1454,7 @@ Status LibvirtHypervisor::end_bitmaps(const std::string& guest,
   return in_running(guest, [&](virDomainPtr domain) -> Status {
     DROVER_ASSIGN(const Attached attached, look(domain));
     for (const Attached::Bitmap& bitmap : attached.bitmaps) {
-      if (bitmap.generation && *bitmap.generation < older_than &&
+      if (bitmap.generation < older_than &&
           std::find(disks.begin(), disks.end(), bitmap.disk) != disks.end()) {
         DROVER_TRY(remove_bitmap(domain, bitmap));
       }
@@ -1476,11 +1480,6 @@ Status LibvirtHypervisor::end_exports(virDomainPtr domain,
   });
 }
 
-// What an interrupted reading left is removed before the next.
-std::string bitmap_export_name(const std::string& disk) {
-  return fmt::format("{}bitmap-{}", kPrefix, disk);
-}
-
 Result<std::vector<Extent>> LibvirtHypervisor::read_bitmaps(const std::string& guest,
                                                             const std::string& disk) {
   if (!local_) {
@@ -1491,23 +1490,18 @@ Result<std::vector<Extent>> LibvirtHypervisor::read_bitmaps(const std::string& g
   DROVER_ASSIGN(const Attached attached, look(domain.get()));
   const std::string doing = fmt::format("reading the dirty bitmaps of disk {} of guest {}", disk,
                                         virDomainGetName(domain.get()));
-  if (const std::string left = bitmap_export_name(disk);
-      std::find(attached.exports.begin(), attached.exports.end(), left) != attached.exports.end()) {
-    DROVER_TRY(end_exports(domain.get(), {left}));
-  }
-  Attached::Bitmap all{.disk = disk};
+  DROVER_TRY(end_reading(domain.get(), disk));  // what an interrupted one left
   json sources = json::array();
+  std::string node;
+  Length granularity;
   for (const Attached::Bitmap& bitmap : attached.bitmaps) {
     if (bitmap.disk != disk) continue;
-    if (!bitmap.generation) {
-      DROVER_TRY(remove_bitmap(domain.get(), bitmap));
-      continue;
-    }
-    all.node = bitmap.node;
-    all.granularity = bitmap.granularity;
-    sources.push_back(bitmap_name(disk, *bitmap.generation));
+    node = bitmap.node;
+    granularity = bitmap.granularity;
+    sources.push_back({{"node", node}, {"name", bitmap_name(disk, bitmap.generation)}});
   }
   if (sources.empty()) return fail(Code::NotFound, doing + ": there is none");
+  DROVER_ASSIGN(const Length size, node_size(domain.get(), node, doing));
 
   std::string socket = attached.nbd_socket;
   const bool start_server = socket.empty();
@@ -1520,10 +1514,9 @@ Result<std::vector<Extent>> LibvirtHypervisor::read_bitmaps(const std::string& g
     ::unlink(socket.c_str());  // nobody listens there
     DROVER_TRY(start_exports(guest, socket, {}));
   }
-  auto read = read_union(domain.get(), all, sources, socket, doing);
+  auto read = read_union(domain.get(), disk, sources, size, granularity, socket, doing);
   // All of it is removed in any case; the first error is the one to be told.
-  auto ended = end_exports(domain.get(), {bitmap_export_name(disk)});
-  if (auto removed = remove_bitmap(domain.get(), all); !removed && ended) ended = removed;
+  auto ended = end_reading(domain.get(), disk);
   if (start_server) {
     if (auto stopped = stop_exports(guest, socket); !stopped && ended) ended = stopped;
   }
@@ -1532,33 +1525,55 @@ Result<std::vector<Extent>> LibvirtHypervisor::read_bitmaps(const std::string& g
   return read;
 }
 
-// Merges the bitmaps into one, offers it and reads it.
-Result<std::vector<Extent>> LibvirtHypervisor::read_union(virDomainPtr domain,
-                                                          const Attached::Bitmap& all,
-                                                          const json& sources,
-                                                          const std::string& socket,
-                                                          const std::string& doing) const {
-  const std::string name = union_bitmap_name(all.disk);
-  const std::string export_name = bitmap_export_name(all.disk);
+// Merges the bitmaps into one on a node without content, offers that and reads it. Not on the
+// disk's own node: QEMU 7.2 ends with an assertion when a client leaves an export whose node is in
+// an iothread (nbd_blockdev_client_closed(), since 7.2.14), and this process may be killed at any
+// moment.
+Result<std::vector<Extent>> LibvirtHypervisor::read_union(
+    virDomainPtr domain, const std::string& disk, const json& sources, Length size,
+    Length granularity, const std::string& socket, const std::string& doing) const {
+  const std::string name = scratch_name(disk);
+  DROVER_TRY(qmp(domain, "blockdev-add",
+                 {{"driver", "null-co"}, {"node-name", name}, {"size", size.bytes()}}, doing));
   const json actions = {{{"type", "block-dirty-bitmap-add"},
                          {"data",
-                          {{"node", all.node},
+                          {{"node", name},
                            {"name", name},
-                           {"granularity", all.granularity.bytes()},
+                           {"granularity", granularity.bytes()},
                            {"persistent", false},
                            {"disabled", true}}}},
                         {{"type", "block-dirty-bitmap-merge"},
-                         {"data", {{"node", all.node}, {"target", name}, {"bitmaps", sources}}}}};
+                         {"data", {{"node", name}, {"target", name}, {"bitmaps", sources}}}}};
   DROVER_TRY(qmp(domain, "transaction", {{"actions", actions}}, doing));
   DROVER_TRY(qmp(domain, "block-export-add",
                  {{"type", "nbd"},
-                  {"id", export_name},
-                  {"node-name", all.node},
-                  {"name", export_name},
+                  {"id", name},
+                  {"node-name", name},
+                  {"name", name},
                   {"writable", false},
                   {"bitmaps", json::array({name})}},
                  doing));
-  return read_bitmap_export(socket, export_name, name);
+  return read_bitmap_export(socket, name, name);
+}
+
+// Whatever of it is there. The node takes its bitmap along.
+Status LibvirtHypervisor::end_reading(virDomainPtr domain, const std::string& disk) const {
+  const std::string name = scratch_name(disk);
+  DROVER_TRY(end_exports(domain, {name}));
+  return gone_is_fine(
+      qmp(domain, "blockdev-del", {{"node-name", name}},
+          fmt::format("removing the node {} of guest {}", name, virDomainGetName(domain))));
+}
+
+Result<Length> LibvirtHypervisor::node_size(virDomainPtr domain, const std::string& node,
+                                            const std::string& doing) const {
+  DROVER_ASSIGN(const json nodes, qmp(domain, "query-named-block-nodes", {{"flat", true}}, doing));
+  for (const json& each : nodes) {
+    if (string_of(each, "node-name") == node) {
+      return Length(number_of(field(each, "image"), "virtual-size"));
+    }
+  }
+  return fail(Code::NotFound, fmt::format("{}: there is no node {}", doing, node));
 }
 
 // ---- exports ------------------------------------------------------------------------------------

@@ -127,9 +127,13 @@ json to_json(const HostFacts& facts) {
 }
 
 json to_json(const Attached& attached) {
-  json out = {{"process", attached.process},       {"exports", attached.exports},
-              {"nbd_socket", attached.nbd_socket}, {"foreign_exports", attached.foreign_exports},
-              {"nothing", attached.nothing()},     {"mirrors", json::object()},
+  json out = {{"process", attached.process},
+              {"exports", attached.exports},
+              {"scratch", attached.scratch},
+              {"nbd_socket", attached.nbd_socket},
+              {"foreign_exports", attached.foreign_exports},
+              {"nothing", attached.nothing()},
+              {"mirrors", json::object()},
               {"bitmaps", json::array()}};
   for (const Attached::Mirror& mirror : attached.mirrors) {
     out["mirrors"][mirror.disk] = {{"job", mirror.job},       {"node", mirror.node},
@@ -139,7 +143,7 @@ json to_json(const Attached& attached) {
   for (const Attached::Bitmap& bitmap : attached.bitmaps) {
     out["bitmaps"].push_back({{"disk", bitmap.disk},
                               {"node", bitmap.node},
-                              {"generation", bitmap.generation ? json(*bitmap.generation) : json()},
+                              {"generation", bitmap.generation},
                               {"recording", bitmap.recording},
                               {"busy", bitmap.busy},
                               {"granularity", bitmap.granularity.bytes()},

@@ -430,7 +430,9 @@ def test_bitmaps_are_read_beside_drovers_exports_and_not_beside_others(lab: Lab,
     assert there["exports"] == ["drover-vda"] and there["nbd_socket"] == exports and not there["foreign_exports"]
     tool.call("unexport", guest=uuid, socket=exports)
     # Interrupted in the middle: what is left is removed by the next one.
-    lab.a.qmp("small", "block-dirty-bitmap-add", node=nodes["vda"], name="drover-vda-union", disabled=True)
+    lab.a.qmp("small", "blockdev-add", driver="null-co", node_name="drover-bitmap-vda", size=64 << 20)
+    lab.a.qmp("small", "block-dirty-bitmap-add", node="drover-bitmap-vda", name="drover-bitmap-vda")
+    assert tool.call("attached", guest=uuid)["scratch"] == ["vda"]
     assert tool.call("read_bitmaps", guest=uuid, disk="vda")
     lab.a.qmp("small", "nbd-server-start", addr={"type": "unix", "data": {"path": "/var/lib/libvirt/qemu/other.sock"}})
     lab.a.qmp("small", "block-export-add", type="nbd", id="backup", node_name=nodes["vda"], name="backup")
