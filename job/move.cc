@@ -26,6 +26,7 @@
 #include "job/run_move.h"
 #include "memmig/domain_xml.h"
 #include "mirror/bootstrap.h"
+#include "mirror/endpoint_watchdog.h"
 #include "mirror/engine.h"
 #include "mirror/session.h"
 
@@ -192,6 +193,7 @@ class Move {
 
     mirror::MirrorEngine::Options engine_options;
     engine_options.bandwidth = options_.bandwidth;
+    engine_options.watchdog_command = {"/proc/self/exe", std::string(mirror::kWatchdogCommand)};
     mirror::MirrorEngine::Events events;
     events.all_copied = [this](bool strict) { queue_->push(AllCopied{strict}); };
     events.link_lost = [this](const Error& error) { queue_->push(Trouble{error}); };
@@ -242,7 +244,7 @@ class Move {
     }));
     std::vector<memmig::ExportSpec> exports;
     for (const memmig::PlannedDisk& disk : prepared_.move_plan.disks) {
-      if (!disk.source_plain) exports.push_back({disk.disk, disk.source_node, disk.disk, false});
+      if (!disk.source_plain) exports.push_back({disk.disk, disk.source_node, disk.disk});
     }
     if (!exports.empty()) {
       exporting_ = true;

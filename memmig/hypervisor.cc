@@ -11,6 +11,19 @@ const GuestDisk* GuestInfo::disk(std::string_view target) const {
   return found == disks.end() ? nullptr : &*found;
 }
 
+const Attached::Mirror* Attached::mirror(std::string_view disk) const {
+  const auto found = std::find_if(mirrors.begin(), mirrors.end(),
+                                  [&](const Mirror& mirror) { return mirror.disk == disk; });
+  return found == mirrors.end() ? nullptr : &*found;
+}
+
+const Attached::Bitmap* Attached::recording(std::string_view disk) const {
+  const auto found = std::find_if(bitmaps.begin(), bitmaps.end(), [&](const Bitmap& bitmap) {
+    return bitmap.disk == disk && bitmap.recording;
+  });
+  return found == bitmaps.end() ? nullptr : &*found;
+}
+
 std::string_view state_name(GuestState state) {
   switch (state) {
     case GuestState::Running: return "running";

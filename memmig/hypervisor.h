@@ -210,18 +210,52 @@ struct MirrorSpec {
   std::string node;         // GuestDisk::node
   std::string unix_socket;  // drover's NBD server; QEMU may connect to it
   std::string export_name;
+  std::uint64_t generation = 1;  // of the bitmap that is begun if none is recording
 };
 
-// What is there of drover's on one disk; all false: nothing.
-struct MirrorState {
-  bool job = false;   // the mirror runs
-  bool node = false;  // the NBD client node
-  bool bitmap = false;
-  Length dirty;            // of the bitmap: written since it was made
-  std::string job_status;  // QEMU's word: "ready", ...
-  std::string error;       // the job's, if it has one
-  [[nodiscard]] bool alive() const { return job && node && error.empty(); }
-  [[nodiscard]] bool nothing() const { return !job && !node && !bitmap; }
+struct BitmapSpec {
+  std::string disk;
+  std::string node;  // GuestDisk::node
+};
+
+// What there is of drover's in one QEMU: what a crashed runner left behind, or a living one has.
+struct Attached {
+  struct Mirror {
+    std::string disk;
+    bool job = false;    // the mirror runs
+    bool node = false;   // the NBD client node
+    std::string status;  // the job's, QEMU's word: "ready", ...
+    std::string error;   // the job's, if it has one
+    std::string
+        unix_socket;  // where the node is connected to; it may be dead without QEMU knowing yet
+    [[nodiscard]] bool alive() const { return job && node && error.empty(); }
+  };
+  struct Bitmap {
+    std::string disk;
+    std::string node;
+    std::uint64_t generation = 0;
+    bool recording = false;
+    bool busy = false;  // an export offers it
+    Length granularity;
+    Length dirty;  // written since it was begun
+  };
+  // Names the QEMU process: boot, process id and start time. The same: everything that was attached
+  // and is still there is what it was. Another one: nothing is. Of a guest on the local host only,
+  // else empty.
+  std::string process;
+  std::vector<Mirror> mirrors;
+  std::vector<Bitmap> bitmaps;
+  std::vector<std::string> scratch;  // disks whose read_bitmaps() is under way, or was interrupted
+  std::vector<std::string> exports;  // ids
+  std::string nbd_socket;        // QEMU's NBD server listens here for drover; empty: it does not
+  bool foreign_exports = false;  // somebody else uses QEMU's NBD server
+
+  [[nodiscard]] const Mirror* mirror(std::string_view disk) const;
+  [[nodiscard]] const Bitmap* recording(std::string_view disk) const;  // the bitmap that records
+  [[nodiscard]] bool nothing() const {
+    return mirrors.empty() && bitmaps.empty() && scratch.empty() && exports.empty() &&
+           nbd_socket.empty();
+  }
 };
 
 // What the guest has had its disks do since it was started here, all disks together: requests that are done
@@ -235,7 +269,6 @@ struct ExportSpec {
   std::string disk;
   std::string node;
   std::string export_name;
-  bool with_bitmap = false;  // also offers drover's bitmap as qemu:dirty-bitmap:drover-DISK
 };
 
 // ---- memory -------------------------------------------------------------------------------------
@@ -301,7 +334,7 @@ struct GuestEvent {
     DeviceAdded,     // detail: the device's alias
     DeviceRemoved,   // the same
     DiskError,       // a read or write of the guest's failed; detail: device, what QEMU did, why
-    ConnectionLost,  // to this host: no more events; detail: why
+    ConnectionLost,  // to this host: no more events until reconnect(); detail: why
   };
   Kind kind = Kind::Suspended;
   std::string detail;
@@ -335,6 +368,10 @@ class Hypervisor {
   [[nodiscard]] virtual const std::string& uri() const = 0;
   // False once the connection broke; every method then answers Unreachable.
   [[nodiscard]] virtual bool alive() const = 0;
+  // Connects again if the connection broke (libvirtd was restarted): one try, Unreachable if it is
+  // not back yet. Subscriptions go on. What happened meanwhile was missed: ask state() and
+  // attached(). A migrate() that was under way has failed with the old connection.
+  virtual Status reconnect() = 0;
 
   virtual Result<HostFacts> facts(const HostQuestion& question) = 0;
 
@@ -346,14 +383,44 @@ class Hypervisor {
   virtual Result<GuestIo> disk_io(const std::string& guest) = 0;
 
   // Before attach_mirror() the guest's events should be subscribed to (MirrorEnded).
-  // Creates the bitmap, the NBD client node and the mirror job, in this order; returns when the job
-  // carries the guest's writes. If a step fails, those before are undone.
+  // Begins the disk's bitmap unless one is recording, then makes the NBD client node and the mirror
+  // job; returns when the job carries the guest's writes. If a step fails, those before are undone.
+  // A mirror of the disk that has ended, or one into the same socket (whose endpoint the caller has
+  // replaced), is removed first, and its bitmap goes on recording. Busy: one into another socket
+  // runs.
   virtual Status attach_mirror(const std::string& guest, const MirrorSpec& spec) = 0;
-  // Removes what there is of them: the job (and waits for its end), the node, the bitmap unless it
-  // is to be kept. Nothing there, or no running guest: fine. After an error it can be called again.
+  // Removes what there is of them: the job (and waits for its end), the node, the bitmaps unless
+  // they are to be kept. Nothing there, or no running guest: fine. After an error it can be called
+  // again.
   virtual Status detach_mirror(const std::string& guest, const std::string& disk,
                                bool keep_bitmap = false) = 0;
-  virtual Result<MirrorState> mirror_state(const std::string& guest, const std::string& disk) = 0;
+
+  // A disk's bitmaps say what the guest has written since they were begun, also while there is no
+  // mirror and no runner; they end with QEMU. One per disk is recording, the one of the newest
+  // generation. To learn what was written up to now and go on recording: begin the next generation,
+  // read the bitmaps, copy that, end the older ones.
+  //
+  // Makes the disks' bitmaps of `generation` and stops the older ones, all at once: each write is
+  // in one of them. Those that exist already and record are left. AlreadyExists: that generation,
+  // or a newer one, was there before.
+  virtual Status begin_bitmaps(const std::string& guest, const std::vector<BitmapSpec>& disks,
+                               std::uint64_t generation) = 0;
+  // Removes the disks' bitmaps of generations before `older_than`. None, or no running guest: fine.
+  virtual Status end_bitmaps(const std::string& guest, const std::vector<std::string>& disks,
+                             std::uint64_t older_than) = 0;
+  // What all of the disk's bitmaps say at this moment, the recording one included, in ascending
+  // order (at most a million extents: nearest ones are joined). A guest on the local host only. It
+  // uses QEMU's NBD server, drover's own if that runs, and leaves nothing there. NotFound: no
+  // bitmap. Busy: somebody else has the server.
+  virtual Result<std::vector<Extent>> read_bitmaps(const std::string& guest,
+                                                   const std::string& disk) = 0;
+
+  // NotFound when the guest does not run.
+  virtual Result<Attached> attached(const std::string& guest) = 0;
+  // Removes all of it, whoever made it: mirrors, exports, QEMU's NBD server if it serves only
+  // drover, nodes, the bitmaps unless they are to be kept. No running guest: fine. After an error
+  // it can be called again.
+  virtual Status detach_all(const std::string& guest, bool keep_bitmaps = false) = 0;
 
   // Starts QEMU's NBD server on `unix_socket` (in the private directory, must not exist) and
   // exports the disks read-only. The socket is then root's alone. Busy if someone else holds the
@@ -387,7 +454,7 @@ class Hypervisor {
   virtual Status set_autostart(const std::string& guest, bool autostart) = 0;
 
   // Events of one guest, which need not exist yet, from now on; the first may come before this call
-  // has returned. An event may be doubled. ConnectionLost comes once, as the last.
+  // has returned. An event may be doubled. After ConnectionLost none comes until reconnect().
   virtual Result<std::unique_ptr<Subscription>> subscribe(const std::string& guest,
                                                           EventHandler handler) = 0;
 

@@ -8,7 +8,9 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/log.h"
 #include "base/priority.h"
+#include "mirror/endpoint_watchdog.h"
 #include "mirror/engine_core.h"
 
 namespace drover::mirror {
@@ -28,7 +30,9 @@ class Engine final : public MirrorEngine {
         thread_([this] {
           come_first();
           loop_->run();
-        }) {}
+        }) {
+    if (!options_.watchdog_command.empty()) on_loop([this] { start_watchdog_on_loop(); });
+  }
 
   ~Engine() override { stop(); }
 
@@ -72,7 +76,10 @@ class Engine final : public MirrorEngine {
   void stop() override {
     if (!thread_.joinable()) return;
     std::promise<void> idle;
-    on_loop([&] { core_.end([&] { idle.set_value(); }); });
+    on_loop([&] {
+      core_.end([&] { idle.set_value(); });
+      watchdog_.reset();
+    });
     // Reads of a local disk that never end would hang here as they hang everything else.
     idle.get_future().wait();
     loop_->stop();
@@ -96,6 +103,15 @@ class Engine final : public MirrorEngine {
     return result.get();
   }
 
+  void start_watchdog_on_loop() {
+    auto started = EndpointWatchdog::start(*loop_, {.command = options_.watchdog_command});
+    if (started) {
+      watchdog_ = std::move(*started);
+    } else {
+      log_warning("the guest would wait for this process if it was stopped: {}", started.error().message);
+    }
+  }
+
   Status add_disk_on_loop(const Disk& disk) {
     EngineCore::Disk one;
     one.name = disk.name;
@@ -109,6 +125,12 @@ class Engine final : public MirrorEngine {
     }
     if (!disk.server) return core_.add_disk(std::move(one), nullptr);
     return core_.add_disk(std::move(one), [&](BufferPool& pool, NbdServer::Events events) {
+      events.accepted = [this](int socket) {
+        if (watchdog_) watchdog_->watch(socket);
+      };
+      events.closing = [this](int socket) {
+        if (watchdog_) watchdog_->forget(socket);
+      };
       return NbdServer::listen(*loop_, pool, *disk.server, std::move(events));
     });
   }
@@ -118,6 +140,7 @@ class Engine final : public MirrorEngine {
   EngineBuffers buffers_;
   const std::unique_ptr<Loop> loop_;
   EngineCore core_;
+  std::unique_ptr<EndpointWatchdog> watchdog_;  // the loop's thread only
   std::thread thread_;
 };
 

@@ -52,6 +52,9 @@ class MirrorEngine {
   struct Options {
     Length chunk_size = kMaxChunk;
     Length bandwidth;  // of the copy, per second; zero: no limit
+    // Starts the watchdog (endpoint_watchdog.h) that keeps the guest from waiting for a process that
+    // stands still; empty: none.
+    std::vector<std::string> watchdog_command;
   };
   struct Disk {
     std::string name;  // "vda"

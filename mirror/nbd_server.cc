@@ -308,6 +308,7 @@ void Core::accepted(int result) {
                                              .max_in_flight = options_.max_in_flight,
                                              .first_serial = next_serial_});
   Connection& connection = *current_;
+  if (events_.accepted) events_.accepted(connection.socket.get());
   // Cancelled before the connection goes, so it needs no hold.
   connection.handshake_timer =
       loop_.at(now() + options_.handshake_timeout, [this, connection = &connection] {
@@ -501,6 +502,7 @@ void Core::drop(Connection& connection, const Error& why) {
   connection.dropped = true;
   // The client sees the end now; the descriptor is closed when its operations are called back.
   ::shutdown(connection.socket.get(), SHUT_RDWR);
+  if (events_.closing) events_.closing(connection.socket.get());
   if (connection.receive != 0) loop_.cancel(connection.receive);
   if (connection.send != 0) loop_.cancel(connection.send);
   if (connection.handshake_timer != 0) loop_.cancel(connection.handshake_timer);

@@ -83,6 +83,11 @@ class NbdServer {
     Handler request;
     std::function<void()> connected;
     std::function<void(const Error&)> disconnected;
+    // A client's socket, from when it is accepted until it is closed: for who must be able to end
+    // the connection when this process can't (endpoint_watchdog.h). `closing` comes also from the
+    // destructor.
+    std::function<void(int socket)> accepted;
+    std::function<void(int socket)> closing;
   };
 
   // Buffers for payloads come from `pool`. The largest write a client may send is the pool's buffer

@@ -85,6 +85,13 @@ class Tool:
     def call(self, what: str, timeout: float = 120, **arguments: Any) -> Any:
         return self.result(self.start(what, **arguments), timeout)
 
+    def mirror(self, guest: str, disk: str) -> dict[str, Any]:
+        """That disk's mirror, and whether it has bitmaps and how much they say."""
+        there = self.call("attached", guest=guest)
+        nothing = {"alive": False, "job": False, "node": False, "status": "", "error": "", "socket": ""}
+        bitmaps = [b for b in there["bitmaps"] if b["disk"] == disk]
+        return there["mirrors"].get(disk, nothing) | {"bitmap": bool(bitmaps), "dirty": sum(b["dirty"] for b in bitmaps)}
+
     def mark(self) -> int:
         with self._changed:
             return len(self.lines)

@@ -126,14 +126,38 @@ json to_json(const HostFacts& facts) {
           {"networks_inactive", facts.networks_inactive}};
 }
 
-json to_json(const MirrorState& state) {
-  return {{"job", state.job},
-          {"node", state.node},
-          {"bitmap", state.bitmap},
-          {"dirty", state.dirty.bytes()},
-          {"job_status", state.job_status},
-          {"error", state.error},
-          {"alive", state.alive()}};
+json to_json(const Attached& attached) {
+  json out = {{"process", attached.process},
+              {"exports", attached.exports},
+              {"scratch", attached.scratch},
+              {"nbd_socket", attached.nbd_socket},
+              {"foreign_exports", attached.foreign_exports},
+              {"nothing", attached.nothing()},
+              {"mirrors", json::object()},
+              {"bitmaps", json::array()}};
+  for (const Attached::Mirror& mirror : attached.mirrors) {
+    out["mirrors"][mirror.disk] = {{"job", mirror.job},       {"node", mirror.node},
+                                   {"status", mirror.status}, {"error", mirror.error},
+                                   {"alive", mirror.alive()}, {"socket", mirror.unix_socket}};
+  }
+  for (const Attached::Bitmap& bitmap : attached.bitmaps) {
+    out["bitmaps"].push_back({{"disk", bitmap.disk},
+                              {"node", bitmap.node},
+                              {"generation", bitmap.generation},
+                              {"recording", bitmap.recording},
+                              {"busy", bitmap.busy},
+                              {"granularity", bitmap.granularity.bytes()},
+                              {"dirty", bitmap.dirty.bytes()}});
+  }
+  return out;
+}
+
+json to_json(const std::vector<Extent>& extents) {
+  json out = json::array();
+  for (const Extent& extent : extents) {
+    out.push_back({extent.offset.bytes(), extent.length.bytes()});
+  }
+  return out;
 }
 
 json to_json(const MigrationProgress& progress) {
@@ -215,16 +239,30 @@ class Tool {
     }
     if (what == "attach") {
       return done(on(line).attach_mirror(
-          guest, {disk, line.at("node"), line.at("socket"), line.value("export", "")}));
+          guest, {disk, line.at("node"), line.at("socket"), line.value("export", ""),
+                  line.value("generation", std::uint64_t{1})}));
     }
     if (what == "detach") {
       return done(on(line).detach_mirror(guest, disk, line.value("keep_bitmap", false)));
     }
-    if (what == "mirror") return value(on(line).mirror_state(guest, disk));
+    if (what == "begin_bitmaps") {
+      std::vector<BitmapSpec> disks;
+      for (const auto& [name, node] : line.at("disks").items()) disks.push_back({name, node});
+      return done(on(line).begin_bitmaps(guest, disks, line.at("generation")));
+    }
+    if (what == "end_bitmaps") {
+      return done(on(line).end_bitmaps(guest, line.at("disks"), line.at("older_than")));
+    }
+    if (what == "read_bitmaps") return value(on(line).read_bitmaps(guest, disk));
+    if (what == "attached") return value(on(line).attached(guest));
+    if (what == "detach_all") {
+      return done(on(line).detach_all(guest, line.value("keep_bitmaps", false)));
+    }
+    if (what == "reconnect") return done(on(line).reconnect());
     if (what == "export") {
       std::vector<ExportSpec> disks;
       for (const auto& [name, node] : line.at("disks").items()) {
-        disks.push_back({name, node, name, line.value("with_bitmap", false)});
+        disks.push_back({name, node, name});
       }
       return done(on(line).start_exports(guest, line.at("socket"), disks));
     }

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import threading
+from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
@@ -174,20 +175,21 @@ def test_host_that_cannot_be_reached(lab: Lab, uri: str, code: str) -> None:
 
 def test_mirror_carries_writes_and_leaves_nothing(lab: Lab, small: Guest, tool: Tool, endpoint: Endpoint) -> None:
     info = attach(tool, endpoint)
-    mirror = tool.call("mirror", guest=info["uuid"], disk="vda")
-    assert mirror["alive"] and mirror["bitmap"] and mirror["job_status"] == "ready"
+    mirror = tool.mirror(info["uuid"], "vda")
+    assert mirror["alive"] and mirror["bitmap"] and mirror["status"] == "ready" and mirror["socket"] == endpoint.socket
     # A filter lies above the disk now; the disk's node is still the same.
     again = tool.call("describe", guest="small")
     assert again["disks"]["vda"]["node"] == info["disks"]["vda"]["node"]
     assert again["disks"]["vda"]["block_job"] == "" and again["foreign_jobs"] == []
-    wait_for("the bitmap to see writes", lambda: tool.call("mirror", guest=info["uuid"], disk="vda")["dirty"] > 0)
+    wait_for("the bitmap to see writes", lambda: tool.mirror(info["uuid"], "vda")["dirty"] > 0)
     wait_for("the target to get them", lambda: lab.b.du("/tmp/vda.raw") > 0)
     with pytest.raises(ToolError) as e:
-        attach(tool, endpoint)
+        tool.call("attach", guest=info["uuid"], disk="vda", node=info["disks"]["vda"]["node"], export="vda",
+                  socket=endpoint.socket + "2")
     assert e.value.code == "busy"
+    assert tool.mirror(info["uuid"], "vda")["alive"]
     tool.call("detach", guest=info["uuid"], disk="vda")
-    assert tool.call("mirror", guest=info["uuid"], disk="vda") == {
-        "alive": False, "bitmap": False, "dirty": 0, "error": "", "job": False, "job_status": "", "node": False}
+    assert tool.call("attached", guest=info["uuid"])["nothing"]
     nothing_of_drovers(lab.a, "small")
     tool.call("detach", guest=info["uuid"], disk="vda")
     assert small.verify()["ok"]
@@ -196,11 +198,11 @@ def test_mirror_carries_writes_and_leaves_nothing(lab: Lab, small: Guest, tool: 
 def test_bitmap_can_outlive_the_mirror(lab: Lab, small: Guest, tool: Tool, endpoint: Endpoint) -> None:
     info = attach(tool, endpoint)
     tool.call("detach", guest=info["uuid"], disk="vda", keep_bitmap=True)
-    state = tool.call("mirror", guest=info["uuid"], disk="vda")
+    state = tool.mirror(info["uuid"], "vda")
     assert state["bitmap"] and not state["job"] and not state["node"]
-    wait_for("the bitmap to see writes", lambda: tool.call("mirror", guest=info["uuid"], disk="vda")["dirty"] > 0)
+    wait_for("the bitmap to see writes", lambda: tool.mirror(info["uuid"], "vda")["dirty"] > 0)
     attach(tool, endpoint)
-    assert tool.call("mirror", guest=info["uuid"], disk="vda")["dirty"] > 0  # the same one
+    assert tool.mirror(info["uuid"], "vda")["dirty"] > 0  # the same one
     tool.call("detach", guest=info["uuid"], disk="vda")
     nothing_of_drovers(lab.a, "small")
 
@@ -227,7 +229,7 @@ def test_mirror_can_end_at_any_moment(lab: Lab, tool: Tool) -> None:
 def test_what_is_half_there_is_removed(lab: Lab, small: Guest, tool: Tool, endpoint: Endpoint, part: str) -> None:
     info = tool.call("describe", guest="small")
     if part in ("bitmap", "both"):
-        lab.a.qmp("small", "block-dirty-bitmap-add", node=info["disks"]["vda"]["node"], name="drover-vda")
+        lab.a.qmp("small", "block-dirty-bitmap-add", node=info["disks"]["vda"]["node"], name="drover-vda-3")
     if part in ("node", "both"):
         lab.a.qmp("small", "blockdev-add", driver="nbd", node_name="drover-vda", export="vda",
                   server={"type": "unix", "path": endpoint.socket})
@@ -254,10 +256,10 @@ def test_guest_does_not_notice_the_end_of_the_endpoint(lab: Lab, small: Guest, t
     endpoint.kill()
     ended = tool.event("mirror-ended")
     assert ended["disk"] == "vda" and ended["detail"]
-    wait_for("the job to be gone", lambda: not tool.call("mirror", guest=info["uuid"], disk="vda")["job"])
-    state = tool.call("mirror", guest=info["uuid"], disk="vda")
+    wait_for("the job to be gone", lambda: not tool.mirror(info["uuid"], "vda")["job"])
+    state = tool.mirror(info["uuid"], "vda")
     assert state["bitmap"] and not state["alive"]
-    wait_for("the bitmap to see writes", lambda: tool.call("mirror", guest=info["uuid"], disk="vda")["dirty"] > 0)
+    wait_for("the bitmap to see writes", lambda: tool.mirror(info["uuid"], "vda")["dirty"] > 0)
     tool.call("detach", guest=info["uuid"], disk="vda")
     nothing_of_drovers(lab.a, "small")
     verdict = small.verify()
@@ -273,7 +275,10 @@ def test_mirror_of_a_guest_that_goes(lab: Lab, small: Guest, tool: Tool, endpoin
     tool.call("unexport", guest=info["uuid"], socket=f"{info['private_directory']}/drover-export.sock")
     tool.call("destroy", guest=info["uuid"])
     assert tool.call("state", guest=info["uuid"]) == "shut off"
-    assert not tool.call("mirror", guest=info["uuid"], disk="vda")["bitmap"]
+    with pytest.raises(ToolError) as e:
+        tool.call("attached", guest=info["uuid"])
+    assert e.value.code == "not-found"
+    tool.call("detach_all", guest=info["uuid"])
     tool.call("undefine", guest=info["uuid"])
     tool.call("undefine", guest=info["uuid"])
     tool.call("detach", guest=info["uuid"], disk="vda")
@@ -326,6 +331,220 @@ def test_nbd_server_that_somebody_else_has(lab: Lab, small: Guest, tool: Tool, e
     assert e.value.code == "busy" and ("backup" in str(e.value)) == exporting
     assert len(lab.a.qmp("small", "query-block-exports")) == exporting
     lab.a.qmp("small", "nbd-server-stop")  # it was left alone
+
+# ---------------------------------------------------------------------- what is written, and coming back to it
+
+
+def raw_copy(host: Host, disk: dict[str, Any], where: str) -> None:
+    """The disk's content now; its guest must be quiet."""
+    host.run(["qemu-img", "convert", "-U", "-f", disk["format"], "-O", "raw", disk["path"], where])
+
+
+def changed_blocks(before: Path, after: Path) -> set[int]:
+    """The 4 KiB blocks that differ."""
+    changed = set()
+    with open(before, "rb") as a, open(after, "rb") as b:
+        for base in range(0, before.stat().st_size, 1 << 20):
+            x, y = a.read(1 << 20), b.read(1 << 20)
+            if x != y:
+                changed |= {(base + i) // 4096 for i in range(0, len(x), 4096) if x[i:i + 4096] != y[i:i + 4096]}
+    return changed
+
+
+def blocks_of(extents: list[list[int]]) -> set[int]:
+    return {block for offset, length in extents for block in range(offset // 4096, -(-(offset + length) // 4096))}
+
+
+def test_no_write_is_missed_by_alternating_bitmaps(lab: Lab, tool: Tool) -> None:
+    """A guest that writes all the time, with an iothread, throttled, on qcow2; ten changes of generation."""
+    throttled = "<iotune><total_bytes_sec>200000000</total_bytes_sec></iotune>"
+    guest = lab.guest("writes", [Disk("96M", data="64M", driver={"iothread": "1"}),
+                                 Disk("96M", "qcow2", data="64M", xml=throttled)], memory="256M", rate=1500)
+    guest.command("stop")
+    info = tool.call("describe", guest="writes")
+    uuid, nodes = info["uuid"], {n: d["node"] for n, d in info["disks"].items()}
+    for name, disk in info["disks"].items():
+        raw_copy(lab.a, disk, f"/tmp/{name}.before")
+    tool.call("begin_bitmaps", guest=uuid, disks=nodes, generation=1)
+    guest.command("start")
+    read: dict[str, set[int]] = {name: set() for name in nodes}
+    for generation in range(2, 12):
+        guest.wait_report()
+        tool.call("begin_bitmaps", guest=uuid, disks=nodes, generation=generation)
+        for name in nodes:
+            # As the next runner would: what the stopped one holds is read while the guest writes.
+            stopped = [b for b in tool.call("attached", guest=uuid)["bitmaps"] if b["disk"] == name]
+            assert [(b["generation"], b["recording"]) for b in sorted(stopped, key=lambda b: b["generation"])] == [
+                (generation - 1, False), (generation, True)]
+            read[name] |= blocks_of(tool.call("read_bitmaps", guest=uuid, disk=name))
+        tool.call("end_bitmaps", guest=uuid, disks=list(nodes), older_than=generation)
+    guest.command("stop")
+    for name, disk in info["disks"].items():
+        read[name] |= blocks_of(tool.call("read_bitmaps", guest=uuid, disk=name))
+        raw_copy(lab.a, disk, f"/tmp/{name}.after")
+        changed = changed_blocks(lab.a.path(f"/tmp/{name}.before"), lab.a.path(f"/tmp/{name}.after"))
+        assert len(changed) > 500
+        assert changed <= read[name], sorted(changed - read[name])[:10]
+    left = tool.call("attached", guest=uuid)
+    assert left["exports"] == [] and left["nbd_socket"] == "" and len(left["bitmaps"]) == 2, left
+    tool.call("detach_all", guest=uuid)
+    nothing_of_drovers(lab.a, "writes")
+    lab.a.run("rm /tmp/*.before /tmp/*.after")
+    guest.command("start")
+    assert guest.verify()["ok"]
+
+
+def test_generations_are_in_order(lab: Lab, small: Guest, tool: Tool) -> None:
+    info = tool.call("describe", guest="small")
+    uuid, disks = info["uuid"], {"vda": info["disks"]["vda"]["node"]}
+    with pytest.raises(ToolError) as e:
+        tool.call("read_bitmaps", guest=uuid, disk="vda")
+    assert e.value.code == "not-found"
+    tool.call("begin_bitmaps", guest=uuid, disks=disks, generation=5)
+    tool.call("begin_bitmaps", guest=uuid, disks=disks, generation=5)  # it records: nothing to do
+    tool.call("begin_bitmaps", guest=uuid, disks=disks, generation=7)
+    for generation in (5, 6):
+        with pytest.raises(ToolError) as e:
+            tool.call("begin_bitmaps", guest=uuid, disks=disks, generation=generation)
+        assert e.value.code == "already-exists"
+    with pytest.raises(ToolError) as e:
+        tool.call("begin_bitmaps", guest=uuid, disks=disks | {"vdz": "no-such-node"}, generation=8)
+    assert e.value.code == "not-found"
+    assert [(b["generation"], b["recording"], b["granularity"]) for b in tool.call("attached", guest=uuid)["bitmaps"]
+            if b["recording"]] == [(7, True, 4096)]
+    tool.call("end_bitmaps", guest=uuid, disks=["vda"], older_than=7)
+    tool.call("end_bitmaps", guest=uuid, disks=["vda"], older_than=7)
+    assert [b["generation"] for b in tool.call("attached", guest=uuid)["bitmaps"]] == [7]
+    tool.call("detach_all", guest=uuid)
+    nothing_of_drovers(lab.a, "small")
+
+
+def test_bitmaps_are_read_beside_drovers_exports_and_not_beside_others(lab: Lab, small: Guest, tool: Tool) -> None:
+    info = tool.call("describe", guest="small")
+    uuid, nodes = info["uuid"], {"vda": info["disks"]["vda"]["node"]}
+    exports = f"{info['private_directory']}/drover-export.sock"
+    tool.call("begin_bitmaps", guest=uuid, disks=nodes, generation=1)
+    tool.call("export", guest=uuid, socket=exports, disks=nodes)
+    wait_for("writes", lambda: tool.call("read_bitmaps", guest=uuid, disk="vda"))
+    there = tool.call("attached", guest=uuid)
+    assert there["exports"] == ["drover-vda"] and there["nbd_socket"] == exports and not there["foreign_exports"]
+    tool.call("unexport", guest=uuid, socket=exports)
+    # Interrupted in the middle: what is left is removed by the next one.
+    lab.a.qmp("small", "blockdev-add", driver="null-co", node_name="drover-bitmap-vda", size=64 << 20)
+    lab.a.qmp("small", "block-dirty-bitmap-add", node="drover-bitmap-vda", name="drover-bitmap-vda")
+    assert tool.call("attached", guest=uuid)["scratch"] == ["vda"]
+    assert tool.call("read_bitmaps", guest=uuid, disk="vda")
+    lab.a.qmp("small", "nbd-server-start", addr={"type": "unix", "data": {"path": "/var/lib/libvirt/qemu/other.sock"}})
+    lab.a.qmp("small", "block-export-add", type="nbd", id="backup", node_name=nodes["vda"], name="backup")
+    with pytest.raises(ToolError) as e:
+        tool.call("read_bitmaps", guest=uuid, disk="vda")
+    assert e.value.code == "busy"
+    there = tool.call("attached", guest=uuid)
+    assert there["foreign_exports"] and there["exports"] == [] and len(there["bitmaps"]) == 1
+    tool.call("detach_all", guest=uuid)
+    assert [e["id"] for e in lab.a.qmp("small", "query-block-exports")] == ["backup"]  # it was left alone
+    lab.a.qmp("small", "nbd-server-stop")
+    nothing_of_drovers(lab.a, "small")
+
+
+@pytest.mark.parametrize("rate", ["max", "idle"])
+def test_mirror_is_attached_again_after_its_endpoint_died(lab: Lab, tool: Tool, rate: str) -> None:
+    """Twenty times; an idle guest's QEMU does not even know that its endpoint is gone."""
+    small = lab.guest("small", [Disk("64M", data="8M")], memory="256M", rate=rate)
+    info = tool.call("describe", guest="small")
+    lab.b.run(["qemu-img", "create", "-q", "-f", "raw", "/tmp/vda.raw", "64M"])
+    process = tool.call("attached", guest=info["uuid"])["process"]
+    for _ in range(20):
+        endpoint = Endpoint(lab.a, f"{info['private_directory']}/drover-vda.sock", lab.b, "/tmp/vda.raw", "raw",
+                            info["qemu_uid"], info["qemu_gid"], "vda")
+        try:
+            attach(tool, endpoint)
+            assert tool.mirror(info["uuid"], "vda")["alive"]
+            endpoint.kill()
+        finally:
+            endpoint.close()
+    there = tool.call("attached", guest=info["uuid"])
+    assert [(b["generation"], b["recording"]) for b in there["bitmaps"]] == [(1, True)]
+    assert there["process"] == process != ""
+    tool.call("detach_all", guest=info["uuid"])
+    nothing_of_drovers(lab.a, "small")
+    verdict = small.verify()
+    assert verdict["ok"] and verdict["io_errors"] == 0
+    lab.b.run(["rm", "-f", "/tmp/vda.raw"])
+
+
+def test_all_of_drovers_is_removed(lab: Lab, small: Guest, tool: Tool, endpoint: Endpoint) -> None:
+    info = attach(tool, endpoint)
+    uuid, node = info["uuid"], info["disks"]["vda"]["node"]
+    tool.call("begin_bitmaps", guest=uuid, disks={"vda": node}, generation=2)
+    tool.call("export", guest=uuid, socket=f"{info['private_directory']}/drover-export.sock", disks={"vda": node})
+    there = tool.call("attached", guest=uuid)
+    assert there["mirrors"]["vda"]["alive"] and len(there["bitmaps"]) == 2 and there["nbd_socket"] and not there["nothing"]
+    tool.call("detach_all", guest=uuid, keep_bitmaps=True)
+    there = tool.call("attached", guest=uuid)
+    assert not there["mirrors"] and not there["exports"] and not there["nbd_socket"] and len(there["bitmaps"]) == 2
+    for _ in range(2):
+        tool.call("detach_all", guest=uuid)
+        assert tool.call("attached", guest=uuid)["nothing"]
+    nothing_of_drovers(lab.a, "small")
+    assert small.verify()["ok"]
+
+
+def test_another_qemu_is_told_from_the_one_before(lab: Lab, small: Guest, tool: Tool) -> None:
+    info = tool.call("describe", guest="small")
+    first = tool.call("attached", guest=info["uuid"])
+    lab.a.restart_libvirtd()
+    tool.call("reconnect")
+    assert tool.call("attached", guest=info["uuid"]) == first
+    lab.a.virsh("destroy", "small")
+    lab.a.virsh("start", "small")
+    assert tool.call("attached", guest=info["uuid"])["process"] not in ("", first["process"])
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_connection_is_made_again_after_libvirtd_restarted(lab: Lab, small: Guest, endpoint: Endpoint, side: str) -> None:
+    """The mirror goes on; subscriptions, too; also when it happens again."""
+    host = lab.a if side == "source" else lab.b
+    with Tool(lab.a, target="qemu+ssh://hostb/system?no_tty=1") as tool:
+        info = attach(tool, endpoint)
+        tool.call("subscribe", guest=info["uuid"], on=side)
+        for _ in range(2):
+            mark = tool.mark()
+            host.restart_libvirtd()
+            tool.event("connection-lost", on=side, mark=mark)
+            with pytest.raises(ToolError) as e:
+                tool.call("state", guest=info["uuid"], on=side)
+            assert e.value.code == "unreachable"
+            tool.call("reconnect", on=side)
+            tool.call("reconnect", on=side)  # nothing to do
+            assert tool.mirror(info["uuid"], "vda")["alive"]
+            if side == "source":
+                tool.call("suspend", guest=info["uuid"])
+                assert tool.event("suspended", mark=mark)
+                tool.call("resume", guest=info["uuid"])
+                assert tool.event("resumed", mark=mark)
+            else:
+                tool.call("facts", on="target")
+        assert len([e for e in tool.events() if e["event"] == "connection-lost"]) == 2
+        if side == "source":
+            endpoint.kill()
+            tool.event("mirror-ended")
+        tool.call("detach_all", guest=info["uuid"])
+    nothing_of_drovers(lab.a, "small")
+    assert small.verify()["ok"]
+
+
+def test_host_that_is_not_back_yet(lab: Lab) -> None:
+    with Tool(lab.a) as tool:
+        lab.a.stop_libvirtd()
+        wait_for("the connection's end", lambda: not tool.answer(tool.start("facts"))["ok"])
+        with pytest.raises(ToolError) as e:
+            tool.call("reconnect")
+        assert e.value.code == "unreachable"
+        lab.a.start_libvirtd()
+        tool.call("reconnect")
+        tool.call("facts")
+
 
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -412,7 +631,7 @@ def test_migration_is_cancelled(lab: Lab, small: Guest) -> None:
         assert move.tool.call("state", guest=move.uuid) == "running"
         with pytest.raises(ToolError, match="no guest"):
             move.tool.call("state", on="target", guest=move.uuid)
-        assert move.tool.call("mirror", guest=move.uuid, disk="vda")["alive"]
+        assert move.tool.mirror(move.uuid, "vda")["alive"]
         limits = lab.a.qmp("small", "query-migrate-parameters")
         assert (limits["downtime-limit"], limits["max-cpu-throttle"], limits["cpu-throttle-initial"]) == (300, 99, 20)
         move.tool.call("abort", guest=move.uuid)  # nothing to cancel: fine
@@ -432,7 +651,7 @@ def test_memory_path_is_cut_then_the_migration_is_repeated(lab: Lab, guest: Gues
         with pytest.raises(ToolError):
             move.tool.result(migration)
         assert move.tool.call("state", guest=move.uuid) == "running"
-        assert all(move.tool.call("mirror", guest=move.uuid, disk=d)["alive"] for d in move.info["disks"])
+        assert all(move.tool.mirror(move.uuid, d)["alive"] for d in move.info["disks"])
         move.relay.close()
         for host in (lab.a, lab.b):
             subprocess.run(["rm", "-r", str(host.path(move.memory_directory))], check=True)
@@ -571,7 +790,7 @@ def test_runner_dies_while_memory_moves(lab: Lab, small: Guest) -> None:
             wait_for("the target's half guest to be ended", taken_back)
             wait_for("libvirt's job to end", lambda: not second.call("describe", guest=move.uuid)["other_job"])
             assert second.call("state", guest=move.uuid) == "running"
-            assert second.call("mirror", guest=move.uuid, disk="vda")["alive"]
+            assert second.mirror(move.uuid, "vda")["alive"]
         away(move)
     assert small.verify()["ok"]
 
@@ -620,7 +839,7 @@ def test_source_libvirtd_restarts_while_memory_moves(lab: Lab, small: Guest) -> 
         assert e.value.code == "unreachable", str(e.value)
         with Tool(lab.a, target="qemu+ssh://hostb/system?no_tty=1") as second:
             assert second.call("state", guest=move.uuid) == "running"
-            assert second.call("mirror", guest=move.uuid, disk="vda")["alive"]
+            assert second.mirror(move.uuid, "vda")["alive"]
             with pytest.raises(ToolError, match="no guest"):
                 second.call("state", on="target", guest=move.uuid)
         away(move)
@@ -739,7 +958,7 @@ def test_mirror_of_every_kind_of_disk(lab: Lab, tool: Tool) -> None:
             wait_for(f"writes to {name}", lambda n=name: lab.b.du(f"/tmp/{n}.raw") > 0)
         tool.call("unexport", guest=info["uuid"], socket=export)
         for name in info["disks"]:
-            assert tool.call("mirror", guest=info["uuid"], disk=name)["alive"], name
+            assert tool.mirror(info["uuid"], name)["alive"], name
             tool.call("detach", guest=info["uuid"], disk=name)
         nothing_of_drovers(lab.a, "kinds")
     finally:
