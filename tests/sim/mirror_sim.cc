@@ -312,7 +312,7 @@ void SimLanes::encode_one(Lane& lane) {
   mirror::EncodeOptions encode;
   if (sim_.random_.one_in(4)) encode.encoding = mirror::Encoding::Lz4;
   if (frame.type == FrameType::Copy) {
-    payload = encode_copy(header, frame.content, encode, scratch);
+    payload = encode_copy(header, frame.content, frame.blocks, encode, scratch);
   } else if (frame.type == FrameType::Write) {
     encode_write(header, frame.content);
     payload = frame.content;
