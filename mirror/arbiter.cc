@@ -5,19 +5,34 @@
 #include <utility>
 
 #include "base/check.h"
+#include "mirror/frame.h"
 
 namespace drover::mirror {
+
+namespace {
+// A record is stored each time something is sent to so many chunks for the first time: of the
+// others it can say then that nothing was sent. (64 MiB of 1 MiB chunks: at 1 GB/s some 15 records
+// a second.)
+constexpr std::uint64_t kSpan = 64;
+static_assert(kGroupChunks % kSpan == 0, "a span is of one group");
+}  // namespace
 
 Arbiter::Arbiter(const Options& options)
     : options_(options),
       chunks_((options.disk_size.bytes() + options.chunk_size.bytes() - 1) /
               options.chunk_size.bytes()),
-      pending_(chunks_, true),
+      pending_({chunks_, options.chunk_size / kBlock, options.max_masks, true}),
       written_since_scan_(chunks_),
       sent_(chunks_),
+      touched_((chunks_ + kSpan - 1) / kSpan),
+      changed_((chunks_ + kGroupChunks - 1) / kGroupChunks),
+      unflushed_({chunks_, options.chunk_size / kBlock, options.max_masks / 8, false}),
+      flushing_({chunks_, options.chunk_size / kBlock, options.max_masks / 8, false}),
       lane_down_(options.lanes, false) {
   CHECK(options.disk_size.bytes() > 0, "a disk has at least one byte");
   CHECK(options.chunk_size.bytes() > 0 && options.lanes > 0, "chunks and lanes exist");
+  CHECK(options.chunk_size.bytes() % kBlock.bytes() == 0 && options.chunk_size <= kMaxChunk,
+        "a chunk is made of blocks, as many as a mask can hold");
 }
 
 LaneIndex Arbiter::lane_of(ChunkIndex chunk) const {
@@ -27,6 +42,50 @@ LaneIndex Arbiter::lane_of(ChunkIndex chunk) const {
 Extent Arbiter::chunk_extent(ChunkIndex chunk) const {
   const Offset start(chunk * options_.chunk_size.bytes());
   return {start, std::min(options_.chunk_size, options_.disk_size - Length(start.bytes()))};
+}
+
+std::size_t Arbiter::blocks_in(ChunkIndex chunk) const {
+  return (chunk_extent(chunk).length + kBlock - Length(1)) / kBlock;
+}
+
+BlockMask Arbiter::blocks_of(const Piece& piece) const {
+  const Extent blocks = widen(piece.extent, kBlock);
+  const Length before = blocks.offset - chunk_extent(piece.chunk).offset;
+  return BlockMask::range(before / kBlock, (before + blocks.length) / kBlock);
+}
+
+Length Arbiter::bytes_of(ChunkIndex chunk, const BlockMask& blocks) const {
+  const std::size_t count = blocks_in(chunk);
+  const Length bytes = kBlock * (blocks & BlockMask::range(0, count)).count();
+  // The disk's last block may be cut short.
+  return blocks.contains(count - 1) ? bytes - (kBlock * count - chunk_extent(chunk).length) : bytes;
+}
+
+void Arbiter::changed(const BlockSet& chunks) {
+  for (auto chunk = chunks.next(0); chunk;
+       chunk = chunks.next((*chunk / kGroupChunks + 1) * kGroupChunks)) {
+    changed(*chunk);
+  }
+}
+
+// The target's blocks are not the source's any more.
+void Arbiter::dirty(ChunkIndex chunk, const BlockMask& blocks) {
+  changed(chunk);
+  if (Copy* const copy = copy_of(chunk); copy != nullptr) {
+    if (options_.mutation.forget_redo_mask) copy->redo = {};
+    copy->redo |= blocks;
+    return;
+  }
+  if (options_.mutation.forget_joined_mask && pending_.has_mask(chunk)) pending_.erase(chunk);
+  pending_.add(chunk, blocks);
+}
+
+// Something is about to be sent. True: its group's record must say so first.
+bool Arbiter::touch(ChunkIndex chunk) {
+  if (touched_.contains(chunk / kSpan)) return false;
+  touched_.insert(chunk / kSpan);
+  changed(chunk);
+  return !options_.mutation.touch_late;
 }
 
 Arbiter::Copy* Arbiter::copy_of(ChunkIndex chunk) {
@@ -61,21 +120,21 @@ void Arbiter::guest_write(WriteId id, WriteKind kind, Extent extent, Instant now
 
 void Arbiter::take_piece(const Piece& piece, Actions& out) {
   written_since_scan_.insert(piece.chunk);
-  if (pending_.contains(piece.chunk)) return skip_part(piece.write, out);
+  const BlockMask blocks = blocks_of(piece);
   if (piece.kind == WriteKind::Discard && !options_.mutation.repeat_discard) {
-    return take_discard(piece, out);
+    dirty(piece.chunk, blocks);
+    return skip_part(piece.write, out);
   }
   Copy* const copy = copy_of(piece.chunk);
-  if (copy != nullptr && copy->redo) return skip_part(piece.write, out);
+  // Will be read after this.
+  if ((copy != nullptr ? copy->redo : pending_.blocks(piece.chunk)).covers(blocks)) {
+    return skip_part(piece.write, out);
+  }
   const bool lane_down = lane_down_[lane_of(piece.chunk)];
   const bool too_much =
       !strict_ && bytes_on_the_way_ + piece.extent.length > options_.max_forwarded;
   if (lane_down || too_much) {
-    if (copy != nullptr) {
-      copy->redo = true;
-    } else {
-      pending_.insert(piece.chunk);
-    }
+    dirty(piece.chunk, blocks);
     ++expired_;
     return skip_part(piece.write, out);
   }
@@ -88,29 +147,28 @@ void Arbiter::take_piece(const Piece& piece, Actions& out) {
   forward(id, out);
 }
 
-void Arbiter::take_discard(const Piece& piece, Actions& out) {
-  if (Copy* const copy = copy_of(piece.chunk); copy != nullptr) {
-    copy->redo = true;
-  } else {
-    pending_.insert(piece.chunk);
-  }
-  skip_part(piece.write, out);
-}
-
 PieceId Arbiter::wait(const Piece& piece) {
   const PieceId id = next_piece_++;
   pieces_.emplace_hint(pieces_.end(), id, piece);
   bytes_on_the_way_ += piece.extent.length;
+  changed(piece.chunk);
   return id;
 }
 
 void Arbiter::forward(PieceId id, Actions& out) {
   Piece& piece = pieces_.at(id);
   piece.forwarded = true;
+  if (touch(piece.chunk)) {
+    out.push_back({.kind = Action::Kind::Touch, .group = piece.chunk / kGroupChunks});
+  }
   sent_.insert(piece.chunk);
   LaneIndex lane = lane_of(piece.chunk);
   if (options_.mutation.wrong_lane) lane = (lane + 1) % options_.lanes;
-  out.push_back({Action::Kind::Forward, piece.write, id, piece.extent, lane});
+  out.push_back({.kind = Action::Kind::Forward,
+                 .write = piece.write,
+                 .piece = id,
+                 .extent = piece.extent,
+                 .lane = lane});
   part_forwarded(piece.write, out);
 }
 
@@ -122,12 +180,6 @@ void Arbiter::finish_piece(PieceId id, Actions& out) {
   pieces_.erase(found);
   if (!piece.forwarded) part_forwarded(piece.write, out);
   part_finished(piece.write, out);
-}
-
-void Arbiter::finish_pieces(const std::vector<PieceId>& ids, Actions& out) {
-  for (const PieceId id : ids) {
-    if (pieces_.contains(id)) finish_piece(id, out);
-  }
 }
 
 void Arbiter::begin_part(WriteId write) {
@@ -180,15 +232,36 @@ std::optional<CopyTicket> Arbiter::start_copy() {
       continue;
     }
     cursor_ = *chunk + 1 < chunks_ ? *chunk + 1 : 0;
-    pending_.erase(*chunk);
-    const TicketId id = next_ticket_++;
-    Copy copy;
-    copy.chunk = *chunk;
-    copy.first_unseen = next_piece_;
-    copies_.emplace(id, std::move(copy));
-    copying_.emplace(*chunk, id);
-    return CopyTicket{id, *chunk, chunk_extent(*chunk), lane_of(*chunk), !sent_.contains(*chunk)};
+    return ticket_for(*chunk);
   }
+}
+
+CopyTicket Arbiter::ticket_for(ChunkIndex chunk) {
+  const BlockMask blocks = pending_.blocks(chunk) & BlockMask::range(0, blocks_in(chunk));
+  pending_.erase(chunk);
+  const TicketId id = next_ticket_++;
+  Copy copy;
+  copy.chunk = chunk;
+  copy.blocks = blocks;
+  copy.first_unseen = next_piece_;
+  copies_.emplace(id, std::move(copy));
+  copying_.emplace(chunk, id);
+
+  const Extent whole = chunk_extent(chunk);
+  const Offset start = whole.offset + kBlock * blocks.first();
+  const Offset end = std::min(whole.end(), whole.offset + kBlock * blocks.end());
+  CopyTicket ticket;
+  ticket.id = id;
+  ticket.chunk = chunk;
+  ticket.extent = {start, end - start};
+  if (!blocks.covers(BlockMask::range(blocks.first(), blocks.end()))) {
+    ticket.blocks = blocks.shifted_down(blocks.first());
+  }
+  ticket.lane = lane_of(chunk);
+  ticket.fresh = !sent_.contains(chunk);
+  ticket.wanted = bytes_of(chunk, blocks);
+  if (touch(chunk)) ticket.touches = chunk / kGroupChunks;
+  return ticket;
 }
 
 bool Arbiter::copy_read(TicketId id, Actions& out) {
@@ -199,8 +272,9 @@ bool Arbiter::copy_read(TicketId id, Actions& out) {
   copy.state = CopyState::Sending;
   sent_.insert(copy.chunk);
   for (const PieceId piece : std::exchange(copy.waiting, {})) {
-    if (!pieces_.contains(piece)) continue;  // given up meanwhile
-    if (copy.redo) {
+    const auto waiting = pieces_.find(piece);
+    if (waiting == pieces_.end()) continue;  // given up meanwhile
+    if (copy.redo.covers(blocks_of(waiting->second))) {
       finish_piece(piece, out);
     } else {
       forward(piece, out);
@@ -211,11 +285,17 @@ bool Arbiter::copy_read(TicketId id, Actions& out) {
 
 void Arbiter::forget_copy(TicketId id, Actions& out) {
   const auto found = copies_.find(id);
-  Copy copy = std::move(found->second);
+  const Copy copy = std::move(found->second);
   copies_.erase(found);
   copying_.erase(copy.chunk);
-  pending_.insert(copy.chunk);
-  finish_pieces(copy.waiting, out);
+  if (!options_.mutation.forget_ticket_mask) dirty(copy.chunk, copy.blocks);
+  dirty(copy.chunk, copy.redo);
+  for (const PieceId waiting : copy.waiting) {
+    const auto piece = pieces_.find(waiting);
+    if (piece == pieces_.end()) continue;  // given up meanwhile
+    if (!options_.mutation.forget_waiting_mask) dirty(copy.chunk, blocks_of(piece->second));
+    finish_piece(waiting, out);
+  }
 }
 
 void Arbiter::copy_abandoned(TicketId id, Actions& out) {
@@ -226,11 +306,11 @@ void Arbiter::copy_acked(TicketId id) {
   const auto found = copies_.find(id);
   if (found == copies_.end()) return;
   CHECK(found->second.state == CopyState::Sending, "only what was sent is acknowledged");
-  const ChunkIndex chunk = found->second.chunk;
-  const bool redo = found->second.redo;
+  const Copy copy = std::move(found->second);
   copies_.erase(found);
-  copying_.erase(chunk);
-  if (redo && !options_.mutation.forget_redo) pending_.insert(chunk);
+  copying_.erase(copy.chunk);
+  acknowledged(copy.chunk, copy.blocks);
+  if (!options_.mutation.forget_redo) dirty(copy.chunk, copy.redo);
 }
 
 void Arbiter::scan_begin(Extent range) {
@@ -257,7 +337,10 @@ void Arbiter::scan_hole(Extent hole) {
 // --- the link ---
 
 void Arbiter::piece_acked(PieceId id, Actions& out) {
-  if (pieces_.contains(id)) finish_piece(id, out);
+  const auto found = pieces_.find(id);
+  if (found == pieces_.end()) return;
+  acknowledged(found->second.chunk, blocks_of(found->second));
+  finish_piece(id, out);
 }
 
 void Arbiter::lane_lost(LaneIndex lane, Actions& out) {
@@ -279,7 +362,8 @@ void Arbiter::lane_lost(LaneIndex lane, Actions& out) {
     if (piece.forwarded && lane_of(piece.chunk) == lane) lost_pieces.push_back(id);
   }
   for (const PieceId id : lost_pieces) {
-    if (!options_.mutation.keep_copied_on_loss) pending_.insert(pieces_.at(id).chunk);
+    const Piece& piece = pieces_.at(id);
+    if (!options_.mutation.keep_copied_on_loss) dirty(piece.chunk, blocks_of(piece));
     finish_piece(id, out);
   }
 }
@@ -318,14 +402,19 @@ void Arbiter::shed(Actions& out) {
 
 void Arbiter::give_up(PieceId id, Actions& out) {
   const Piece& piece = pieces_.at(id);
-  Copy* const copy = copy_of(piece.chunk);
-  if (copy == nullptr) {
-    if (!options_.mutation.drop_expired) pending_.insert(piece.chunk);
-  } else if (id >= copy->first_unseen && !options_.mutation.drop_expired) {
-    copy->redo = true;
+  const Copy* const copy = copy_of(piece.chunk);
+  BlockMask missed = blocks_of(piece);
+  if (copy != nullptr && id < copy->first_unseen) {
+    // The copy's read saw it, in the blocks that it reads.
+    missed = options_.mutation.trust_partial_read ? BlockMask() : missed.without(copy->blocks);
   }
+  if (!options_.mutation.drop_expired) dirty(piece.chunk, missed);
   if (piece.forwarded) {
-    out.push_back({Action::Kind::Abandon, piece.write, id, piece.extent, lane_of(piece.chunk)});
+    out.push_back({.kind = Action::Kind::Abandon,
+                   .write = piece.write,
+                   .piece = id,
+                   .extent = piece.extent,
+                   .lane = lane_of(piece.chunk)});
   }
   ++expired_;
   finish_piece(id, out);
@@ -350,15 +439,153 @@ void Arbiter::end_strict(Actions& out) {
 }
 
 void Arbiter::mark_pending(Extent range) {
-  const std::uint64_t size = options_.chunk_size.bytes();
-  const ChunkIndex first = range.offset.bytes() / size;
-  const ChunkIndex end = (range.end().bytes() + size - 1) / size;
-  pending_.insert_range(first, end);
-  for (auto& [id, copy] : copies_) {
-    if (copy.chunk < first || copy.chunk >= end) continue;
-    pending_.erase(copy.chunk);
-    copy.redo = true;
+  CHECK(range.end() <= Offset(options_.disk_size.bytes()), "only what is on the disk is marked");
+  for (Offset at = range.offset; at < range.end();) {
+    const ChunkIndex chunk = at.bytes() / options_.chunk_size.bytes();
+    const Offset end = std::min(range.end(), chunk_extent(chunk).end());
+    written_since_scan_.insert(chunk);
+    dirty(chunk, blocks_of({.chunk = chunk, .extent = {at, end - at}}));
+    at = end;
   }
+}
+
+// --- what is on stable storage ---
+
+void Arbiter::acknowledged(ChunkIndex chunk, const BlockMask& blocks) {
+  changed(chunk);
+  unflushed_.add(chunk, blocks);
+  unflushed_bytes_ += bytes_of(chunk, blocks);
+}
+
+FlushId Arbiter::flush_begin() {
+  if (flushing_.count() == 0) {
+    std::swap(flushing_, unflushed_);
+  } else {
+    for (auto chunk = unflushed_.next(0); chunk; chunk = unflushed_.next(*chunk + 1)) {
+      flushing_.add(*chunk, unflushed_.blocks(*chunk));
+    }
+    unflushed_.clear();
+  }
+  flushing_bytes_ += std::exchange(unflushed_bytes_, Length());
+  return ++flush_;
+}
+
+void Arbiter::flush_done(FlushId id) {
+  if (id != flush_) return;
+  changed(flushing_);
+  flushing_.clear();
+  flushing_bytes_ = Length();
+  if (options_.mutation.flush_covers_all) unflushed_.clear();
+}
+
+void Arbiter::flush_failed(FlushId id) {
+  if (id != flush_) return;
+  ++flush_;
+  unflushed_bytes_ += std::exchange(flushing_bytes_, Length());
+}
+
+void Arbiter::target_lost_unflushed() {
+  ++flush_;  // one that is under way says nothing any more
+  for (BlockSet* const lost : {&unflushed_, &flushing_}) {
+    for (auto chunk = lost->next(0); chunk && !options_.mutation.forget_unflushed;
+         chunk = lost->next(*chunk + 1)) {
+      dirty(*chunk, lost->blocks(*chunk));
+    }
+    lost->clear();
+  }
+  unflushed_bytes_ = flushing_bytes_ = Length();
+}
+
+// --- records ---
+
+GroupIndex Arbiter::groups() const { return changed_.size(); }
+
+// By chunk, the blocks of which something is on its way.
+std::unordered_map<ChunkIndex, BlockMask> Arbiter::in_flight() const {
+  std::unordered_map<ChunkIndex, BlockMask> blocks;  // look-ups only
+  for (const auto& [id, copy] : copies_) blocks[copy.chunk] |= copy.blocks | copy.redo;
+  for (const auto& [id, piece] : pieces_) blocks[piece.chunk] |= blocks_of(piece);
+  if (options_.mutation.record_in_flight_as_copied) blocks.clear();
+  return blocks;
+}
+
+std::string Arbiter::record(GroupIndex group,
+                            const std::unordered_map<ChunkIndex, BlockMask>& in_flight) {
+  const ChunkIndex first = group * kGroupChunks;
+  std::vector<ChunkRecord> chunks(std::min(kGroupChunks, chunks_ - first));
+  for (std::uint64_t i = 0; i < chunks.size(); ++i) {
+    const ChunkIndex chunk = first + i;
+    if (!touched_.contains(chunk / kSpan)) continue;
+    ChunkRecord& out = chunks[i];
+    out.touched = true;
+    // It was a hole, or was not sent yet; when this record is read it may have been.
+    if (!sent_.contains(chunk)) {
+      out.pending = BlockMask::all();
+      continue;
+    }
+    out.pending = pending_.blocks(chunk);
+    if (const auto found = in_flight.find(chunk); found != in_flight.end()) {
+      out.pending |= found->second;
+    }
+    const BlockMask every = BlockMask::range(0, blocks_in(chunk));
+    if (out.pending.covers(every)) out.pending = BlockMask::all();
+    if (options_.mutation.record_unflushed_as_durable) continue;
+    out.unflushed = unflushed_.blocks(chunk) | flushing_.blocks(chunk);
+    if (out.unflushed.covers(every)) out.unflushed = BlockMask::all();
+  }
+  changed_.erase(group);
+  return encode_group({group, options_.disk_size, options_.chunk_size}, chunks);
+}
+
+std::string Arbiter::take_record(GroupIndex group) {
+  CHECK(group < groups(), "the group exists");
+  return record(group, in_flight());
+}
+
+Arbiter::Records Arbiter::take_records(GroupIndex first, std::size_t most) {
+  Records taken;
+  std::optional<std::unordered_map<ChunkIndex, BlockMask>> on_the_way;
+  for (auto group = changed_.next(first); group; group = changed_.next(*group + 1)) {
+    const auto touched = touched_.next(*group * kGroupChunks / kSpan);
+    if (!touched || *touched >= (*group + 1) * kGroupChunks / kSpan) continue;
+    if (taken.records.size() == most) {
+      taken.next = *group;
+      break;
+    }
+    if (!on_the_way) on_the_way = in_flight();
+    taken.records.push_back({*group, record(*group, *on_the_way)});
+  }
+  return taken;
+}
+
+Status Arbiter::restore(GroupIndex group, std::string_view bytes, bool unflushed_lost) {
+  CHECK(group < groups(), "the group exists");
+  CHECK(pieces_.empty() && copies_.empty(), "an arbiter is restored before anything happens");
+  const ChunkIndex first = group * kGroupChunks;
+  const ChunkIndex end = std::min(chunks_, first + kGroupChunks);
+  auto chunks = decode_group({group, options_.disk_size, options_.chunk_size}, bytes);
+  if (!chunks) {
+    pending_.add_range(first, end);
+    sent_.insert_range(first, end);
+    touched_.insert_range(first / kSpan, (end + kSpan - 1) / kSpan);
+    changed(first);
+    return fail(std::move(chunks.error()));
+  }
+  for (std::uint64_t i = 0; i < chunks->size(); ++i) {
+    ChunkRecord& chunk = (*chunks)[i];
+    if (!chunk.touched) continue;
+    touched_.insert((first + i) / kSpan);
+    if (!options_.mutation.restore_as_fresh) sent_.insert(first + i);
+    pending_.erase(first + i);
+    if (unflushed_lost && !chunk.unflushed.empty()) {
+      changed(first + i);
+      if (!options_.mutation.forget_unflushed) chunk.pending |= chunk.unflushed;
+      chunk.unflushed = {};
+    }
+    pending_.add(first + i, chunk.pending);
+    unflushed_.add(first + i, chunk.unflushed);
+  }
+  return {};
 }
 
 // --- what is known ---
@@ -371,11 +598,18 @@ Arbiter::Summary Arbiter::summary() const {
   summary.waiting = waiting_.size();
   summary.on_the_way = pieces_.size();
   summary.expired = expired_;
-  const std::uint64_t copied = chunks_ - pending_.count() - copies_.size();
-  summary.copied = options_.chunk_size * copied;
-  if (is_copied(chunks_ - 1)) {
-    summary.copied -= options_.chunk_size - chunk_extent(chunks_ - 1).length;
+  summary.left = options_.chunk_size * (pending_.count() - pending_.masks()) +
+                 kBlock * pending_.masked_blocks();
+  const ChunkIndex last = chunks_ - 1;
+  if (pending_.contains(last)) {
+    const BlockMask blocks = pending_.blocks(last);
+    const Length counted = pending_.has_mask(last) ? kBlock * blocks.count() : options_.chunk_size;
+    summary.left -= counted - bytes_of(last, blocks);
   }
+  for (const auto& [id, copy] : copies_) {
+    summary.left += bytes_of(copy.chunk, copy.blocks | copy.redo);
+  }
+  summary.copied = options_.disk_size - summary.left;
   return summary;
 }
 

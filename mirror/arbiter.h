@@ -9,26 +9,58 @@
 //             acknowledged at once and not sent: the copier will read it later.
 //   Reading   the copier's read has been issued. It may or may not see a write that arrives now, so
 //             the write waits until the read is done, then goes behind the chunk's frame.
-//   Sending   the chunk's frame is queued on its lane and not yet acknowledged. Writes go behind it.
-//   Copied    the target has it. Writes are forwarded.
+//   Sending   the chunk's frame is queued on its lane and not yet acknowledged. Writes go behind
+//   it. Copied    the target has it. Writes are forwarded.
 //
 // Why this is right: QEMU completes a write on the source before it sends it to the mirror (QEMU
 // 7.2 and later, block/mirror.c, bdrv_mirror_top_do_write), so a read issued after a mirrored
 // write arrived sees that write. And a chunk's frames always travel on one lane, which the target
 // applies in order.
 //
-// The guest does not wait: outside strict mode every write is acknowledged at once, and what is to be
-// forwarded follows behind (its bytes are in the mirror's buffers). How much may be on its way is
-// bounded (max_forwarded, max_lag); a write beyond that is not forwarded, its chunk becomes Pending (again).
-// In strict mode (the handover) nothing becomes Pending for that: a write that finds more than
-// strict_window on its way is acknowledged only when the target has applied it. So the number of Pending
-// chunks only falls, and what is on its way when the guest stops is little.
+// The guest does not wait: outside strict mode every write is acknowledged at once, and what is to
+// be forwarded follows behind (its bytes are in the mirror's buffers). How much may be on its way
+// is bounded (max_forwarded, max_lag); a write beyond that is not forwarded, its chunk becomes
+// Pending (again). In strict mode (the handover) nothing becomes Pending for that: a write that
+// finds more than strict_window on its way is acknowledged only when the target has applied it. So
+// the number of Pending chunks only falls, and what is on its way when the guest stops is little.
 //
 // A discard says nothing about what the source reads afterwards (it may be ignored, or only done in
-// part), so it is never repeated: it is acknowledged at once and its chunks become Pending, in strict
-// mode too.
+// part), so it is never repeated: it is acknowledged at once and its chunks become Pending, in
+// strict mode too.
 //
 // No write waits longer than max_strict_wait: past it strict mode ends, and with it the handover.
+//
+// A Pending chunk may owe some of its 4 KiB blocks only: those that were written while the write
+// could not be forwarded. Its other blocks are as good as Copied, and writes to those alone are
+// forwarded. So an outage costs what was written during it. A chunk that was never copied is
+// Pending whole.
+//
+// What survives. The target's acknowledgement means that its page cache has it; flush_begin() and
+// flush_done() tell the arbiter what is on stable storage, target_lost_unflushed() that the rest is
+// gone.
+//
+// What survives the arbiter itself: records, one per group of 4096 chunks, that a journal keeps,
+// and QEMU's dirty bitmaps. After restore() of all records and mark_pending() of all bitmaps no
+// write is missed if
+//
+//   1. touching (CopyTicket::touches, Action::Touch) stored the group's record before what it
+//   precedes
+//      was handed to a lane: a group without a record is one to which nothing was ever sent;
+//   2. a bitmap is removed only after a later one records, and then
+//      a. every request that QEMU had begun before the later one recorded has arrived here
+//      (guest_write();
+//         QEMU drained, as its `transaction` does, or each such request answered), and then
+//      b. a whole pass of take_records() over all groups was made and is stored.
+//      For then a write that no bitmap holds arrived before every record taken after it;
+//   3. what else makes chunks Pending is stored before its cause is forgotten: a pass of
+//   take_records()
+//      after target_lost_unflushed() or after restore(unflushed_lost) before the target's new
+//      instance is noted as known (else the next restore() would not be told of the loss), and
+//      after mark_pending() of what no bitmap says.
+//
+// What is in flight is recorded as Pending, what was acknowledged as such, at whatever moment a
+// record is taken. So between a and b nothing needs to be awaited; fence_begin() .. fence_passed(),
+// then a flush, make the records better (less of them Pending or not durable), not safer.
 //
 // Threads: none; use from one. Every call appends its actions; carry them out in that order.
 #pragma once
@@ -36,12 +68,18 @@
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <string>
+#include <string_view>
 #include <unordered_map>
 #include <vector>
 
 #include "base/clock.h"
+#include "base/result.h"
 #include "base/units.h"
+#include "mirror/block_mask.h"
+#include "mirror/block_set.h"
 #include "mirror/chunk_set.h"
+#include "mirror/group_record.h"
 
 namespace drover::mirror {
 
@@ -50,6 +88,8 @@ using LaneIndex = std::uint32_t;  // a data connection of the link
 using WriteId = std::uint64_t;    // one request of QEMU's; the caller's name for it
 using PieceId = std::uint64_t;    // the part of a write that falls into one chunk
 using TicketId = std::uint64_t;   // one copy of one chunk
+using FlushId = std::uint64_t;
+using FenceId = std::uint64_t;
 
 enum class WriteKind { Data, Zero, Discard };
 
@@ -62,31 +102,47 @@ struct Action {
     // Queue the piece on its lane, behind everything queued there before. Then call
     // piece_acked() when the target has applied it.
     Forward,
-    // This piece's chunk will be copied again: if it is still in the lane's queue it may be dropped. Not
+    // This piece's chunk will be copied again: if it is still in the lane's queue it may be
+    // dropped. Not
     // an obligation.
     Abandon,
+    // Store the group's record (take_record()) before the next Forward is carried out. Without a
+    // journal:
+    // nothing to do.
+    Touch,
   };
   Kind kind = Kind::Acknowledge;
   WriteId write = 0;
   PieceId piece = 0;   // Forward, Abandon
   Extent extent;       // Forward: of the piece
   LaneIndex lane = 0;  // Forward, Abandon
+  GroupIndex group = 0;  // Touch
 };
 using Actions = std::vector<Action>;
 
 struct CopyTicket {
   TicketId id = 0;
   ChunkIndex chunk = 0;
-  Extent extent;
+  Extent extent;  // from the first to the last block that is wanted
+  // Which blocks of the extent (its first is 0) are wanted; BlockMask::all(): every one.
+  BlockMask blocks = BlockMask::all();
   LaneIndex lane = 0;
   bool fresh = false;  // nothing was ever sent for this chunk
+  Length wanted;       // bytes in `blocks`
+  // Store this group's record (take_record()) before anything of the chunk is sent.
+  std::optional<GroupIndex> touches;
+};
+
+struct GroupRecord {
+  GroupIndex group = 0;
+  std::string bytes;  // at most kMaxGroupRecord
 };
 
 class Arbiter {
  public:
   struct Options {
     Length disk_size;
-    Length chunk_size = Length(std::uint64_t{1} << 20);
+    Length chunk_size = Length(std::uint64_t{1} << 20);  // a multiple of 4 KiB, at most 1 MiB
     LaneIndex lanes = 1;
     LaneIndex first_lane = 0;  // chunk c travels on lane (c + first_lane) % lanes
     // What may be on its way at once outside strict mode, and for how long, before it is given up and
@@ -96,6 +152,9 @@ class Arbiter {
     // What may be on its way in strict mode before writes wait.
     Length strict_window = Length(std::uint64_t{1} << 20);
     Duration max_strict_wait = std::chrono::seconds(5);
+    // Chunks of which single blocks are Pending, at most (40 bytes each, in a table at most 4 times
+    // as large); further ones are copied whole. A quarter of it again for what is not flushed.
+    std::size_t max_masks = std::size_t{64} << 10;
     // For the test that the simulation notices each missing rule; see tests/sim.
     struct Mutation {
       bool forward_during_read = false;      // a write to a Reading chunk is forwarded at once
@@ -106,10 +165,22 @@ class Arbiter {
       bool forget_on_the_way = false;        // synchronised() does not count what is on its way
       bool keep_copied_on_loss = false;      // a lost lane leaves what was in flight as Copied
       bool wrong_lane = false;               // a write travels on another lane than its chunk
+      bool forget_joined_mask = false;       // a Pending chunk's mask is replaced, not joined
+      bool forget_redo_mask = false;     // of the writes to redo, only the last one's blocks count
+      bool forget_ticket_mask = false;   // a lost copy's blocks do not come back
+      bool forget_waiting_mask = false;  // what waited for a read that failed is forgotten
+      bool trust_partial_read = false;  // a copy saw older writes also to blocks that it leaves out
+      bool forget_unflushed = false;    // a target's restart loses nothing
+      bool flush_covers_all = false;    // a flush covers what was acknowledged during it, too
+      bool record_in_flight_as_copied = false;  // a record takes what is in flight for acknowledged
+      bool record_unflushed_as_durable = false;  // a record takes what was acknowledged for flushed
+      bool restore_as_fresh = false;  // restored chunks count as ones to which nothing was sent
+      bool touch_late = false;        // frames may be sent before their group has a record
+      bool ignore_fence = false;      // fences pass at once
     } mutation;
   };
 
-  // Every chunk is Pending, every lane is up.
+  // Every chunk is Pending, every lane is up, no group has a record.
   explicit Arbiter(const Options& options);
 
   // --- the guest (through QEMU's mirror) ---
@@ -128,6 +199,43 @@ class Arbiter {
   // The target has applied the chunk. Unknown tickets (from before a lane was lost) are ignored.
   void copy_acked(TicketId id);
 
+  // --- what is on stable storage ---
+  // The target is about to be asked to flush: what it has acknowledged so far is covered. A flush
+  // begun while another is under way replaces it: only the newest one's end counts.
+  FlushId flush_begin();
+  void flush_done(FlushId id);
+  // Nothing is known of it: what it covered is as unflushed as before. (Where the target's disk
+  // itself failed, what is unflushed may be lost: target_lost_unflushed().)
+  void flush_failed(FlushId id);
+  // The target's host or its qemu-storage-daemon was restarted: what was not flushed is Pending
+  // again. What was in flight is lane_lost()'s business.
+  void target_lost_unflushed();
+  // Acknowledged since the last flush began: time for another?
+  [[nodiscard]] Length unflushed() const { return unflushed_bytes_; }
+
+  // --- records, for a journal ---
+  [[nodiscard]] GroupIndex groups() const;
+  // The group as it is now; it counts as unchanged then.
+  std::string take_record(GroupIndex group);
+  // Up to `most` of the groups >= first that have a record and changed since it was taken. `next`:
+  // where to go on; nothing: that was the last.
+  struct Records {
+    std::vector<GroupRecord> records;
+    std::optional<GroupIndex> next;
+  };
+  Records take_records(GroupIndex first, std::size_t most);
+  // On an arbiter to which nothing else has happened yet, for every record there is.
+  // `unflushed_lost`: the target is not the instance any more that acknowledged it. Protocol: the
+  // record is damaged; then all of the group is Pending, and anything may have been sent to it.
+  Status restore(GroupIndex group, std::string_view bytes, bool unflushed_lost);
+
+  // Passed: every write that arrived before fence_begin() is acknowledged by the target, or
+  // Pending.
+  FenceId fence_begin() const { return next_piece_; }
+  [[nodiscard]] bool fence_passed(FenceId id) const {
+    return pieces_.empty() || pieces_.begin()->first >= id || options_.mutation.ignore_fence;
+  }
+
   // Finding holes: scan_begin() before the source is asked how `range` is mapped, scan_hole() for
   // each run that reads as zeroes. Chunks that lie wholly in a hole, are Pending and saw no write
   // since scan_begin() become Copied without being sent. Only for a target that reads as zeroes where
@@ -137,8 +245,8 @@ class Arbiter {
 
   // --- the link ---
   void piece_acked(PieceId id, Actions& out);  // unknown ones are ignored
-  // What was in flight on the lane may or may not have arrived: its chunks become Pending, strict mode
-  // ends.
+  // What was in flight on the lane may or may not have arrived: its blocks become Pending, strict
+  // mode ends.
   void lane_lost(LaneIndex lane, Actions& out);
   void lane_up(LaneIndex lane);
 
@@ -157,7 +265,7 @@ class Arbiter {
   void leave_strict(Actions& out);
   [[nodiscard]] bool strict() const { return strict_; }
 
-  // Mark as to be copied (again): what a dirty bitmap or a journal says.
+  // Mark as to be copied (again), by blocks: what a dirty bitmap or a comparison says.
   void mark_pending(Extent range);
 
   // --- what is known ---
@@ -168,7 +276,8 @@ class Arbiter {
     std::uint64_t waiting = 0;   // writes not yet acknowledged
     std::uint64_t on_the_way = 0;  // pieces of writes, forwarded or waiting for a read
     std::uint64_t expired = 0;   // pieces not forwarded or given up because of the bounds, ever
-    Length copied;               // bytes of chunks that are Copied
+    Length left;                 // bytes that are Pending or being copied
+    Length copied;               // the others
   };
   [[nodiscard]] Summary summary() const;
   // Nothing Pending, being copied, or on its way: the target has all that was acknowledged.
@@ -181,7 +290,8 @@ class Arbiter {
   struct Copy {
     ChunkIndex chunk = 0;
     CopyState state = CopyState::Reading;
-    bool redo = false;               // becomes Pending, not Copied, once acknowledged
+    BlockMask blocks;                // what it copies
+    BlockMask redo;                  // Pending again once it is acknowledged
     PieceId first_unseen = 0;        // the read saw every piece before this one
     std::vector<PieceId> waiting;    // Reading: forwarded when the read is done
   };
@@ -202,13 +312,22 @@ class Arbiter {
 
   [[nodiscard]] LaneIndex lane_of(ChunkIndex chunk) const;
   [[nodiscard]] Extent chunk_extent(ChunkIndex chunk) const;
+  [[nodiscard]] std::size_t blocks_in(ChunkIndex chunk) const;
+  [[nodiscard]] BlockMask blocks_of(const Piece& piece) const;
+  [[nodiscard]] Length bytes_of(ChunkIndex chunk, const BlockMask& blocks) const;
+  void changed(ChunkIndex chunk) { changed_.insert(chunk / kGroupChunks); }
+  void changed(const BlockSet& chunks);
+  void dirty(ChunkIndex chunk, const BlockMask& blocks);
+  bool touch(ChunkIndex chunk);
+  void acknowledged(ChunkIndex chunk, const BlockMask& blocks);
+  [[nodiscard]] std::unordered_map<ChunkIndex, BlockMask> in_flight() const;
+  std::string record(GroupIndex group, const std::unordered_map<ChunkIndex, BlockMask>& in_flight);
   [[nodiscard]] Copy* copy_of(ChunkIndex chunk);
   void take_piece(const Piece& piece, Actions& out);
-  void take_discard(const Piece& piece, Actions& out);
+  CopyTicket ticket_for(ChunkIndex chunk);
   PieceId wait(const Piece& piece);
   void forward(PieceId id, Actions& out);
   void finish_piece(PieceId id, Actions& out);
-  void finish_pieces(const std::vector<PieceId>& ids, Actions& out);
   void begin_part(WriteId write);
   void part_forwarded(WriteId write, Actions& out);
   void part_finished(WriteId write, Actions& out);
@@ -220,9 +339,17 @@ class Arbiter {
   Options options_;
   std::uint64_t chunks_ = 0;
   bool strict_ = false;
-  ChunkSet pending_;
+  BlockSet pending_;
   ChunkSet written_since_scan_;
-  ChunkSet sent_;
+  ChunkSet sent_;  // chunks for which something may have been sent
+  // By spans of kSpan chunks: something may have been sent, and a record says so.
+  ChunkSet touched_;
+  ChunkSet changed_;    // groups that are not as their records say, or have none
+  BlockSet unflushed_;  // acknowledged since the last flush began
+  BlockSet flushing_;   // acknowledged before it
+  Length unflushed_bytes_;
+  Length flushing_bytes_;
+  FlushId flush_ = 0;  // the newest
   ChunkIndex cursor_ = 0;
   std::vector<bool> lane_down_;
   std::map<TicketId, Copy> copies_;

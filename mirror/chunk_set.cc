@@ -17,58 +17,79 @@ std::uint64_t bits(std::uint64_t first, std::uint64_t end) {
 }  // namespace
 
 ChunkSet::ChunkSet(std::uint64_t size, bool full)
-    : size_(size), words_((size + 63) / 64), summary_((words_.size() + 63) / 64) {
+    : size_(size), pages_((size + kPage - 1) / kPage), summary_(pages_.size()) {
   if (full) insert_range(0, size);
 }
 
-void ChunkSet::set_word(std::uint64_t word, std::uint64_t value) {
+void ChunkSet::set_word(std::uint64_t index, std::uint64_t value) {
+  const std::uint64_t old = word(index);
+  if (old == value) return;
+  std::unique_ptr<Page>& page = pages_[index / kWords];
+  std::uint64_t& summary = summary_[index / kWords];
+  if (page == nullptr) {
+    page = std::make_unique<Page>();
+    page->fill(old);
+  }
   count_ += static_cast<std::uint64_t>(std::popcount(value));
-  count_ -= static_cast<std::uint64_t>(std::popcount(words_[word]));
-  words_[word] = value;
-  const std::uint64_t bit = std::uint64_t{1} << (word % 64);
+  count_ -= static_cast<std::uint64_t>(std::popcount(old));
+  (*page)[index % kWords] = value;
+  const std::uint64_t bit = std::uint64_t{1} << (index % kWords);
   if (value != 0) {
-    summary_[word / 64] |= bit;
+    summary |= bit;
   } else {
-    summary_[word / 64] &= ~bit;
+    summary &= ~bit;
   }
 }
 
-void ChunkSet::insert(std::uint64_t chunk) { insert_range(chunk, chunk + 1); }
-void ChunkSet::erase(std::uint64_t chunk) { erase_range(chunk, chunk + 1); }
+void ChunkSet::set_page(std::uint64_t index, bool full) {
+  const std::unique_ptr<Page>& page = pages_[index];
+  if (page == nullptr) {
+    if (summary_[index] != 0) count_ -= kPage;
+  } else {
+    for (const std::uint64_t one : *page) count_ -= static_cast<std::uint64_t>(std::popcount(one));
+  }
+  pages_[index].reset();
+  summary_[index] = full ? ~std::uint64_t{0} : 0;
+  if (full) count_ += kPage;
+}
 
+void ChunkSet::change_range(std::uint64_t first, std::uint64_t end, bool insert) {
+  CHECK(first <= end && end <= size_, "chunks lie within the disk");
+  while (first < end) {
+    if (first % kPage == 0 && end - first >= kPage) {
+      set_page(first / kPage, insert);
+      first += kPage;
+      continue;
+    }
+    const std::uint64_t index = first / 64;
+    const std::uint64_t stop = std::min(end, (index + 1) * 64);
+    const std::uint64_t changed = bits(first % 64, stop - index * 64);
+    set_word(index, insert ? word(index) | changed : word(index) & ~changed);
+    first = stop;
+  }
+}
+
+void ChunkSet::insert(std::uint64_t chunk) { change_range(chunk, chunk + 1, true); }
+void ChunkSet::erase(std::uint64_t chunk) { change_range(chunk, chunk + 1, false); }
 void ChunkSet::insert_range(std::uint64_t first, std::uint64_t end) {
-  CHECK(first <= end && end <= size_, "chunks lie within the disk");
-  while (first < end) {
-    const std::uint64_t word = first / 64;
-    const std::uint64_t stop = std::min(end, (word + 1) * 64);
-    set_word(word, words_[word] | bits(first % 64, stop - word * 64));
-    first = stop;
-  }
+  change_range(first, end, true);
 }
-
 void ChunkSet::erase_range(std::uint64_t first, std::uint64_t end) {
-  CHECK(first <= end && end <= size_, "chunks lie within the disk");
-  while (first < end) {
-    const std::uint64_t word = first / 64;
-    const std::uint64_t stop = std::min(end, (word + 1) * 64);
-    set_word(word, words_[word] & ~bits(first % 64, stop - word * 64));
-    first = stop;
-  }
+  change_range(first, end, false);
 }
 
 std::optional<std::uint64_t> ChunkSet::next(std::uint64_t first) const {
   if (first >= size_) return std::nullopt;
-  std::uint64_t word = first / 64;
-  const std::uint64_t here = words_[word] & ~((std::uint64_t{1} << (first % 64)) - 1);
-  if (here != 0) return word * 64 + static_cast<std::uint64_t>(std::countr_zero(here));
-  ++word;
-  for (std::uint64_t s = word / 64; s < summary_.size(); ++s) {
-    std::uint64_t members = summary_[s];
-    if (s == word / 64) members &= ~((std::uint64_t{1} << (word % 64)) - 1);
-    if (members != 0) {
-      const std::uint64_t found = s * 64 + static_cast<std::uint64_t>(std::countr_zero(members));
-      return found * 64 + static_cast<std::uint64_t>(std::countr_zero(words_[found]));
-    }
+  const std::uint64_t here = word(first / 64) & ~((std::uint64_t{1} << (first % 64)) - 1);
+  if (here != 0) return first / 64 * 64 + static_cast<std::uint64_t>(std::countr_zero(here));
+  const std::uint64_t after = first / 64 + 1;
+  for (std::uint64_t page = after / kWords; page < summary_.size(); ++page) {
+    std::uint64_t members = summary_[page];
+    if (page == after / kWords) members &= ~((std::uint64_t{1} << (after % kWords)) - 1);
+    if (members == 0) continue;
+    const std::uint64_t found =
+        page * kWords + static_cast<std::uint64_t>(std::countr_zero(members));
+    return found * 64 + static_cast<std::uint64_t>(std::countr_zero(word(found)));
   }
   return std::nullopt;
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mirror/disk_mirror.h"
 
+#include <algorithm>
+#include <memory>
 #include <utility>
 
 #include "base/check.h"
@@ -78,35 +80,58 @@ bool DiskMirror::start_copy() {
   if (!buffer) return false;
   const std::optional<CopyTicket> ticket = arbiter_.start_copy();
   if (!ticket) return false;
-  ++reads_;
-  counters_.read_bytes += ticket->extent.length;
-  const auto bytes = buffer.bytes().first(ticket->extent.length.bytes());
-  reader_.read(ticket->extent.offset, bytes,
-               [this, ticket = *ticket, buffer = std::move(buffer)](Status status) mutable {
-                 on_read(ticket, std::move(buffer), std::move(status));
-               });
+  if (ticket->touches && events_.touching) events_.touching(*ticket->touches);
+  read(*ticket, std::move(buffer));
   return true;
 }
 
-void DiskMirror::on_read(CopyTicket ticket, Buffer buffer, Status status) {
+// Reads what is wanted of the ticket's extent; what lies between is read over where it is little.
+void DiskMirror::read(const CopyTicket& ticket, Buffer buffer) {
+  constexpr std::size_t kReadOver = 16;  // blocks: 64 KiB cost about as much as another request
+  ++reads_;
+  auto read = std::make_shared<Read>(Read{ticket, std::move(buffer), 1, {}});
+  const auto done = [this, read](Status status) {
+    if (!status && read->status) read->status = std::move(status);
+    if (--read->outstanding == 0) on_read(*read);
+  };
+  const std::size_t blocks = (ticket.extent.length + kBlock - Length(1)) / kBlock;
+  for (std::size_t first = 0; first < blocks;) {
+    std::size_t end = first + 1;
+    for (std::size_t at = end; at < blocks && at - end <= kReadOver; ++at) {
+      if (ticket.blocks.contains(at)) end = at + 1;
+    }
+    const Offset start = ticket.extent.offset + kBlock * first;
+    const Length length = std::min(ticket.extent.end(), start + kBlock * (end - first)) - start;
+    counters_.read_bytes += length;
+    ++read->outstanding;
+    reader_.read(start, read->buffer.bytes().subspan(kBlock.bytes() * first, length.bytes()), done);
+    for (first = end; first < blocks && !ticket.blocks.contains(first);) ++first;
+  }
+  --read->outstanding;  // callbacks never run inside read(): some are outstanding still
+}
+
+void DiskMirror::on_read(Read& read) {
   --reads_;
-  if (!status) {
+  const CopyTicket& ticket = read.ticket;
+  if (!read.status) {
     arbiter_.copy_abandoned(ticket.id, actions_);
     carry_out();
-    if (!stopped_) events_.failed(status.error());
+    if (!stopped_) events_.failed(read.status.error());
     return;
   }
   // The chunk's frame goes first, then what waited for it. Nothing is being carried out here: reads
   // complete on their own.
   if (!arbiter_.copy_read(ticket.id, actions_)) return;
   ++counters_.copies;
+  if (!ticket.fresh) counters_.sent_again += ticket.wanted;
   OutFrame frame;
   frame.type = FrameType::Copy;
   frame.disk = options_.disk;
   frame.extent = ticket.extent;
   frame.fresh = ticket.fresh && options_.target_initially_zero;
-  frame.content = buffer.bytes().first(ticket.extent.length.bytes());
-  frame.buffer = std::move(buffer);
+  frame.blocks = ticket.blocks;
+  frame.content = read.buffer.bytes().first(ticket.extent.length.bytes());
+  frame.buffer = std::move(read.buffer);
   frame.token = copy_token(ticket.id);
   lanes_.send(ticket.lane, std::move(frame));
   carry_out();
@@ -178,6 +203,9 @@ void DiskMirror::carry_out() {
         break;
       }
       case Action::Kind::Forward: forward(action); break;
+      case Action::Kind::Touch:
+        if (events_.touching) events_.touching(action.group);
+        break;
       case Action::Kind::Abandon: lanes_.abandon(action.lane, piece_token(action.piece)); break;
     }
   }

@@ -16,6 +16,8 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <string>
+#include <string_view>
 #include <unordered_map>
 #include <vector>
 
@@ -42,6 +44,11 @@ class DiskMirror {
     std::function<void(const Error&)> failed;           // the disk can't be copied: read or write error
     std::function<void()> changed;  // the holes are known: start_copy() may succeed now
     std::function<Instant()> now;
+    // Something is about to be sent to chunks of the group to which nothing was sent before:
+    // take_record() it and store that before returning. May be empty: without a journal. (Called
+    // once per 64 chunks. If it can't be stored, the driver ends the move, and does not trust its
+    // journal afterwards.)
+    std::function<void(GroupIndex group)> touching;
   };
 
   DiskMirror(const Options& options, blockcopy::ImageReader& reader, Lanes& lanes,
@@ -70,13 +77,28 @@ class DiskMirror {
   [[nodiscard]] bool enter_strict() { return arbiter_.enter_strict(); }
   void leave_strict();
 
+  // What mirror/arbiter.h says of them.
+  void mark_pending(Extent range) { arbiter_.mark_pending(range); }
+  FlushId flush_begin() { return arbiter_.flush_begin(); }
+  void flush_done(FlushId id) { arbiter_.flush_done(id); }
+  void flush_failed(FlushId id) { arbiter_.flush_failed(id); }
+  void target_lost_unflushed() { arbiter_.target_lost_unflushed(); }
+  std::string take_record(GroupIndex group) { return arbiter_.take_record(group); }
+  Arbiter::Records take_records(GroupIndex first, std::size_t most) {
+    return arbiter_.take_records(first, most);
+  }
+  Status restore(GroupIndex group, std::string_view bytes, bool unflushed_lost) {  // before start()
+    return arbiter_.restore(group, bytes, unflushed_lost);
+  }
+
   struct Counters {
     std::uint64_t guest_writes = 0;     // requests that QEMU mirrored
     Length guest_bytes;                 // theirs
     std::uint64_t forwarded_writes = 0; // pieces sent on to the target
     Length forwarded_bytes;
     Length read_bytes;                  // read from the source by the copier
-    std::uint64_t copies = 0;           // chunks sent, each time counted
+    std::uint64_t copies = 0;           // chunks sent, whole or in part, each time counted
+    Length sent_again;  // bytes of copies of chunks for which something had been sent
   };
   [[nodiscard]] const Counters& counters() const { return counters_; }
   [[nodiscard]] const Arbiter& arbiter() const { return arbiter_; }
@@ -88,7 +110,14 @@ class DiskMirror {
  private:
   void scan_from(Offset at);
   void on_extents(Offset at, Result<std::vector<blockcopy::MappedExtent>> result);
-  void on_read(CopyTicket ticket, Buffer buffer, Status status);
+  struct Read {
+    CopyTicket ticket;
+    Buffer buffer;
+    std::size_t outstanding = 0;
+    Status status;
+  };
+  void read(const CopyTicket& ticket, Buffer buffer);
+  void on_read(Read& read);
   void carry_out();
   void forward(const Action& action);
 

@@ -76,10 +76,17 @@ Status check_target_bound(const FrameHeader& header, const FrameLimits& limits) 
 
 Status check_copy(const FrameHeader& header) {
   const std::uint64_t length = header.extent.length.bytes();
-  if ((header.flags & ~(kFlagSparse | kFlagFresh)) != 0) return broken("unknown flags");
+  if ((header.flags & ~(kFlagSparse | kFlagFresh | kFlagPartial)) != 0) {
+    return broken("unknown flags");
+  }
   if (header.extent.offset.bytes() % kBlock.bytes() != 0) return broken("a copy starts in a block");
-  if ((header.flags & kFlagSparse) != 0) {
-    const std::size_t bitmap = bitmap_size(header.extent);
+  const std::size_t bitmap = bitmap_bytes(header);
+  if ((header.flags & kFlagPartial) != 0) {
+    if ((header.flags & kFlagSparse) != 0) return broken("a copy that is sparse twice");
+    if (header.decoded_length < bitmap || header.decoded_length >= bitmap + length) {
+      return broken("a partial copy's length does not fit its extent");
+    }
+  } else if ((header.flags & kFlagSparse) != 0) {
     if (header.decoded_length <= bitmap || header.decoded_length >= bitmap + length) {
       return broken("a sparse copy's length does not fit its extent");
     }
@@ -164,7 +171,65 @@ Status decompress(const FrameHeader& header, std::span<const std::byte> payload,
   return {};
 }
 
+std::span<const std::byte> block_at(std::span<const std::byte> content, std::size_t block) {
+  const std::size_t at = block * kBlock.bytes();
+  return content.subspan(at, std::min<std::size_t>(kBlock.bytes(), content.size() - at));
+}
+
+std::byte* put_bitmap(const BlockMask& mask, std::size_t size, std::byte* to) {
+  std::memcpy(to, mask.words().data(), size);
+  return to + size;
+}
+
+BlockMask get_bitmap(std::span<const std::byte> bytes) {
+  BlockMask::Words words{};
+  std::memcpy(words.data(), bytes.data(), bytes.size());
+  return BlockMask(words);
+}
+
+// The runs of a payload that begins with bitmaps.
+Status take_apart(const FrameHeader& header, std::span<const std::byte> decoded,
+                  std::vector<Run>& runs) {
+  const std::size_t blocks = block_count(header.extent);
+  const std::size_t bitmap = bitmap_size(header.extent);
+  const BlockMask every = BlockMask::range(0, blocks);
+  const bool partial = (header.flags & kFlagPartial) != 0;
+  const BlockMask data = get_bitmap(decoded.subspan(partial ? bitmap : 0, bitmap));
+  const BlockMask here = partial ? get_bitmap(decoded.first(bitmap)) : every;
+  if (!every.covers(here | data)) return broken("a bitmap marks blocks beyond its extent");
+  if (!here.covers(data)) return broken("a bitmap marks blocks that were left out");
+  if (partial && (here == every || !here.contains(0) || !here.contains(blocks - 1))) {
+    return broken("a partial copy that does not leave out what it may");
+  }
+  std::size_t used = bitmap_bytes(header);
+  for (std::size_t i = 0; i < blocks; ++i) {
+    if (!here.contains(i)) continue;
+    const bool is_data = data.contains(i);
+    const Offset start = header.extent.offset + kBlock * i;
+    const Length length = std::min(kBlock, header.extent.end() - start);
+    if (is_data && decoded.size() - used < length.bytes()) return broken("a bitmap marks too much");
+    const auto bytes =
+        is_data ? decoded.subspan(used, length.bytes()) : std::span<const std::byte>();
+    used += bytes.size();
+    if (!runs.empty() && runs.back().extent.end() == start &&
+        runs.back().bytes.empty() == !is_data) {
+      Run& run = runs.back();
+      run.extent.length += length;
+      if (is_data) run.bytes = {run.bytes.data(), run.bytes.size() + bytes.size()};
+    } else {
+      runs.push_back({Extent{start, length}, bytes});
+    }
+  }
+  if (used != decoded.size()) return broken("a bitmap marks too little");
+  return {};
+}
+
 }  // namespace
+
+std::size_t bitmap_bytes(const FrameHeader& header) {
+  if ((header.flags & kFlagPartial) != 0) return 2 * bitmap_size(header.extent);
+  return (header.flags & kFlagSparse) != 0 ? bitmap_size(header.extent) : 0;
+}
 
 void encode_header(const FrameHeader& header, std::span<std::byte, kHeaderSize> out) {
   put(out, 0, kMagic);
@@ -213,35 +278,34 @@ Result<FrameHeader> decode_header(std::span<const std::byte, kHeaderSize> bytes,
 }
 
 std::span<const std::byte> encode_copy(FrameHeader& header, std::span<const std::byte> content,
-                                       const EncodeOptions& options, std::span<std::byte> out) {
+                                       const BlockMask& wanted, const EncodeOptions& options,
+                                       std::span<std::byte> out) {
   CHECK(header.type == FrameType::Copy && content.size() == header.extent.length.bytes(),
         "a copy's content is its extent");
   CHECK(content.size() <= kMaxChunk.bytes() && out.size() >= kEncodeScratch, "room for the payload");
   const std::size_t blocks = block_count(header.extent);
-  const std::size_t bitmap = bitmap_size(header.extent);
-  std::array<std::byte, kMaxBitmap> bits{};
-  std::size_t data_blocks = 0;
+  const BlockMask here = wanted & BlockMask::range(0, blocks);
+  CHECK(here.contains(0) && here.contains(blocks - 1), "a copy's extent is as small as can be");
+  const bool partial = !here.covers(BlockMask::range(0, blocks));
+  BlockMask data;
   for (std::size_t i = 0; i < blocks; ++i) {
-    const auto block = content.subspan(i * kBlock.bytes(),
-                                       std::min(kBlock.bytes(), content.size() - i * kBlock.bytes()));
-    if (all_zero(block)) continue;
-    bits.at(i / 8) |= std::byte{1} << (i % 8);
-    ++data_blocks;
+    if (here.contains(i) && !all_zero(block_at(content, i))) data.set(i);
   }
-  if (data_blocks == 0) {
+  if (data.empty() && !partial) {
     header.type = FrameType::Zero;
     header.payload_length = header.decoded_length = 0;
     header.checksum = 0;
     return {};
   }
   std::span<const std::byte> decoded = content;
-  if (data_blocks < blocks) {
-    header.flags |= kFlagSparse;
-    std::byte* to = std::copy_n(bits.data(), bitmap, out.data());
+  if (partial || data != here) {
+    header.flags |= partial ? kFlagPartial : kFlagSparse;
+    const std::size_t bitmap = bitmap_size(header.extent);
+    std::byte* to = out.data();
+    if (partial) to = put_bitmap(here, bitmap, to);
+    to = put_bitmap(data, bitmap, to);
     for (std::size_t i = 0; i < blocks; ++i) {
-      if ((bits.at(i / 8) >> (i % 8) & std::byte{1}) == std::byte{0}) continue;
-      const std::size_t at = i * kBlock.bytes();
-      to = std::copy_n(content.data() + at, std::min(kBlock.bytes(), content.size() - at), to);
+      if (data.contains(i)) to = std::ranges::copy(block_at(content, i), to).out;
     }
     decoded = {out.data(), to};
   }
@@ -284,35 +348,11 @@ Status decode_payload(const FrameHeader& header, std::span<const std::byte> payl
   if (checksum_of(decoded) != header.checksum) {
     return broken("a payload's checksum is wrong: it was damaged on its way");
   }
-  if ((header.flags & kFlagSparse) == 0) {
+  if ((header.flags & (kFlagSparse | kFlagPartial)) == 0) {
     runs.push_back({header.extent, decoded});
     return {};
   }
-  const std::size_t blocks = block_count(header.extent);
-  const std::size_t bitmap = bitmap_size(header.extent);
-  const std::span<const std::byte> bits = decoded.first(bitmap);
-  std::size_t used = bitmap;
-  for (std::size_t i = 0; i < bitmap * 8; ++i) {
-    const bool data = (bits[i / 8] >> (i % 8) & std::byte{1}) != std::byte{0};
-    if (i >= blocks) {
-      if (data) return broken("a bitmap marks blocks beyond its extent");
-      continue;
-    }
-    const Offset start = header.extent.offset + kBlock * i;
-    const Length length = std::min(kBlock, header.extent.end() - start);
-    if (data && decoded.size() - used < length.bytes()) return broken("a bitmap marks too much");
-    const auto bytes = data ? decoded.subspan(used, length.bytes()) : std::span<const std::byte>();
-    if (data) used += length.bytes();
-    if (!runs.empty() && runs.back().bytes.empty() == !data) {
-      Run& run = runs.back();
-      run.extent.length += length;
-      if (data) run.bytes = {run.bytes.data(), run.bytes.size() + bytes.size()};
-    } else {
-      runs.push_back({Extent{start, length}, bytes});
-    }
-  }
-  if (used != decoded.size()) return broken("a bitmap marks too little");
-  return {};
+  return take_apart(header, decoded, runs);
 }
 
 }  // namespace drover::mirror

@@ -18,6 +18,7 @@
 
 #include "base/result.h"
 #include "base/units.h"
+#include "mirror/block_mask.h"
 
 namespace drover::mirror {
 
@@ -48,6 +49,10 @@ inline constexpr std::uint8_t kFlagSparse = 1;
 // Copy and Zero: nothing was ever sent for this chunk to an image that was created empty, so its zero
 // blocks already read as zeroes.
 inline constexpr std::uint8_t kFlagFresh = 2;
+// Copy only, not with kFlagSparse: some blocks of the extent, not its first and not its last one,
+// are left out and stay as they are on the target. The decoded payload begins with two bitmaps of
+// the extent's blocks: those that are here, and which of them are data; then those alone follow.
+inline constexpr std::uint8_t kFlagPartial = 4;
 
 struct FrameHeader {
   FrameType type = FrameType::Ack;
@@ -79,23 +84,30 @@ struct Run {
   std::span<const std::byte> bytes;
 };
 
-// Source: for a header whose type (Copy), disk, extent, flags (fresh) and sequence are set, fills in encoding, flags, lengths and checksum of a Copy frame for `content` (its extent's
-// bytes) and writes the payload to `out` (at least kEncodeScratch bytes). All zero: becomes a Zero frame
-// without payload.
-// `level` 0: no compression; lz4 and zstd keep the plain form where they would not shrink it.
+// Bytes of bitmaps with which the decoded payload of a checked header begins.
+std::size_t bitmap_bytes(const FrameHeader& header);
+
+// Source: for a header whose type (Copy), disk, extent, flags (fresh) and sequence are set, fills
+// in encoding, flags, lengths and checksum of a Copy frame for `content` (its extent's bytes) and
+// writes the payload to `out` (at least kEncodeScratch bytes). Only `blocks` of the extent are
+// sent, the first and the last of it among them; the content of others is not looked at. All zero
+// and nothing left out: becomes a Zero frame without payload. `level` 0: no compression; lz4 and
+// zstd keep the plain form where they would not shrink it.
 struct EncodeOptions {
   Encoding encoding = Encoding::Plain;
   int level = 0;
 };
 // Returns where the payload lies: `content` itself when it can be sent as it is, else in `out`.
 std::span<const std::byte> encode_copy(FrameHeader& header, std::span<const std::byte> content,
-                                       const EncodeOptions& options, std::span<std::byte> out);
+                                       const BlockMask& blocks, const EncodeOptions& options,
+                                       std::span<std::byte> out);
 // The same for a mirrored Write: plain, with checksum.
 void encode_write(FrameHeader& header, std::span<const std::byte> content);
 
-// Target: decompresses into `scratch` (at least kMaxPayload bytes) if need be, verifies the checksum
-// and takes the payload apart. `runs` (cleared first) refers to `payload` or `scratch`. Protocol if the
-// payload does not fit its header. Zero frames give one zero run.
+// Target: decompresses into `scratch` (at least kMaxPayload bytes) if need be, verifies the
+// checksum and takes the payload apart. `runs` (cleared first) refers to `payload` or `scratch`.
+// Protocol if the payload does not fit its header. Zero frames give one zero run; partial ones runs
+// of the blocks that they hold.
 Status decode_payload(const FrameHeader& header, std::span<const std::byte> payload,
                       std::span<std::byte> scratch, std::vector<Run>& runs);
 

@@ -19,6 +19,7 @@ struct OutFrame {
   std::uint16_t disk = 0;
   Extent extent;
   bool fresh = false;                    // Copy: see kFlagFresh
+  BlockMask blocks = BlockMask::all();   // Copy: which of the extent; see encode_copy()
   Buffer buffer;                         // keeps `content` alive; released once it is sent
   std::span<const std::byte> content;    // the extent's bytes; empty for Zero
   std::uint64_t token = 0;               // the sender's name for this frame; comes back in the answer

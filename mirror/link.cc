@@ -307,8 +307,8 @@ class LaneSender {
     header.sequence = ++sequence_;
     switch (frame.type) {
       case FrameType::Copy:
-        next.payload =
-            encode_copy(header, frame.content, encode_, std::span(scratch_.get(), kEncodeScratch));
+        next.payload = encode_copy(header, frame.content, frame.blocks, encode_,
+                                   std::span(scratch_.get(), kEncodeScratch));
         break;
       case FrameType::Write:
         encode_write(header, frame.content);

@@ -230,12 +230,10 @@ Status LaneReceiver::begin_payload() {
   return {};
 }
 
-// A sparse payload begins with its bitmap: what follows it shall lie on a page of its own.
+// Some payloads begin with bitmaps: what follows them shall lie on a page of its own.
 std::size_t LaneReceiver::payload_offset() const {
-  if ((header_->flags & kFlagSparse) == 0) return 0;
-  const std::uint64_t blocks =
-      (header_->extent.length.bytes() + kBlock.bytes() - 1) / kBlock.bytes();
-  return kBlock.bytes() - (blocks + 7) / 8;
+  const std::size_t bitmaps = bitmap_bytes(*header_);
+  return bitmaps == 0 ? 0 : kBlock.bytes() - bitmaps;
 }
 
 // The frame is complete. False: no buffer to decompress it to is free.

@@ -2,8 +2,8 @@
 //
 // What a lane may receive: a header, then its payload. Input: one byte (bit 0: put the right magic,
 // bit 1: put the right checksum, so that mutations get behind both), then the bytes. What decodes
-// must fit: the runs cover the extent without gap or overlap and lie within the payload or the
-// scratch; and a header that decodes encodes to the same bytes.
+// must fit: the runs cover the extent in order (without gaps if the frame is not partial) and lie
+// within the payload or the scratch; and a header that decodes encodes to the same bytes.
 #include <xxhash.h>
 
 #include <algorithm>
@@ -29,15 +29,21 @@ bool within(std::span<const std::byte> inner, std::span<const std::byte> outer) 
 
 void check_runs(const FrameHeader& header, const std::vector<Run>& runs,
                 std::span<const std::byte> payload, std::span<const std::byte> scratch) {
+  const bool partial = (header.flags & kFlagPartial) != 0;
   Offset at = header.extent.offset;
+  Length left_out;
   for (const Run& run : runs) {
-    CHECK(run.extent.offset == at && run.extent.length > Length(), "runs leave no gap");
-    at += run.extent.length;
+    CHECK(run.extent.length > Length() && run.extent.offset >= at, "runs come in order");
+    CHECK(run.extent.offset == at || (partial && &run != runs.data()), "runs leave no gap");
+    left_out += run.extent.offset - at;
+    at = run.extent.end();
     if (run.bytes.empty()) continue;
     CHECK(run.bytes.size() == run.extent.length.bytes(), "a run has the bytes of its extent");
     CHECK(within(run.bytes, payload) || within(run.bytes, scratch), "a run's bytes are ours");
   }
-  CHECK(at == header.extent.end(), "the runs are the extent");
+  CHECK(at == header.extent.end(), "the runs end with the extent");
+  CHECK(partial == (left_out > Length()) && left_out.bytes() % kBlock.bytes() == 0,
+        "a partial frame leaves out blocks, others nothing");
 }
 
 }  // namespace

@@ -154,6 +154,34 @@ class LooseWriter final : public blockcopy::ImageWriter {
 
 class MirrorSim;
 
+// DiskMirror's tokens: a write's piece has the lowest bit set.
+bool is_piece(std::uint64_t token) { return (token & 1) != 0; }
+
+// Which of a disk's blocks were written, as QEMU keeps it.
+class DirtyBitmap {
+ public:
+  DirtyBitmap(std::uint64_t size, std::uint64_t granularity)
+      : size_(size), granularity_(granularity), bits_((size + granularity - 1) / granularity) {}
+  void set(Extent extent) {
+    for (std::uint64_t i = extent.offset.bytes() / granularity_;
+         i * granularity_ < extent.end().bytes(); ++i) {
+      bits_[i] = true;
+    }
+  }
+  template <class Use>
+  void for_each(const Use& use) const {
+    for (std::uint64_t i = 0; i < bits_.size(); ++i) {
+      const std::uint64_t at = i * granularity_;
+      if (bits_[i]) use(Extent{Offset(at), Length(std::min(granularity_, size_ - at))});
+    }
+  }
+
+ private:
+  std::uint64_t size_;
+  std::uint64_t granularity_;
+  std::vector<bool> bits_;
+};
+
 // Lanes of encoded frames, each with its own Applier on the target.
 class SimLanes final : public mirror::Lanes {
  public:
@@ -164,6 +192,12 @@ class SimLanes final : public mirror::Lanes {
   void send(std::uint32_t lane, mirror::OutFrame frame) override;
   bool abandon(std::uint32_t lane, std::uint64_t token) override;
   void lose(LaneIndex lane);
+  // The guest's writes that were given to the lanes and are neither answered, nor dropped, nor lost.
+  struct Piece {
+    LaneIndex lane = 0;
+    Extent extent;
+  };
+  [[nodiscard]] const std::map<std::uint64_t, Piece>& pieces() const { return pieces_; }
   [[nodiscard]] bool down(LaneIndex lane) const { return lanes_[lane].down; }
   [[nodiscard]] bool quiet() const;
   // Something a lane could do now; false: nothing.
@@ -182,8 +216,10 @@ class SimLanes final : public mirror::Lanes {
   };
   void encode_one(Lane& lane);
   void deliver_one(Lane& lane);
+  void come_back(LaneIndex index, std::uint64_t delay);
   MirrorSim& sim_;
   std::vector<Lane> lanes_;
+  std::map<std::uint64_t, Piece> pieces_;
 };
 
 class MirrorSim {
@@ -198,11 +234,26 @@ class MirrorSim {
   struct GuestOp {
     NbdRequest request;
     Bytes content;
-      bool with_mirror = false;  // the request is with the mirror, unanswered
+    bool with_mirror = false;  // the request is with the mirror, unanswered
   };
 
   void set_up();
   void make_disks(std::uint64_t chunk, std::uint64_t chunks);
+  void make_mirror();
+  void crash_runner();
+  void resume_runner(std::uint64_t delay);
+  void mark_bitmaps();
+  void restart_target();
+  void target_is_back();
+  void write_back();
+  void begin_flush();
+  void end_flush(mirror::FlushId id, std::uint64_t runner, std::uint64_t instance);
+  void drive_journal();
+  void after_transit();
+  void check_fence();
+  void take_pass();
+  void store_all();
+  bool fault();
   bool guest_step();
   void issue_guest_op();
   void change_source(std::uint64_t id, std::size_t first, std::size_t end);
@@ -235,18 +286,46 @@ class MirrorSim {
   std::unique_ptr<TornReader> reader_;
   std::unique_ptr<LooseWriter> writer_;
   std::unique_ptr<SimLanes> lanes_;
-  std::unique_ptr<mirror::DiskMirror> mirror_;
+  mirror::DiskMirror::Options mirror_options_;
+  std::vector<std::unique_ptr<mirror::DiskMirror>> dead_mirrors_;  // until their reads have ended
+  std::unique_ptr<mirror::DiskMirror> mirror_;                     // none: the runner is dead
+  std::uint64_t runner_ = 0;  // counts the runners
   std::map<std::uint64_t, GuestOp> guest_ops_;
-  std::vector<std::pair<LaneIndex, std::uint64_t>> lost_lanes_;
+  // The target's disk: what is on stable storage, and which boot it is.
+  Bytes synced_;
+  std::uint64_t instance_ = 1;
+  bool restarting_ = false;
+  bool flushing_ = false;
+  // The journal and QEMU's bitmaps: what survives the runner.
+  bool journaled_ = false;
+  std::map<mirror::GroupIndex, std::string> journal_;
+  std::uint64_t journal_instance_ = 1;
+  std::vector<DirtyBitmap> bitmaps_;
+  bool drained_ = false;  // QEMU lets no request begin
+  // The driver: alternates the bitmaps as mirror/arbiter.h says.
+  enum class Rotation { None, Transit, Fence, Flush, Pass };
+  Rotation rotation_ = Rotation::None;
+  std::uint64_t rotation_op_ = 0;  // requests before this one may be in the old bitmap only
+  mirror::FenceId fence_ = 0;
+  std::vector<std::uint64_t> fenced_;  // tokens of the pieces on their way when it began
+  std::optional<mirror::GroupIndex> pass_next_;
+  std::uint64_t pass_instance_ = 0;
+  std::uint64_t told_instance_ = 1;  // the one that the mirror knows to talk to
+  std::deque<mirror::GroupRecord> unstored_;
   std::uint64_t next_op_ = 1;
   std::uint64_t guest_budget_ = 0;
   std::uint64_t steps_taken_ = 0;
   std::uint64_t lanes_lost_ = 0;
   std::uint64_t loss_odds_ = 0;  // one in so many steps; 0: never
+  std::uint64_t crash_odds_ = 0;
+  std::uint64_t restart_odds_ = 0;
+  std::uint64_t crashes_ = 0;
+  std::uint64_t restarts_ = 0;
+  std::uint64_t rotations_ = 0;
   std::uint64_t hot_chunk_ = 0;
   bool hot_ = false;
   std::optional<std::string> violation_;
-  std::uint64_t strict_pending_ = 0;
+  Length strict_left_;
   bool was_strict_ = false;
 };
 
@@ -267,11 +346,14 @@ SimLanes::SimLanes(MirrorSim& sim, LaneIndex count) : sim_(sim), lanes_(count) {
 
 void SimLanes::send(std::uint32_t lane, mirror::OutFrame frame) {
   if (lanes_[lane].down) return sim_.violate("a frame was sent on a lane that is down");
+  if (is_piece(frame.token)) pieces_.emplace(frame.token, Piece{lane, frame.extent});
   lanes_[lane].queue->push(std::move(frame));
 }
 
 bool SimLanes::abandon(std::uint32_t lane, std::uint64_t token) {
-  return lanes_[lane].queue->abandon(token);
+  const bool dropped = lanes_[lane].queue->abandon(token);
+  if (dropped) pieces_.erase(token);
+  return dropped;
 }
 
 void SimLanes::lose(LaneIndex index) {
@@ -280,22 +362,33 @@ void SimLanes::lose(LaneIndex index) {
   for (std::uint64_t arrive = sim_.random_.below(lane.wire.size() + 1); arrive > 0; --arrive) {
     deliver_one(lane);
   }
+  std::erase_if(pieces_, [index](const auto& piece) { return piece.second.lane == index; });
   lane.queue->clear();
   lane.wire.clear();
   lane.tokens.clear();
   lane.answers.clear();
   lane.down = true;
   // The receiver applies what it got before it takes the new epoch's first frame.
-  lane.applier->when_idle([this, index] {
-    sim_.steps_.add([this, index] {
-      Lane& back = lanes_[index];
-      back.answers.clear();
-      ++back.epoch;
-      back.sequence = 0;
-      back.down = false;
-      sim_.mirror_->lane_up(index);
-      sim_.trace("lane {} is up again", index);
-    });
+  const std::uint64_t delay = sim_.random_.one_in(4) ? sim_.random_.below(400) : 0;
+  lane.applier->when_idle([this, index, delay] { come_back(index, delay); });
+}
+
+void SimLanes::come_back(LaneIndex index, std::uint64_t delay) {
+  sim_.steps_.add([this, index, delay] {
+    if (delay > 0) return come_back(index, delay - 1);
+    if (sim_.restarting_) {
+      const bool settled = std::ranges::all_of(
+          lanes_, [](const Lane& lane) { return lane.applier->in_flight() == 0; });
+      if (!settled) return come_back(index, 0);
+      sim_.target_is_back();
+    }
+    Lane& back = lanes_[index];
+    back.answers.clear();
+    ++back.epoch;
+    back.sequence = 0;
+    back.down = false;
+    if (sim_.mirror_) sim_.mirror_->lane_up(index);
+    sim_.trace("lane {} is up again", index);
   });
 }
 
@@ -312,7 +405,7 @@ void SimLanes::encode_one(Lane& lane) {
   mirror::EncodeOptions encode;
   if (sim_.random_.one_in(4)) encode.encoding = mirror::Encoding::Lz4;
   if (frame.type == FrameType::Copy) {
-    payload = encode_copy(header, frame.content, encode, scratch);
+    payload = encode_copy(header, frame.content, frame.blocks, encode, scratch);
   } else if (frame.type == FrameType::Write) {
     encode_write(header, frame.content);
     payload = frame.content;
@@ -380,6 +473,7 @@ bool SimLanes::step() {
             sim_.violate("a frame was answered twice");
             return true;
           }
+          pieces_.erase(token.mapped());
           sim_.mirror_->applied(token.mapped());
           return true;
         }
@@ -399,11 +493,16 @@ bool SimLanes::quiet() const {
 // --- the world ---
 
 void MirrorSim::set_up() {
-  const std::uint64_t chunk = std::uint64_t{4096} << random_.below(3);
-  const std::uint64_t chunks = 1 + random_.below(10);
+  const std::uint64_t shift = random_.below(5);
+  std::uint64_t chunk = std::uint64_t{4096} << shift;
+  std::uint64_t chunks = 1 + random_.below(shift < 3 ? 10 : 4);
+  if (random_.one_in(60)) {  // more than one span of a record
+    chunk = 4096;
+    chunks = 60 + random_.below(100);
+  }
   make_disks(chunk, chunks);
 
-  mirror::DiskMirror::Options options;
+  mirror::DiskMirror::Options& options = mirror_options_;
   options.arbiter.disk_size = Length(source_.size());
   options.arbiter.chunk_size = Length(chunk);
   options.arbiter.lanes = static_cast<LaneIndex>(1 + random_.below(4));
@@ -414,6 +513,7 @@ void MirrorSim::set_up() {
   if (random_.one_in(4)) {
     options.arbiter.max_strict_wait = std::chrono::milliseconds(1 + random_.below(40));
   }
+  if (random_.one_in(4)) options.arbiter.max_masks = random_.below(20);
   options.arbiter.mutation = options_.mutation;
   options.max_copies = 1 + random_.below(4);
   options.target_initially_zero =
@@ -426,12 +526,16 @@ void MirrorSim::set_up() {
   reader_ = std::make_unique<TornReader>(source_, steps_, random_);
   writer_ = std::make_unique<LooseWriter>(target_, steps_, random_);
   lanes_ = std::make_unique<SimLanes>(*this, options.arbiter.lanes);
-  mirror::DiskMirror::Events events;
-  events.acknowledge = [this](std::uint64_t id) { answered(id); };
-  events.failed = [this](const Error& error) { violate("it gave up: " + error.message); };
-  events.changed = [] {};  // here somebody tries all the time
-  events.now = [this] { return clock_; };
-  mirror_ = std::make_unique<mirror::DiskMirror>(options, *reader_, *lanes_, *copy_buffers_, events);
+  journaled_ = random_.one_in(2);
+  if (journaled_) {
+    bitmaps_.emplace_back(source_.size(), std::uint64_t{4096} << random_.below(4));
+    crash_odds_ = random_.one_in(2) ? 0 : 50 + random_.below(400);
+  }
+  if (random_.one_in(3)) {
+    synced_ = target_;
+    restart_odds_ = 50 + random_.below(400);
+  }
+  make_mirror();
   mirror_->start();
 
   guest_budget_ = random_.below(80);
@@ -440,6 +544,202 @@ void MirrorSim::set_up() {
   loss_odds_ = random_.one_in(3) ? 20 + random_.below(200) : 0;
   trace("disk {} bytes, chunk {}, lanes {}, {}", source_.size(), chunk, options.arbiter.lanes,
         options.target_initially_zero ? "fresh target" : "used target");
+}
+
+void MirrorSim::make_mirror() {
+  mirror::DiskMirror::Events events;
+  events.acknowledge = [this, runner = runner_](std::uint64_t id) {
+    if (runner == runner_) answered(id);
+  };
+  events.failed = [this](const Error& error) { violate("it gave up: " + error.message); };
+  events.changed = [] {};  // here somebody tries all the time
+  events.now = [this] { return clock_; };
+  events.touching = [this](mirror::GroupIndex group) {
+    store_all();
+    journal_[group] = mirror_->take_record(group);
+  };
+  mirror_ = std::make_unique<mirror::DiskMirror>(mirror_options_, *reader_, *lanes_, *copy_buffers_,
+                                                 events);
+}
+
+// --- the runner's death and its successor ---
+
+void MirrorSim::crash_runner() {
+  trace("the runner dies");
+  ++crashes_;
+  ++runner_;
+  for (LaneIndex lane = 0; lane < lanes_->count(); ++lane) {
+    if (!lanes_->down(lane)) lanes_->lose(lane);
+    mirror_->lane_lost(lane);  // its reads come to nothing
+  }
+  mirror_->stop();
+  dead_mirrors_.push_back(std::move(mirror_));
+  // QEMU drops the mirror; its bitmaps go on. What waited for the mirror is done.
+  std::erase_if(guest_ops_, [](const auto& op) { return op.second.with_mirror; });
+  rotation_ = Rotation::None;
+  unstored_.clear();
+  flushing_ = false;
+  was_strict_ = false;
+  resume_runner(random_.one_in(3) ? random_.below(300) : 0);
+}
+
+void MirrorSim::resume_runner(std::uint64_t delay) {
+  steps_.add([this, delay] {
+    if (delay > 0) return resume_runner(delay - 1);
+    // QEMU puts the mirror in while no request is under way.
+    drained_ = true;
+    if (!guest_ops_.empty()) return resume_runner(0);
+    drained_ = false;
+    make_mirror();
+    told_instance_ = instance_;
+    for (const auto& [group, record] : journal_) {
+      std::string bytes = record;
+      const bool damaged = random_.one_in(16);
+      if (damaged) bytes[random_.below(bytes.size())] ^= static_cast<char>(1 + random_.below(255));
+      const Status status = mirror_->restore(group, bytes, journal_instance_ != instance_);
+      if (status.has_value() == damaged) violate("a record was not told from a damaged one");
+    }
+    for (LaneIndex lane = 0; lane < lanes_->count(); ++lane) {
+      if (lanes_->down(lane)) mirror_->lane_lost(lane);
+    }
+    trace("another runner takes over");
+    steps_.add([this, runner = runner_] {
+      if (runner == runner_) mark_bitmaps();
+    });
+  });
+}
+
+void MirrorSim::mark_bitmaps() {
+  for (const DirtyBitmap& bitmap : bitmaps_) {
+    bitmap.for_each([this](Extent extent) { mirror_->mark_pending(extent); });
+  }
+  mirror_->start();
+}
+
+// --- the target's restart ---
+
+void MirrorSim::restart_target() {
+  trace("the target restarts");
+  ++restarts_;
+  restarting_ = true;
+  for (LaneIndex lane = 0; lane < lanes_->count(); ++lane) {
+    if (lanes_->down(lane)) continue;
+    lanes_->lose(lane);
+    if (mirror_) mirror_->lane_lost(lane);
+  }
+}
+
+// Of what was written and not synced some is there, some not.
+void MirrorSim::target_is_back() {
+  for (std::size_t at = 0; at < target_.size(); at += kSector) {
+    if (random_.one_in(2)) continue;
+    const std::size_t size = std::min<std::size_t>(kSector, target_.size() - at);
+    std::memcpy(target_.data() + at, synced_.data() + at, size);
+  }
+  synced_ = target_;
+  restarting_ = false;
+  ++instance_;
+  if (!mirror_) return;
+  mirror_->target_lost_unflushed();
+  told_instance_ = instance_;
+}
+
+// The target's kernel writes back what it likes.
+void MirrorSim::write_back() {
+  const std::size_t at = random_.below(target_.size()) / kSector * kSector;
+  const std::size_t size = std::min<std::size_t>(kSector, target_.size() - at);
+  std::memcpy(synced_.data() + at, target_.data() + at, size);
+}
+
+void MirrorSim::begin_flush() {
+  flushing_ = true;
+  const mirror::FlushId id = mirror_->flush_begin();
+  steps_.add([this, id, runner = runner_, instance = instance_] {
+    // Synced first, answered later: what is acknowledged in between is not covered.
+    if (instance == instance_ && !restarting_ && !synced_.empty()) synced_ = target_;
+    const std::uint64_t synced_by = restarting_ ? 0 : instance;
+    steps_.add([this, id, runner, synced_by] { end_flush(id, runner, synced_by); });
+  });
+}
+
+void MirrorSim::end_flush(mirror::FlushId id, std::uint64_t runner, std::uint64_t instance) {
+  if (runner != runner_) return;
+  flushing_ = false;
+  if (instance == instance_) {
+    mirror_->flush_done(id);
+  } else if (random_.one_in(2)) {
+    mirror_->flush_failed(id);
+  }
+}
+
+// --- the driver's journal ---
+
+void MirrorSim::store_all() {
+  for (mirror::GroupRecord& record : unstored_) journal_[record.group] = std::move(record.bytes);
+  unstored_.clear();
+}
+
+void MirrorSim::drive_journal() {
+  if (!mirror_ || !mirror_->scanned()) return;
+  if (!flushing_ && random_.one_in(20)) begin_flush();
+  if (!journaled_) return;
+  switch (rotation_) {
+    case Rotation::None:
+      if (!random_.one_in(8)) return;
+      bitmaps_.emplace_back(source_.size(), std::uint64_t{4096} << random_.below(4));
+      rotation_op_ = next_op_;
+      rotation_ = Rotation::Transit;
+      return;
+    case Rotation::Transit: return after_transit();
+    case Rotation::Fence:
+      if (!mirror_->arbiter().fence_passed(fence_)) return;
+      check_fence();
+      rotation_ = Rotation::Flush;
+      if (!flushing_) begin_flush();
+      return;
+    case Rotation::Flush:
+      if (flushing_) return;
+      rotation_ = Rotation::Pass;
+      pass_next_ = 0;
+      pass_instance_ = told_instance_;
+      return;
+    case Rotation::Pass: return take_pass();
+  }
+}
+
+// Fence and flush make records better, not safer: half of the time there are none.
+void MirrorSim::after_transit() {
+  for (const auto& [id, op] : guest_ops_) {
+    if (id < rotation_op_ && !op.with_mirror) return;
+  }
+  fence_ = mirror_->arbiter().fence_begin();
+  fenced_.clear();
+  for (const auto& [token, piece] : lanes_->pieces()) fenced_.push_back(token);
+  rotation_ = random_.one_in(2) ? Rotation::Fence : Rotation::Flush;
+}
+
+void MirrorSim::check_fence() {
+  for (const std::uint64_t token : fenced_) {
+    const auto piece = lanes_->pieces().find(token);
+    if (piece == lanes_->pieces().end()) continue;
+    const std::uint64_t chunk =
+        piece->second.extent.offset.bytes() / limits_.chunk_size.bytes();
+    if (mirror_->arbiter().is_copied(chunk)) violate("a fence passed before what it waits for");
+  }
+}
+
+void MirrorSim::take_pass() {
+  if (pass_next_) {
+    auto taken = mirror_->take_records(*pass_next_, 1);
+    pass_next_ = taken.next;
+    for (mirror::GroupRecord& record : taken.records) unstored_.push_back(std::move(record));
+    return;
+  }
+  store_all();
+  journal_instance_ = pass_instance_;
+  bitmaps_.erase(bitmaps_.begin(), bitmaps_.end() - 1);
+  rotation_ = Rotation::None;
+  ++rotations_;
 }
 
 void MirrorSim::make_disks(std::uint64_t chunk, std::uint64_t chunks) {
@@ -456,7 +756,7 @@ void MirrorSim::make_disks(std::uint64_t chunk, std::uint64_t chunks) {
 }
 
 bool MirrorSim::guest_step() {
-  if (guest_budget_ == 0 || guest_ops_.size() >= kMaxInFlight) return false;
+  if (guest_budget_ == 0 || drained_ || guest_ops_.size() >= kMaxInFlight) return false;
   --guest_budget_;
   issue_guest_op();
   return true;
@@ -504,6 +804,7 @@ void MirrorSim::issue_guest_op() {
     change_source(id, parts[0].first, parts[0].second);
     steps_.add([this, id, parts] {
       change_source(id, parts[1].first, parts[1].second);
+      for (DirtyBitmap& bitmap : bitmaps_) bitmap.set(guest_ops_.at(id).request.extent);
       steps_.add([this, id] { send_to_mirror(id); });
     });
   });
@@ -519,6 +820,10 @@ void MirrorSim::change_source(std::uint64_t id, std::size_t first, std::size_t e
 
 void MirrorSim::send_to_mirror(std::uint64_t id) {
   GuestOp& op = guest_ops_.at(id);
+  if (!mirror_) {
+    guest_ops_.erase(id);
+    return;
+  }
   NbdRequest request = op.request;
   if (request.kind == NbdRequest::Kind::Write) {
     request.buffer = write_buffers_->try_take();
@@ -529,8 +834,9 @@ void MirrorSim::send_to_mirror(std::uint64_t id) {
   op.with_mirror = true;
   trace("mirror gets {}", id);
   if (request.kind == NbdRequest::Kind::Discard) {
-    // Acknowledged at once: its chunks are left to be copied.
-    strict_pending_ += request.extent.length.bytes() / limits_.chunk_size.bytes() + 2;
+    // Acknowledged at once: its blocks are left to be copied, or whole chunks where masks ran out.
+    const Length step = mirror_options_.arbiter.max_masks < 64 ? limits_.chunk_size : mirror::kBlock;
+    strict_left_ += widen(request.extent, step).length;
   }
   mirror_->guest(std::move(request));
 }
@@ -549,13 +855,14 @@ void MirrorSim::advance_clock() {
   if (random_.one_in(30)) by = std::chrono::milliseconds(random_.below(60));
   const Instant goal = clock_ + by;
   // Timers fire on time.
-  while (true) {
+  while (mirror_) {
     const auto deadline = mirror_->next_deadline();
     if (!deadline || *deadline > goal) break;
     clock_ = std::max(clock_, *deadline);
     mirror_->tick();
   }
   clock_ = goal;
+  if (!mirror_) return;
   if (random_.one_in(500)) mirror_->shed();
   check_bound();
 }
@@ -568,22 +875,40 @@ void MirrorSim::check_bound() {
   }
 }
 
-// Strict: the number of chunks to copy only falls, but for discards: send_to_mirror() allows for theirs.
+// Strict: what is left to copy only gets less, but for discards: send_to_mirror() allows for theirs.
 void MirrorSim::check_strict() {
-  const auto& arbiter = mirror_->arbiter();
-  if (!arbiter.strict()) {
+  if (!mirror_ || !mirror_->arbiter().strict()) {
     was_strict_ = false;
     return;
   }
-  const auto summary = arbiter.summary();
-  const std::uint64_t left = summary.pending + summary.copying;
+  const Length left = mirror_->arbiter().summary().left;
   if (!was_strict_) {
     was_strict_ = true;
-    strict_pending_ = left;
-  } else if (left > strict_pending_) {
-    violate("in strict mode, chunks became Pending");
+    strict_left_ = left;
+  } else if (left > strict_left_) {
+    violate("in strict mode, blocks became Pending");
   }
-  strict_pending_ = std::min(strict_pending_, left);
+  strict_left_ = std::min(strict_left_, left);
+}
+
+bool MirrorSim::fault() {
+  const auto is_time = [this](std::uint64_t odds) { return odds > 0 && random_.one_in(odds); };
+  if (mirror_ && is_time(crash_odds_)) {
+    crash_runner();
+    return true;
+  }
+  if (!restarting_ && is_time(restart_odds_)) {
+    restart_target();
+    return true;
+  }
+  if (!is_time(loss_odds_)) return false;
+  const auto lane = static_cast<LaneIndex>(random_.below(lanes_->count()));
+  if (lanes_->down(lane)) return false;
+  trace("lane {} is lost", lane);
+  ++lanes_lost_;
+  lanes_->lose(lane);
+  if (mirror_) mirror_->lane_lost(lane);
+  return true;
 }
 
 // One thing happens. False: nothing could.
@@ -591,16 +916,9 @@ bool MirrorSim::world_step(bool calm) {
   ++steps_taken_;
   if (steps_taken_ > kMaxSteps) violate("it does not come to an end");
   advance_clock();
-  if (!calm && loss_odds_ > 0 && random_.one_in(loss_odds_)) {
-    const auto lane = static_cast<LaneIndex>(random_.below(lanes_->count()));
-    if (!lanes_->down(lane)) {
-      trace("lane {} is lost", lane);
-      ++lanes_lost_;
-      lanes_->lose(lane);
-      mirror_->lane_lost(lane);
-      return true;
-    }
-  }
+  if (!synced_.empty() && random_.one_in(8)) write_back();
+  if ((journaled_ || !synced_.empty()) && random_.one_in(3)) drive_journal();
+  if (!calm && fault()) return true;
   const std::uint64_t choice = random_.below(4);
   for (std::uint64_t k = 0; k < 4; ++k) {
     switch ((choice + k) % 4) {
@@ -608,10 +926,10 @@ bool MirrorSim::world_step(bool calm) {
         if (guest_step()) return true;
         break;
       case 1:
-        if (mirror_->start_copy()) return true;
+        if (mirror_ && mirror_->start_copy()) return true;
         break;
       case 2:
-        if (lanes_->step()) return true;
+        if (mirror_ && lanes_->step()) return true;
         break;
       default:
         if (steps_.empty()) break;
@@ -624,12 +942,14 @@ bool MirrorSim::world_step(bool calm) {
 
 void MirrorSim::finish() {
   // The link heals; the handover begins once everything has been copied.
-  while (!violation_ && !(mirror_->all_copied() && lanes_->quiet() && guest_budget_ == 0)) {
+  while (!violation_ &&
+         !(mirror_ && mirror_->all_copied() && lanes_->quiet() && guest_budget_ == 0)) {
     const bool progress = world_step(guest_budget_ == 0);
     check_strict();
-    if (random_.one_in(16) && mirror_->all_copied()) (void)mirror_->enter_strict();
-    if (!progress && !mirror_->next_deadline()) violate("it is stuck");
+    if (random_.one_in(16) && mirror_ && mirror_->all_copied()) (void)mirror_->enter_strict();
+    if (!progress && !(mirror_ && mirror_->next_deadline())) violate("it is stuck");
   }
+  if (violation_) return;
   if (!mirror_->enter_strict()) violate("every lane is up and strict mode is refused");
   was_strict_ = false;
   guest_budget_ = random_.below(30);
@@ -651,20 +971,28 @@ void MirrorSim::compare() {
                       static_cast<unsigned>(*at), static_cast<unsigned>(*other)));
 }
 
+void add_counters(const mirror::DiskMirror& mirror, MirrorSimStats& stats) {
+  stats.guest_writes += mirror.counters().guest_writes;
+  stats.forwarded += mirror.counters().forwarded_writes;
+  stats.copies += mirror.counters().copies;
+  stats.expired += mirror.arbiter().summary().expired;
+}
+
 std::optional<std::string> MirrorSim::run(MirrorSimStats* stats) {
   set_up();
   finish();
   if (!violation_) compare();
   if (stats != nullptr) {
     stats->steps += steps_taken_;
-    stats->guest_writes += mirror_->counters().guest_writes;
-    stats->forwarded += mirror_->counters().forwarded_writes;
-    stats->copies += mirror_->counters().copies;
-    stats->expired += mirror_->arbiter().summary().expired;
+    for (const auto& dead : dead_mirrors_) add_counters(*dead, *stats);
+    if (mirror_) add_counters(*mirror_, *stats);
     stats->lanes_lost += lanes_lost_;
+    stats->crashes += crashes_;
+    stats->restarts += restarts_;
+    stats->rotations += rotations_;
   }
   // After a violation too, let what is in flight end, so that everything can be taken apart.
-  mirror_->stop();
+  if (mirror_) mirror_->stop();
   while (!steps_.empty()) steps_.run_one();
   return violation_;
 }

@@ -13,6 +13,13 @@
 //  - Frames keep their order on a lane and have none between lanes; a lane may be slow, or lost with
 //    what it carried (a prefix arrives), and comes back after what had arrived has been applied.
 //  - The target's writes land in any order, in parts, between issue and completion.
+//  - The target's disk tells what was written from what is synced: a flush syncs, some is synced at any
+//    time; a restart loses all lanes and, sector by sector, some of what was not synced.
+//  - The runner dies: its mirror and arbiter go, its lanes are lost. QEMU goes on with its dirty bitmaps (set
+//    when a write is on the source). Another runner restores what the journal holds (some records damaged), marks
+//    what the bitmaps say, and goes on. The driver alternates bitmaps and stores records as
+//    mirror/arbiter.h says.
+//  - Lanes may be down for long, while the guest writes.
 //  - Time jumps, so that writes on their way are given up.
 // Then everything heals, the handover's strict mode begins, the guest stops, and the run must end with
 // the target equal to the source, byte for byte.
@@ -40,6 +47,9 @@ struct MirrorSimStats {
   std::uint64_t copies = 0;
   std::uint64_t expired = 0;
   std::uint64_t lanes_lost = 0;
+  std::uint64_t crashes = 0;    // of the runner
+  std::uint64_t restarts = 0;   // of the target
+  std::uint64_t rotations = 0;  // of QEMU's bitmaps
 };
 
 // Runs one seed to its end. The violation it found, or nothing. Same seed, same run, always.

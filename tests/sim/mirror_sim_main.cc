@@ -59,6 +59,9 @@ int main(int argc, char** argv) {
       total.copies += stats.copies;
       total.expired += stats.expired;
       total.lanes_lost += stats.lanes_lost;
+      total.crashes += stats.crashes;
+      total.restarts += stats.restarts;
+      total.rotations += stats.rotations;
     });
   }
   for (std::thread& worker : workers) worker.join();
@@ -66,8 +69,9 @@ int main(int argc, char** argv) {
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   fmt::print(
       "{} seeds, {} violations, {:.1f} s: {} steps, {} guest writes, {} forwarded, {} copies, "
-      "{} answered at the bound, {} lanes lost\n",
+      "{} answered at the bound, {} lanes lost, {} runners killed, {} targets restarted, {} bitmaps "
+      "replaced\n",
       count, failures, seconds, total.steps, total.guest_writes, total.forwarded, total.copies,
-      total.expired, total.lanes_lost);
+      total.expired, total.lanes_lost, total.crashes, total.restarts, total.rotations);
   return failures == 0 ? 0 : 1;
 }

@@ -28,6 +28,9 @@ TEST_P(MirrorSimulation, TargetEqualsSourceAndNoWriteIsHeldUp) {
   EXPECT_GT(stats.expired, kSeedsPerPart / 10);
   EXPECT_GT(stats.lanes_lost, kSeedsPerPart / 10);
   EXPECT_GT(stats.copies, kSeedsPerPart);
+  EXPECT_GT(stats.crashes, kSeedsPerPart / 10);
+  EXPECT_GT(stats.restarts, kSeedsPerPart / 10);
+  EXPECT_GT(stats.rotations, kSeedsPerPart / 10);
 }
 
 INSTANTIATE_TEST_SUITE_P(Seeds, MirrorSimulation, testing::Range<std::uint64_t>(0, 8));
@@ -71,6 +74,18 @@ INSTANTIATE_TEST_SUITE_P(
              [](MirrorSimOptions& o) { o.mutation.keep_copied_on_loss = true; }},
         Rule{"AChunkAlwaysTravelsOnTheSameLane",
              [](MirrorSimOptions& o) { o.mutation.wrong_lane = true; }},
+        Rule{"AMaskIsJoinedNotReplaced", [](MirrorSimOptions& o) { o.mutation.forget_joined_mask = true; }},
+        Rule{"AllThatWasWrittenDuringACopyIsCopiedAgain", [](MirrorSimOptions& o) { o.mutation.forget_redo_mask = true; }},
+        Rule{"ALostCopyOwesItsBlocksAgain", [](MirrorSimOptions& o) { o.mutation.forget_ticket_mask = true; }},
+        Rule{"WhatWaitedForALostReadIsCopied", [](MirrorSimOptions& o) { o.mutation.forget_waiting_mask = true; }},
+        Rule{"ACopySawOnlyTheBlocksThatItRead", [](MirrorSimOptions& o) { o.mutation.trust_partial_read = true; }},
+        Rule{"WhatTheTargetDidNotFlushIsLostWithIt", [](MirrorSimOptions& o) { o.mutation.forget_unflushed = true; }},
+        Rule{"AFlushCoversOnlyWhatWasAcknowledgedBefore", [](MirrorSimOptions& o) { o.mutation.flush_covers_all = true; }},
+        Rule{"ARecordTakesWhatIsInFlightForPending", [](MirrorSimOptions& o) { o.mutation.record_in_flight_as_copied = true; }},
+        Rule{"ARecordTellsUnflushedFromDurable", [](MirrorSimOptions& o) { o.mutation.record_unflushed_as_durable = true; }},
+        Rule{"RestoredChunksAreNotFresh", [](MirrorSimOptions& o) { o.mutation.restore_as_fresh = true; }},
+        Rule{"AGroupHasARecordBeforeAnythingIsSent", [](MirrorSimOptions& o) { o.mutation.touch_late = true; }},
+        Rule{"AFenceWaits", [](MirrorSimOptions& o) { o.mutation.ignore_fence = true; }},
         Rule{"OverlappingFramesAreAppliedInOrder",
              [](MirrorSimOptions& o) { o.applier.mutation_ignore_overlap = true; }}),
     [](const auto& rule) { return rule.param.name; });
