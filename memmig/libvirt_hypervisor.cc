@@ -1527,8 +1527,8 @@ Result<std::vector<Extent>> LibvirtHypervisor::read_bitmaps(const std::string& g
 }
 
 // Merges the bitmaps into one on a node without content, offers that and reads it. Not on the
-// disk's own node: QEMU 7.2 ends with an assertion when a client leaves an export whose node is in
-// an iothread (nbd_blockdev_client_closed(), since 7.2.14), and this process may be killed at any
+// disk's own node: QEMU (7.2.22) ends with an assertion (nbd_blockdev_client_closed()) when a
+// client leaves an export whose node is in an iothread, and this process may be killed at any
 // moment.
 Result<std::vector<Extent>> LibvirtHypervisor::read_union(
     virDomainPtr domain, const std::string& disk, const json& sources, Length size,
@@ -1628,9 +1628,8 @@ Status LibvirtHypervisor::start_exports(const std::string& guest, const std::str
   return {};
 }
 
-// QEMU ends the connections, not the clients: the other way round QEMU 7.2 (since 7.2.14) ends with
-// an assertion when the disk has an iothread (nbd_blockdev_client_closed()). For the same reason
-// the exports go before the server.
+// QEMU ends the connections, not the clients: the other way round QEMU (7.2.22) ends with an
+// assertion when the disk has an iothread (see read_union()). So the exports go before the server.
 Status LibvirtHypervisor::stop_exports(const std::string& guest, const std::string& unix_socket) {
   return in_running(guest, [&](virDomainPtr domain) -> Status {
     const std::string doing =
