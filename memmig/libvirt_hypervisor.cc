@@ -1161,7 +1161,8 @@ std::string listening_socket(int pid, const std::string& prefix) {
   for (std::string line; std::getline(table, line);) {
     std::istringstream fields(line);
     std::string number, references, protocol, flags, type, state, inode, path;
-    fields >> number >> references >> protocol >> flags >> type >> state >> inode >> path;
+    fields >> number >> references >> protocol >> flags >> type >> state >> inode >> std::ws;
+    std::getline(fields, path);  // it may have blanks
     if (!fields || !path.starts_with(prefix)) continue;
     if ((std::strtoul(flags.c_str(), nullptr, 16) & kAccepting) == 0) continue;
     sockets.emplace(fmt::format("socket:[{}]", inode), path);
@@ -1550,8 +1551,8 @@ Result<std::vector<Extent>> LibvirtHypervisor::read_bitmaps(const std::string& g
 }
 
 // Merges the bitmaps into one on a node without content, offers that and reads it. Not on the
-// disk's own node: QEMU 7.2 ends with an assertion when a client leaves an export whose node is in
-// an iothread (nbd_blockdev_client_closed(), since 7.2.14), and this process may be killed at any
+// disk's own node: QEMU (7.2.22) ends with an assertion (nbd_blockdev_client_closed()) when a
+// client leaves an export whose node is in an iothread, and this process may be killed at any
 // moment.
 Result<std::vector<Extent>> LibvirtHypervisor::read_union(
     virDomainPtr domain, const std::string& disk, const json& sources, Length size,
@@ -1651,37 +1652,34 @@ Status LibvirtHypervisor::start_exports(const std::string& guest, const std::str
   return {};
 }
 
+// QEMU ends the connections, not the clients: the other way round QEMU (7.2.22) ends with an
+// assertion when the disk has an iothread (see read_union()). So the exports go before the server.
 Status LibvirtHypervisor::stop_exports(const std::string& guest, const std::string& unix_socket) {
-  auto found = find_running(guest);
-  if (!found) {
-    if (found.error().code == Code::NotFound) return {};
-    return fail(std::move(found).error());
-  }
-  const Domain domain = std::move(*found);
-  const std::string doing =
-      fmt::format("ending the exports of guest {}", virDomainGetName(domain.get()));
-  DROVER_ASSIGN(const json exports, qmp(domain.get(), "query-block-exports", doing));
-  bool foreign = false;
-  for (const json& entry : exports) {
-    if (!is_drovers(string_of(entry, "id"))) foreign = true;
-  }
-  if (foreign) {
+  return in_running(guest, [&](virDomainPtr domain) -> Status {
+    const std::string doing =
+        fmt::format("ending the exports of guest {}", virDomainGetName(domain));
+    DROVER_ASSIGN(const json exports, qmp(domain, "query-block-exports", doing));
+    bool foreign = false;
+    std::vector<std::string> ours;
     for (const json& entry : exports) {
       const std::string id = string_of(entry, "id");
-      if (!is_drovers(id)) continue;
-      DROVER_TRY(qmp(domain.get(), "block-export-del", {{"id", id}, {"mode", "hard"}}, doing));
+      if (is_drovers(id)) {
+        ours.push_back(id);
+      } else {
+        foreign = true;
+      }
+    }
+    DROVER_TRY(end_exports(domain, ours));
+    if (foreign) return {};
+    // QEMU has no query for its server, but it makes the socket when it starts it and removes it
+    // when it stops it.
+    if (struct stat found{}; ::lstat(unix_socket.c_str(), &found) != 0) return {};
+    auto stopped = qmp(domain, "nbd-server-stop", doing);
+    if (!stopped && !contains(stopped.error().message, "not running")) {
+      return fail(std::move(stopped).error());
     }
     return {};
-  }
-  // QEMU has no query for its server, but it makes the socket when it starts it and removes it when
-  // it stops it.
-  if (struct stat ours{}; ::lstat(unix_socket.c_str(), &ours) != 0) return {};
-  // Ends its exports and their connections, and removes the socket.
-  auto stopped = qmp(domain.get(), "nbd-server-stop", doing);
-  if (!stopped && !contains(stopped.error().message, "not running")) {
-    return fail(std::move(stopped).error());
-  }
-  return {};
+  });
 }
 
 // ---- memory -------------------------------------------------------------------------------------

@@ -44,6 +44,29 @@ TEST(GuestInfo, FindsItsDisks) {
   EXPECT_EQ(guest.disk("vd"), nullptr);
 }
 
+TEST(Attached, NothingIsNothingAndEachPartCounts) {
+  EXPECT_TRUE(Attached{}.nothing());
+  Attached attached;
+  attached.bitmaps.push_back({.disk = "vda", .generation = 1});
+  attached.bitmaps.push_back({.disk = "vda", .generation = 2, .recording = true});
+  attached.bitmaps.push_back({.disk = "vdb", .generation = 2});
+  EXPECT_FALSE(attached.nothing());
+  EXPECT_EQ(attached.recording("vda"), &attached.bitmaps[1]);
+  EXPECT_EQ(attached.recording("vdb"), nullptr);
+  Attached mirrored;
+  mirrored.mirrors.push_back({.disk = "vda", .job = true});
+  EXPECT_FALSE(mirrored.nothing());
+  ASSERT_NE(mirrored.mirror("vda"), nullptr);
+  EXPECT_FALSE(mirrored.mirror("vda")->alive()) << "its node is gone";
+  EXPECT_EQ(mirrored.mirror("vdb"), nullptr);
+  Attached scratch;
+  scratch.scratch.emplace_back("vda");
+  EXPECT_FALSE(scratch.nothing());
+  Attached server;
+  server.nbd_socket = "/socket";
+  EXPECT_FALSE(server.nothing());
+}
+
 TEST(Names, AreComplete) {
   for (const GuestState state :
        {GuestState::Running, GuestState::Paused, GuestState::ShuttingDown, GuestState::ShutOff,
