@@ -193,7 +193,8 @@ class SimLanes final : public mirror::Lanes {
   void send(std::uint32_t lane, mirror::OutFrame frame) override;
   bool abandon(std::uint32_t lane, std::uint64_t token) override;
   void lose(LaneIndex lane);
-  // The guest's writes that were given to the lanes and are neither answered, nor dropped, nor lost.
+  // The guest's writes that were given to the lanes and are neither answered, nor dropped, nor
+  // lost.
   struct Piece {
     LaneIndex lane = 0;
     Extent extent;
@@ -292,7 +293,7 @@ class MirrorSim {
   mirror::DiskMirror::Options mirror_options_;
   std::vector<std::unique_ptr<mirror::DiskMirror>> dead_mirrors_;  // until their reads have ended
   std::unique_ptr<mirror::DiskMirror> mirror_;                     // none: the runner is dead
-  std::uint64_t runner_ = 0;  // counts the runners
+  std::uint64_t runner_ = 0;                                       // counts the runners
   std::map<std::uint64_t, GuestOp> guest_ops_;
   // The target's disk: what is on stable storage, and which boot it is.
   Bytes synced_;
@@ -728,8 +729,7 @@ void MirrorSim::check_fence() {
   for (const std::uint64_t token : fenced_) {
     const auto piece = lanes_->pieces().find(token);
     if (piece == lanes_->pieces().end()) continue;
-    const std::uint64_t chunk =
-        piece->second.extent.offset.bytes() / limits_.chunk_size.bytes();
+    const std::uint64_t chunk = piece->second.extent.offset.bytes() / limits_.chunk_size.bytes();
     if (mirror_->arbiter().is_copied(chunk)) violate("a fence passed before what it waits for");
   }
 }
@@ -880,7 +880,8 @@ void MirrorSim::check_bound() {
   }
 }
 
-// Strict: what is left to copy only gets less, but for discards: send_to_mirror() allows for theirs.
+// Strict: what is left to copy only gets less, but for discards: send_to_mirror() allows for
+// theirs.
 void MirrorSim::check_strict() {
   if (!mirror_ || !mirror_->arbiter().strict()) {
     was_strict_ = false;
