@@ -442,10 +442,30 @@ void Arbiter::mark_pending(Extent range) {
   CHECK(range.end() <= Offset(options_.disk_size.bytes()), "only what is on the disk is marked");
   for (Offset at = range.offset; at < range.end();) {
     const ChunkIndex chunk = at.bytes() / options_.chunk_size.bytes();
+    const ChunkIndex whole_end = range.end() == Offset(options_.disk_size.bytes())
+                                     ? chunks_
+                                     : range.end().bytes() / options_.chunk_size.bytes();
+    if (at == chunk_extent(chunk).offset && chunk < whole_end) {
+      mark_chunks(chunk, whole_end);
+      at = chunk_extent(whole_end - 1).end();
+      continue;
+    }
     const Offset end = std::min(range.end(), chunk_extent(chunk).end());
     written_since_scan_.insert(chunk);
     dirty(chunk, blocks_of({.chunk = chunk, .extent = {at, end - at}}));
     at = end;
+  }
+}
+
+// Whole ones, [first, end): of a disk without a bitmap these are many.
+void Arbiter::mark_chunks(ChunkIndex first, ChunkIndex end) {
+  written_since_scan_.insert_range(first, end);
+  changed_.insert_range(first / kGroupChunks, (end + kGroupChunks - 1) / kGroupChunks);
+  pending_.add_range(first, end);
+  for (auto& [id, copy] : copies_) {
+    if (copy.chunk < first || copy.chunk >= end) continue;
+    pending_.erase(copy.chunk);
+    copy.redo = BlockMask::all();
   }
 }
 

@@ -318,6 +318,7 @@ class Arbiter {
   void changed(ChunkIndex chunk) { changed_.insert(chunk / kGroupChunks); }
   void changed(const BlockSet& chunks);
   void dirty(ChunkIndex chunk, const BlockMask& blocks);
+  void mark_chunks(ChunkIndex first, ChunkIndex end);
   bool touch(ChunkIndex chunk);
   void acknowledged(ChunkIndex chunk, const BlockMask& blocks);
   [[nodiscard]] std::unordered_map<ChunkIndex, BlockMask> in_flight() const;

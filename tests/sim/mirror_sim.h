@@ -1,28 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Simulation of one disk's mirror, from the guest's write to the target's bytes: the real DiskMirror,
-// Arbiter, frame codec and Applier, with a fake QEMU, fake disks, a fake network and a virtual clock,
-// all driven by one seed. A byte model decides.
+// Simulation of one disk's mirror, from the guest's write to the target's bytes: the real
+// DiskMirror, Arbiter, frame codec and Applier, with a fake QEMU, fake disks, a fake network and a
+// virtual clock, all driven by one seed. A byte model decides.
 //
 // The fault model:
 //  - A guest's write reaches the source first, in two halves with time between them, and is sent to
 //    the mirror only then (as QEMU does); up to 16 are in flight, those that overlap wait for each
 //    other. A discard leaves zeroes, the old bytes, or some of each.
-//  - A copy read is torn: its parts see the source at different moments between issue and completion.
+//  - A copy read is torn: its parts see the source at different moments between issue and
+//  completion.
 //    What is said of holes may be older than the answer, and may stop early.
-//  - Frames keep their order on a lane and have none between lanes; a lane may be slow, or lost with
+//  - Frames keep their order on a lane and have none between lanes; a lane may be slow, or lost
+//  with
 //    what it carried (a prefix arrives), and comes back after what had arrived has been applied.
 //  - The target's writes land in any order, in parts, between issue and completion.
-//  - The target's disk tells what was written from what is synced: a flush syncs, some is synced at any
+//  - The target's disk tells what was written from what is synced: a flush syncs, some is synced at
+//  any
 //    time; a restart loses all lanes and, sector by sector, some of what was not synced.
-//  - The runner dies: its mirror and arbiter go, its lanes are lost. QEMU goes on with its dirty bitmaps (set
-//    when a write is on the source). Another runner restores what the journal holds (some records damaged), marks
-//    what the bitmaps say, and goes on. The driver alternates bitmaps and stores records as
-//    mirror/arbiter.h says.
+//  - The runner dies: its mirror and arbiter go, its lanes are lost. QEMU goes on with its dirty
+//  bitmaps (set
+//    when a write is on the source). Another runner restores what the journal holds (some records
+//    damaged), marks what the bitmaps say, and goes on. The driver alternates bitmaps and stores
+//    records as mirror/arbiter.h says.
 //  - Lanes may be down for long, while the guest writes.
 //  - Time jumps, so that writes on their way are given up.
-// Then everything heals, the handover's strict mode begins, the guest stops, and the run must end with
-// the target equal to the source, byte for byte.
+// Then everything heals, the handover's strict mode begins, the guest stops, and the run must end
+// with the target equal to the source, byte for byte.
 #pragma once
 
 #include <cstdint>

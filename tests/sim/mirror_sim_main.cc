@@ -69,7 +69,8 @@ int main(int argc, char** argv) {
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   fmt::print(
       "{} seeds, {} violations, {:.1f} s: {} steps, {} guest writes, {} forwarded, {} copies, "
-      "{} answered at the bound, {} lanes lost, {} runners killed, {} targets restarted, {} bitmaps "
+      "{} answered at the bound, {} lanes lost, {} runners killed, {} targets restarted, {} "
+      "bitmaps "
       "replaced\n",
       count, failures, seconds, total.steps, total.guest_writes, total.forwarded, total.copies,
       total.expired, total.lanes_lost, total.crashes, total.restarts, total.rotations);

@@ -1,0 +1,315 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The arbiter's rules about blocks, stable storage and records, one by one. That they hold together
+// under every interleaving is the simulation's business (tests/sim).
+#include "mirror/arbiter.h"
+
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <string>
+
+#include "mirror/frame.h"
+
+namespace drover::mirror {
+namespace {
+
+constexpr Length kChunk = 1_MiB;
+
+Arbiter::Options disk_of(std::uint64_t chunks) {
+  Arbiter::Options options;
+  options.disk_size = kChunk * chunks;
+  options.lanes = 1;
+  return options;
+}
+Extent block(ChunkIndex chunk, std::uint64_t number, std::uint64_t count = 1) {
+  return {Offset(chunk * kChunk.bytes() + number * kBlock.bytes()), kBlock * count};
+}
+
+class ArbiterRules : public testing::Test {
+ protected:
+  void copy_all() {
+    while (const auto ticket = arbiter_.start_copy()) {
+      ASSERT_TRUE(arbiter_.copy_read(ticket->id, actions_));
+      arbiter_.copy_acked(ticket->id);
+    }
+  }
+  void write(Extent extent) {
+    actions_.clear();
+    arbiter_.guest_write(++writes_, WriteKind::Data, extent, Instant(), actions_);
+  }
+  // The piece that the last write was forwarded as.
+  PieceId forwarded() {
+    for (const Action& action : actions_) {
+      if (action.kind == Action::Kind::Forward) return action.piece;
+    }
+    return 0;
+  }
+  void outage(const std::function<void()>& during) {
+    arbiter_.lane_lost(0, actions_);
+    during();
+    arbiter_.lane_up(0);
+  }
+  void flush() { arbiter_.flush_done(arbiter_.flush_begin()); }
+  std::string record(GroupIndex group = 0) { return arbiter_.take_record(group); }
+
+  Arbiter arbiter_{disk_of(8)};
+  Actions actions_;
+  WriteId writes_ = 0;
+};
+
+TEST_F(ArbiterRules, AnOutageCostsTheBlocksWrittenDuringIt) {
+  copy_all();
+  outage([this] {
+    write({Offset(3 * kChunk.bytes() + 100), Length(8192)});  // blocks 0 to 2
+    write(block(3, 200));
+    write(block(5, 7));
+  });
+  const auto summary = arbiter_.summary();
+  EXPECT_EQ(summary.pending, 2U);
+  EXPECT_EQ(summary.left, kBlock * 5);
+  EXPECT_EQ(summary.copied + summary.left, arbiter_.options().disk_size);
+  const auto ticket = arbiter_.start_copy();
+  ASSERT_TRUE(ticket);
+  EXPECT_EQ(ticket->extent, block(3, 0, 201));
+  EXPECT_EQ(ticket->blocks, BlockMask::range(0, 3) | BlockMask::range(200, 201));
+  EXPECT_EQ(ticket->wanted, kBlock * 4);
+  EXPECT_FALSE(ticket->fresh);
+  EXPECT_EQ(arbiter_.summary().left, kBlock * 5) << "what is being copied is left";
+}
+
+TEST_F(ArbiterRules, AChunkNeverCopiedStaysWhole) {
+  outage([this] { write(block(2, 9)); });
+  EXPECT_EQ(arbiter_.summary().left, arbiter_.options().disk_size);
+}
+
+TEST_F(ArbiterRules, ALostTicketOwesItsBlocksAndWhatCameMeanwhile) {
+  copy_all();
+  arbiter_.mark_pending(block(1, 4));
+  const auto ticket = arbiter_.start_copy();
+  ASSERT_TRUE(ticket && arbiter_.copy_read(ticket->id, actions_));
+  arbiter_.mark_pending(block(1, 9));
+  outage([] {});
+  EXPECT_EQ(arbiter_.summary().left, kBlock * 2);
+  const auto again = arbiter_.start_copy();
+  ASSERT_TRUE(again);
+  EXPECT_EQ(again->extent, block(1, 4, 6));
+  EXPECT_EQ(again->blocks, BlockMask::range(0, 1) | BlockMask::range(5, 6));
+}
+
+TEST_F(ArbiterRules, OnlyTheBlocksToRedoArePendingAfterACopy) {
+  const auto ticket = arbiter_.start_copy();
+  ASSERT_TRUE(ticket && arbiter_.copy_read(ticket->id, actions_));
+  arbiter_.guest_write(++writes_, WriteKind::Discard, block(0, 30, 2), Instant(), actions_);
+  arbiter_.copy_acked(ticket->id);
+  copy_all();
+  EXPECT_TRUE(arbiter_.synchronised());
+  arbiter_.mark_pending(block(0, 0));
+  EXPECT_EQ(arbiter_.summary().left, kBlock);
+}
+
+TEST_F(ArbiterRules, WritesToOtherBlocksOfAPendingChunkAreForwarded) {
+  copy_all();
+  arbiter_.mark_pending(block(0, 10));
+  write(block(0, 10));
+  EXPECT_EQ(forwarded(), 0U);
+  write(block(0, 11));
+  EXPECT_NE(forwarded(), 0U);
+  EXPECT_EQ(arbiter_.summary().left, kBlock);
+}
+
+TEST_F(ArbiterRules, BeyondTheLimitOfMasksChunksArePendingWhole) {
+  auto options = disk_of(8);
+  options.max_masks = 2;
+  Arbiter arbiter(options);
+  while (const auto ticket = arbiter.start_copy()) {
+    ASSERT_TRUE(arbiter.copy_read(ticket->id, actions_));
+    arbiter.copy_acked(ticket->id);
+  }
+  for (ChunkIndex chunk = 0; chunk < 3; ++chunk) arbiter.mark_pending(block(chunk, 1));
+  EXPECT_EQ(arbiter.summary().left, kBlock * 2 + kChunk);
+}
+
+TEST_F(ArbiterRules, TheLastBlockOfADiskMayBeShort) {
+  auto options = disk_of(2);
+  options.disk_size -= Length(kChunk.bytes() - 4096 - 512);
+  Arbiter arbiter(options);
+  EXPECT_EQ(arbiter.summary().left, options.disk_size);
+  while (const auto ticket = arbiter.start_copy()) {
+    ASSERT_TRUE(arbiter.copy_read(ticket->id, actions_));
+    arbiter.copy_acked(ticket->id);
+  }
+  EXPECT_EQ(arbiter.summary().left, Length());
+  arbiter.mark_pending({Offset(options.disk_size.bytes() - 1), Length(1)});
+  EXPECT_EQ(arbiter.summary().left, Length(512));
+  const auto ticket = arbiter.start_copy();
+  ASSERT_TRUE(ticket);
+  EXPECT_EQ(ticket->extent, (Extent{Offset(kChunk.bytes() + 4096), Length(512)}));
+  EXPECT_EQ(ticket->blocks, BlockMask::all());
+}
+
+// --- stable storage ---
+
+TEST_F(ArbiterRules, WhatWasNotFlushedIsLostWithTheTarget) {
+  copy_all();
+  EXPECT_EQ(arbiter_.unflushed(), arbiter_.options().disk_size);
+  flush();
+  EXPECT_EQ(arbiter_.unflushed(), Length());
+  write(block(4, 1));
+  arbiter_.piece_acked(forwarded(), actions_);
+  EXPECT_EQ(arbiter_.unflushed(), kBlock);
+  arbiter_.target_lost_unflushed();
+  EXPECT_EQ(arbiter_.summary().left, kBlock);
+}
+
+TEST_F(ArbiterRules, AFlushCoversWhatWasAcknowledgedBeforeItBegan) {
+  copy_all();
+  const FlushId flush = arbiter_.flush_begin();
+  write(block(0, 1));
+  arbiter_.piece_acked(forwarded(), actions_);
+  arbiter_.flush_done(flush);
+  arbiter_.target_lost_unflushed();
+  EXPECT_EQ(arbiter_.summary().left, kBlock);
+}
+
+TEST_F(ArbiterRules, AFlushThatFailedOrWasReplacedCoversNothing) {
+  copy_all();
+  const FlushId first = arbiter_.flush_begin();
+  const FlushId second = arbiter_.flush_begin();
+  arbiter_.flush_done(first);
+  arbiter_.flush_failed(second);
+  arbiter_.flush_done(second);
+  EXPECT_EQ(arbiter_.unflushed(), arbiter_.options().disk_size);
+  arbiter_.target_lost_unflushed();
+  EXPECT_EQ(arbiter_.summary().left, arbiter_.options().disk_size);
+}
+
+TEST_F(ArbiterRules, AFenceWaitsForWhatArrivedBeforeIt) {
+  copy_all();
+  write(block(0, 1));
+  const PieceId before = forwarded();
+  const FenceId fence = arbiter_.fence_begin();
+  write(block(1, 1));
+  EXPECT_FALSE(arbiter_.fence_passed(fence));
+  arbiter_.piece_acked(before, actions_);
+  EXPECT_TRUE(arbiter_.fence_passed(fence));
+}
+
+// --- records ---
+
+TEST_F(ArbiterRules, ARecordBringsEverythingBack) {
+  copy_all();
+  flush();
+  arbiter_.mark_pending(block(1, 3));
+  write(block(2, 4));  // stays in flight
+  write(block(3, 5));
+  arbiter_.piece_acked(forwarded(), actions_);
+  const std::string bytes = record();
+  for (const bool lost : {false, true}) {
+    Arbiter restored(disk_of(8));
+    ASSERT_TRUE(restored.restore(0, bytes, lost));
+    EXPECT_EQ(restored.summary().left, kBlock * (lost ? 3 : 2));
+    EXPECT_EQ(restored.is_copied(3), !lost);
+    EXPECT_EQ(restored.take_records(0, 1).records.size(), lost ? 1U : 0U)
+        << "what was lost must be recorded before the target's new instance is";
+    const auto ticket = restored.start_copy();
+    ASSERT_TRUE(ticket);
+    EXPECT_FALSE(ticket->fresh);
+    EXPECT_FALSE(ticket->touches);
+  }
+}
+
+TEST_F(ArbiterRules, ADamagedRecordMakesItsGroupPending) {
+  copy_all();
+  const std::string bytes = record();
+  for (std::size_t i = 0; i < bytes.size(); ++i) {
+    std::string damaged = bytes;
+    damaged[i] ^= 0x10;
+    Arbiter restored(disk_of(8));
+    EXPECT_FALSE(restored.restore(0, damaged, false));
+    EXPECT_EQ(restored.summary().left, arbiter_.options().disk_size);
+    EXPECT_FALSE(restored.start_copy()->fresh);
+  }
+  EXPECT_FALSE(Arbiter(disk_of(8)).restore(0, bytes.substr(0, bytes.size() - 1), false));
+  EXPECT_FALSE(Arbiter(disk_of(8)).restore(0, "", false));
+  EXPECT_FALSE(Arbiter(disk_of(9)).restore(0, bytes, false)) << "another disk's";
+}
+
+TEST(ArbiterRecords, ASpanIsTouchedBeforeTheFirstFrameAndOnce) {
+  Arbiter arbiter(disk_of(2 * kGroupChunks));
+  Actions actions;
+  for (int i = 0; i < 64; ++i) {
+    const auto ticket = arbiter.start_copy();
+    ASSERT_TRUE(ticket);
+    EXPECT_EQ(ticket->touches.has_value(), i == 0);
+  }
+  // What is recorded now: these may have been sent, the others were not.
+  Arbiter restored(disk_of(2 * kGroupChunks));
+  ASSERT_TRUE(restored.restore(0, arbiter.take_record(0), false));
+  EXPECT_FALSE(restored.start_copy()->fresh);
+  for (int i = 1; i < 64; ++i) EXPECT_FALSE(restored.start_copy()->fresh);
+  EXPECT_TRUE(restored.start_copy()->fresh);
+  EXPECT_EQ(arbiter.start_copy()->touches, GroupIndex{0});
+}
+
+TEST(ArbiterRecords, AWriteToAHoleTouchesToo) {
+  Arbiter arbiter(disk_of(2 * kGroupChunks));
+  Actions actions;
+  const Extent all{Offset(0), kChunk * (2 * kGroupChunks)};
+  arbiter.scan_begin(all);
+  arbiter.scan_hole(all);
+  EXPECT_TRUE(arbiter.synchronised());
+  arbiter.guest_write(1, WriteKind::Data, block(kGroupChunks + 5, 1), Instant(), actions);
+  ASSERT_GE(actions.size(), 2U);
+  EXPECT_EQ(actions[0].kind, Action::Kind::Touch);
+  EXPECT_EQ(actions[0].group, 1U);
+  EXPECT_EQ(actions[1].kind, Action::Kind::Forward);
+}
+
+TEST(ArbiterRecords, OnlyGroupsThatChangedAreTaken) {
+  Arbiter arbiter(disk_of(3 * kGroupChunks));
+  EXPECT_TRUE(arbiter.take_records(0, 10).records.empty()) << "nothing was sent to any";
+  Actions actions;
+  while (const auto ticket = arbiter.start_copy()) {
+    ASSERT_TRUE(arbiter.copy_read(ticket->id, actions));
+    arbiter.copy_acked(ticket->id);
+  }
+  auto taken = arbiter.take_records(0, 2);
+  ASSERT_EQ(taken.records.size(), 2U);
+  EXPECT_EQ(taken.next, GroupIndex{2});
+  taken = arbiter.take_records(*taken.next, 2);
+  ASSERT_EQ(taken.records.size(), 1U);
+  EXPECT_FALSE(taken.next);
+  EXPECT_TRUE(arbiter.take_records(0, 10).records.empty());
+  arbiter.mark_pending(block(kGroupChunks, 0));
+  taken = arbiter.take_records(0, 10);
+  ASSERT_EQ(taken.records.size(), 1U);
+  EXPECT_EQ(taken.records[0].group, 1U);
+  EXPECT_LT(taken.records[0].bytes.size(), 64U) << "chunks that are alike take a few bytes";
+}
+
+TEST(ArbiterRecords, TheLargestRecordFitsItsLimit) {
+  constexpr GroupPlace kPlace{0, kChunk * kGroupChunks, kChunk};
+  std::vector<ChunkRecord> chunks(kGroupChunks);
+  BlockMask odd;
+  for (std::size_t i = 1; i < BlockMask::kBits; i += 2) odd.set(i);
+  for (std::size_t i = 0; i < chunks.size(); ++i) {
+    chunks[i] = {true, odd, i % 2 == 0 ? odd : BlockMask::range(3, 7)};
+  }
+  const std::string bytes = encode_group(kPlace, chunks);
+  EXPECT_LE(bytes.size(), kMaxGroupRecord);
+  const auto decoded = decode_group(kPlace, bytes);
+  ASSERT_TRUE(decoded);
+  EXPECT_EQ(*decoded, chunks);
+}
+
+// Not in seconds: were any of this done chunk by chunk, it would be noticed.
+TEST(ArbiterSize, A64TiBDiskIsCheap) {
+  Arbiter arbiter(disk_of(std::uint64_t{64} << 20));
+  EXPECT_EQ(arbiter.groups(), 16384U);
+  arbiter.mark_pending({Offset(0), arbiter.options().disk_size});
+  EXPECT_TRUE(arbiter.take_records(0, 100).records.empty());
+}
+
+}  // namespace
+}  // namespace drover::mirror

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Partial Copy frames: what was left out stays out, and every malformed combination is refused.
+#include "mirror/frame.h"
+
+#include <gtest/gtest.h>
+#include <xxhash.h>
+
+#include <array>
+#include <vector>
+
+#include "base/random.h"
+
+namespace drover::mirror {
+namespace {
+
+using Bytes = std::vector<std::byte>;
+using Runs = std::vector<Run>;  // Run alone is also the name of a function of gtest's
+const FrameLimits kLimits{{Length(8U << 20)}, kMaxChunk};
+
+struct Encoded {
+  FrameHeader header;
+  Bytes payload;
+};
+
+Encoded encode(const Bytes& content, const BlockMask& blocks, Encoding encoding) {
+  Encoded frame;
+  frame.header.type = FrameType::Copy;
+  frame.header.extent = {Offset(1U << 20), Length(content.size())};
+  frame.header.sequence = 1;
+  Bytes scratch(kEncodeScratch);
+  const auto payload = encode_copy(frame.header, content, blocks, {encoding, 0}, scratch);
+  frame.payload.assign(payload.begin(), payload.end());
+  return frame;
+}
+
+Status decode(const Encoded& frame, Runs& runs, Bytes& scratch) {
+  std::array<std::byte, kHeaderSize> head{};
+  encode_header(frame.header, head);
+  DROVER_ASSIGN(const FrameHeader header, decode_header(head, kLimits));
+  scratch.resize(kMaxPayload);
+  return decode_payload(header, frame.payload, scratch, runs);
+}
+
+TEST(PartialCopy, ChangesTheBlocksThatItHoldsAndNoOther) {
+  Random random(1);
+  for (int round = 0; round < 60; ++round) {
+    const std::size_t count = 1 + random.below(256);
+    Bytes content(count * 4096 - (random.one_in(2) ? random.below(4096) : 0));
+    for (std::size_t at = 0; at < content.size(); at += 4096) {
+      if (random.one_in(3)) continue;
+      for (std::size_t i = at; i < std::min(content.size(), at + 4096); i += 64) {
+        content[i] = static_cast<std::byte>(random.below(256));
+      }
+    }
+    BlockMask blocks;
+    for (std::size_t i = 0; i < count; ++i) {
+      if (i == 0 || i == count - 1 || random.one_in(2)) blocks.set(i);
+    }
+    const Encoded frame = encode(content, blocks, static_cast<Encoding>(round % 3));
+    EXPECT_LE(frame.payload.size(), kMaxPayload);
+    Bytes target(content.size(), std::byte{0xee});
+    Runs runs;
+    Bytes scratch;
+    ASSERT_TRUE(decode(frame, runs, scratch));
+    for (const auto& run : runs) {
+      const std::size_t at = run.extent.offset.bytes() - (1U << 20);
+      for (std::size_t i = 0; i < run.extent.length.bytes(); ++i) {
+        ASSERT_EQ(target[at + i], std::byte{0xee}) << "runs don't overlap";
+        target[at + i] = run.bytes.empty() ? std::byte{0} : run.bytes[i];
+      }
+    }
+    for (std::size_t i = 0; i < content.size(); ++i) {
+      if (blocks.contains(i / 4096)) {
+        ASSERT_EQ(target[i], content[i]);
+      } else {
+        ASSERT_EQ(target[i], std::byte{0xee});
+      }
+    }
+  }
+}
+
+TEST(PartialCopy, ThatLeavesNothingOutIsAnOrdinaryOne) {
+  const Bytes content(3 * 4096, std::byte{7});
+  EXPECT_EQ(encode(content, BlockMask::range(0, 3), Encoding::Plain).header.flags, 0);
+  const Bytes zeroes(3 * 4096);
+  EXPECT_EQ(encode(zeroes, BlockMask::all(), Encoding::Plain).header.type, FrameType::Zero);
+  EXPECT_EQ(encode(zeroes, BlockMask(BlockMask::Words{5}), Encoding::Plain).header.type,
+            FrameType::Copy)
+      << "zeroes can't leave out blocks";
+}
+
+// Three blocks, with the bitmaps as given and as many data blocks as said.
+Status decode_bitmaps(unsigned here, unsigned data, std::size_t data_blocks,
+                      std::uint8_t flags = kFlagPartial) {
+  Encoded frame;
+  frame.header.type = FrameType::Copy;
+  frame.header.flags = flags;
+  frame.header.extent = {Offset(0), kBlock * 3};
+  frame.header.sequence = 1;
+  frame.payload = {static_cast<std::byte>(here), static_cast<std::byte>(data)};
+  frame.payload.resize(2 + data_blocks * 4096, std::byte{9});
+  frame.header.payload_length = frame.header.decoded_length =
+      static_cast<std::uint32_t>(frame.payload.size());
+  frame.header.checksum = XXH3_64bits(frame.payload.data(), frame.payload.size());
+  Runs runs;
+  Bytes scratch;
+  return decode(frame, runs, scratch);
+}
+
+TEST(PartialCopy, IsRefusedWhenMalformed) {
+  EXPECT_TRUE(decode_bitmaps(0b101, 0b101, 2));
+  EXPECT_TRUE(decode_bitmaps(0b101, 0, 0));
+  EXPECT_FALSE(decode_bitmaps(0b111, 0b101, 2)) << "leaves nothing out";
+  EXPECT_FALSE(decode_bitmaps(0b110, 0b100, 1)) << "without its first block";
+  EXPECT_FALSE(decode_bitmaps(0b011, 0b001, 1)) << "without its last block";
+  EXPECT_FALSE(decode_bitmaps(0, 0, 0)) << "holds nothing";
+  EXPECT_FALSE(decode_bitmaps(0b101, 0b010, 1)) << "data that was left out";
+  EXPECT_FALSE(decode_bitmaps(0b1101, 0b101, 2)) << "blocks beyond the extent";
+  EXPECT_FALSE(decode_bitmaps(0b101, 0b1101, 2)) << "data beyond the extent";
+  EXPECT_FALSE(decode_bitmaps(0b101, 0b101, 1)) << "less than marked";
+  EXPECT_FALSE(decode_bitmaps(0b101, 0b001, 2)) << "more than marked";
+  EXPECT_FALSE(decode_bitmaps(0b101, 0b101, 3)) << "as long as the extent";
+  EXPECT_FALSE(decode_bitmaps(0b101, 0b101, 2, kFlagPartial | kFlagSparse));
+  EXPECT_FALSE(decode_bitmaps(0b101, 0b101, 2, 8)) << "an unknown flag";
+}
+
+}  // namespace
+}  // namespace drover::mirror
