@@ -94,7 +94,7 @@ class Engine final : public MirrorEngine, private Answers {
       for (const auto& disk : disks_) {
         if (!disk->mirror->enter_strict()) {
           leave_strict_on_loop();
-          return fail(Code::Busy, "the handover can't begin: a connection of the link is down");
+          return fail(Code::Busy, "the handover can't begin: the link is down");
         }
       }
       strict_ = true;
@@ -128,6 +128,7 @@ class Engine final : public MirrorEngine, private Answers {
       auto future = drained_->get_future();
       loop_->post([this] {
         if (broken_) return fail_drain(*broken_);
+        if (outage_) return fail_drain(outage_->why);
         settle();
       });
       return future;
@@ -259,13 +260,30 @@ class Engine final : public MirrorEngine, private Answers {
     }
     disks_[disk]->mirror->refused(token, told);
   }
-  void lane_lost(std::uint32_t lane, const Error& error) override {
-    for (const auto& disk : disks_) disk->mirror->lane_lost(lane);
+  void link_down(const Error& error) override {
+    for (const auto& disk : disks_) {
+      for (LaneIndex lane = 0; lane < lanes_; ++lane) disk->mirror->lane_lost(lane);
+    }
     strict_ = false;
     told_copied_ = false;
+    outage_ = LinkOutage{.since = now(), .why = error};
+    fail_drain(error);
+    if (!stopping_) events_.link_down(error);
+    settle();
+  }
+  void link_up(const std::vector<TargetDisk>& target_disks) override {
+    outage_.reset();
+    for (const auto& disk : disks_) {
+      for (LaneIndex lane = 0; lane < lanes_; ++lane) disk->mirror->lane_up(lane);
+    }
+    if (!stopping_) events_.link_up(target_disks);
+    pump();
+  }
+  void link_failed(const Error& error) override {
+    if (!outage_) outage_ = LinkOutage{.since = now(), .why = error};
+    outage_->final = true;
     give_up(error);
     if (!stopping_) events_.link_lost(error);
-    settle();
   }
 
   // Nobody need wait for the target any longer.
@@ -358,9 +376,10 @@ class Engine final : public MirrorEngine, private Answers {
           })) {
         leave_strict_on_loop();
         if (!stopping_) {
-          events_.link_lost({Code::Unreachable,
-                             "the target did not take the guest's writes in time during the handover",
-                             "is the link or the target's disk overloaded?", true});
+          events_.strict_ended(
+              {Code::Unreachable,
+               "the target did not take the guest's writes in time during the handover",
+               "is the link or the target's disk overloaded?", true});
         }
       }
       pump();
@@ -382,6 +401,7 @@ class Engine final : public MirrorEngine, private Answers {
     EngineStatus status;
     status.strict = strict_;
     if (link_) status.link = link_->counters();
+    status.link_down = outage_;
     for (const auto& disk : disks_) {
       DiskStatus one;
       one.name = disk->name;
@@ -416,6 +436,7 @@ class Engine final : public MirrorEngine, private Answers {
   bool strict_ = false;
   bool told_copied_ = false;
   std::optional<std::promise<Status>> drained_;
+  std::optional<LinkOutage> outage_;
   std::optional<Error> broken_;  // why the target can't become equal any more
   std::optional<std::promise<void>> idle_;
 };
