@@ -88,6 +88,10 @@ class NullImage final : public blockcopy::TargetImage {
   explicit NullImage(blockcopy::TargetSpec spec) : spec_(std::move(spec)) {}
   [[nodiscard]] const blockcopy::TargetSpec& spec() const override { return spec_; }
   [[nodiscard]] bool initially_zero() const override { return true; }
+  [[nodiscard]] blockcopy::ImageIdentity identity() const override { return {}; }
+  Result<std::unique_ptr<blockcopy::ImageReader>> open_reader(Loop&) override {
+    return fail(Code::Incompatible, "what was written to nothing can't be read");
+  }
   Result<std::unique_ptr<blockcopy::ImageWriter>> open_writer(Loop& loop) override {
     return std::unique_ptr<blockcopy::ImageWriter>(new NullWriter(loop, spec_.size));
   }
@@ -191,7 +195,9 @@ class Source final : public Answers {
   void refused(std::uint32_t, std::uint16_t, std::uint64_t, const Error& error) override {
     must(Status(fail(error)));
   }
-  void lane_lost(std::uint32_t, const Error& error) override { must(Status(fail(error))); }
+  void link_down(const Error& error) override { must(Status(fail(error))); }
+  void link_up(const std::vector<TargetDisk>&) override {}
+  void link_failed(const Error& error) override { must(Status(fail(error))); }
 
   const Arguments& arguments_;
   Loop& loop_;

@@ -24,6 +24,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <span>
@@ -109,15 +110,35 @@ struct TargetSpec {
   bool cached = false;         // through the page cache even where O_DIRECT would work
 };
 
-// A target disk, from its creation to the moment QEMU takes over. Order of life: create_target() ->
-// open_writer() for each thread that writes -> (writers destroyed) -> flush() -> release().
-// After release() only spec() and remove() are left, and release() again, which does nothing.
+// Which file or device an image is, so that another one in its place is noticed. A file: its file
+// system's device number and its inode; a block device: its own number, and 0.
+struct ImageIdentity {
+  std::uint64_t device = 0;
+  std::uint64_t inode = 0;
+  bool operator==(const ImageIdentity&) const = default;
+};
+
+// A target disk, from its creation to the moment QEMU takes over. Order of life: create_target() or
+// open_target() -> open_writer() for each thread that writes -> (writers destroyed) -> flush() ->
+// release(). After release() only spec() and remove() are left, and release() again, which does
+// nothing.
 class TargetImage {
  public:
   virtual ~TargetImage() = default;  // releases if release() was not called; removes nothing
   [[nodiscard]] virtual const TargetSpec& spec() const = 0;
-  // True for images that create() made: all that was never written reads as zeroes.
+  // True for images that create_target() made, also when they are opened again: all that was never
+  // written reads as zeroes.
   [[nodiscard]] virtual bool initially_zero() const = 0;
+  [[nodiscard]] virtual ImageIdentity identity() const = 0;
+  // Names what holds writes that were completed but not flushed, besides the host's kernel: with
+  // that process they are lost. Empty: nothing else does.
+  [[nodiscard]] virtual std::string holder() const { return {}; }
+  // False: that process is gone, or a flush has failed. Only release(), remove() and destruction
+  // are left then; open_target() may help.
+  [[nodiscard]] virtual bool alive() { return true; }
+  // Reads what is on stable storage, past every cache where the image can; flush() first. Destroy
+  // it before release().
+  virtual Result<std::unique_ptr<ImageReader>> open_reader(Loop& loop) = 0;
   // Every lane has a writer of its own (at most 32 per image). Destroy it before release().
   virtual Result<std::unique_ptr<ImageWriter>> open_writer(Loop& loop) = 0;
   // Everything whose write was completed before is on stable storage afterwards. Once it failed it
@@ -137,5 +158,15 @@ class TargetImage {
 // that no filesystem, volume manager or QEMU holds it (Busy).
 // qcow2: starts a process that ends with the calling thread, so that must live until release().
 Result<std::unique_ptr<TargetImage>> create_target(const TargetSpec& spec);
+
+// Opens an image that create_target() made before, with this spec, in this or another process; what
+// was flushed is there. NotFound if it is gone; Busy if another file (or device) has taken its
+// place or QEMU holds it; Incompatible if its size is another; an error that is_corrupt() knows if
+// its format's check finds it damaged, which a qcow2 image may be after its process was killed:
+// then only creating it anew helps. Threads as create_target().
+Result<std::unique_ptr<TargetImage>> open_target(const TargetSpec& spec,
+                                                 const ImageIdentity& identity);
+// Whether an error of open_target() says that the image is damaged.
+bool is_corrupt(const Error& error);
 
 }  // namespace drover::blockcopy

@@ -25,6 +25,10 @@
 namespace drover::blockcopy {
 namespace {
 
+constexpr unsigned kReadConnections = 1;
+// It reads all of the image's tables.
+constexpr std::chrono::minutes kCheckTimeout{5};
+
 // A write-zeroes request carries no data and may be long; not so long that it holds up others.
 constexpr std::uint64_t kMaxZeroes = std::uint64_t{256} << 20;
 
@@ -124,27 +128,26 @@ class Qcow2Target final : public TargetImage {
     if (const Status status = release(); !status) log_warning("{}", status.error().to_string());
   }
 
-  // Formats the file and starts the daemon.
-  Status begin() {
+  Status begin_new() {
     DROVER_TRY(format());
-    StorageDaemonOptions options;
-    options.image_fd = file_.fd();
-    options.image = spec_.path;
-    options.driver = "qcow2";
-    options.writable = true;
-    options.direct = !spec_.cached && takes_direct(file_.fd());
-    options.work_directory = spec_.work_directory;
-    DROVER_ASSIGN(daemon_, StorageDaemon::start(options));
-    DROVER_ASSIGN(control_, daemon_->connect());
-    if (control_->size() != spec_.size) {
-      return fail(Code::Internal, fmt::format("{} has {} bytes instead of {}", spec_.path,
-                                              control_->size().bytes(), spec_.size.bytes()));
+    return begin();
+  }
+  // Of a file that was formatted before.
+  Status begin_again() {
+    Status begun = check();
+    if (begun) begun = begin();
+    if (!begun) {
+      control_.reset();
+      daemon_.reset();  // nothing was written through it
     }
-    return {};
+    return begun;
   }
 
   [[nodiscard]] const TargetSpec& spec() const override { return spec_; }
   [[nodiscard]] bool initially_zero() const override { return true; }
+  [[nodiscard]] ImageIdentity identity() const override { return file_.identity(); }
+  [[nodiscard]] std::string holder() const override { return holder_; }
+  [[nodiscard]] bool alive() override { return daemon_ != nullptr && daemon_->running(); }
 
   Result<std::unique_ptr<ImageWriter>> open_writer(Loop& loop) override {
     CHECK(daemon_ != nullptr, "a released image has no writers");
@@ -153,6 +156,12 @@ class Qcow2Target final : public TargetImage {
     }
     DROVER_ASSIGN(auto connection, daemon_->connect());
     return std::make_unique<NbdWriter>(loop, spec_.path, std::move(connection), writers_);
+  }
+
+  Result<std::unique_ptr<ImageReader>> open_reader(Loop& loop) override {
+    CHECK(daemon_ != nullptr, "a released image has no readers");
+    return open_nbd_reader(
+        loop, {daemon_->address().unix_socket, daemon_->address().export_name, kReadConnections});
   }
 
   Status flush() override {
@@ -187,6 +196,44 @@ class Qcow2Target final : public TargetImage {
   }
 
  private:
+  // Starts the daemon.
+  Status begin() {
+    StorageDaemonOptions options;
+    options.image_fd = file_.fd();
+    options.image = spec_.path;
+    options.driver = "qcow2";
+    options.writable = true;
+    options.direct = !spec_.cached && takes_direct(file_.fd());
+    options.work_directory = spec_.work_directory;
+    DROVER_ASSIGN(daemon_, StorageDaemon::start(options));
+    // Process ids are used again.
+    holder_ = fmt::format("{}-{}", daemon_->pid(), now().time_since_epoch().count());
+    DROVER_ASSIGN(control_, daemon_->connect());
+    if (control_->size() != spec_.size) {
+      return fail(Code::Incompatible, fmt::format("{} has {} bytes instead of {}", spec_.path,
+                                                  control_->size().bytes(), spec_.size.bytes()));
+    }
+    return {};
+  }
+
+  // A daemon that was killed leaks clusters at worst (qcow2 orders its own writes); more is damage.
+  Status check() const {
+    ProcessOptions options;
+    options.descriptors = {file_.fd()};
+    options.timeout = kCheckTimeout;
+    DROVER_ASSIGN(const ProcessResult result,
+                  run_process({"qemu-img", "check", "-q", "-f", "qcow2", "-r", "leaks",
+                               fmt::format("/proc/self/fd/{}", file_.fd())},
+                              options));
+    if (result.exit_code == 0) return {};
+    if (result.err.find("Failed to get \"") != std::string::npos) {  // ... lock
+      return fail(Code::Busy,
+                  fmt::format("the target image {} is in use: {}", spec_.path, result.err));
+    }
+    return fail(corrupt_image(
+        spec_.path, fmt::format("qemu-img check ended with {}: {}", result.exit_code, result.err)));
+  }
+
   Status format() {
     std::string layout = "preallocation=off";
     if (spec_.cluster_size != Length()) {
@@ -213,6 +260,7 @@ class Qcow2Target final : public TargetImage {
   std::shared_ptr<std::atomic<unsigned>> writers_;
   std::unique_ptr<StorageDaemon> daemon_;  // null: released
   std::shared_ptr<NbdConnection> control_;
+  std::string holder_;
   Status flushed_;
 };
 
@@ -221,10 +269,18 @@ class Qcow2Target final : public TargetImage {
 Result<std::unique_ptr<TargetImage>> create_qcow2_target(const TargetSpec& spec) {
   DROVER_ASSIGN(TargetFile file, TargetFile::create(spec.path));
   auto target = std::make_unique<Qcow2Target>(spec, std::move(file));
-  if (const Status begun = target->begin(); !begun) {
+  if (const Status begun = target->begin_new(); !begun) {
     (void)target->remove();  // the first error is the one to tell
     return fail(begun.error());
   }
+  return target;
+}
+
+Result<std::unique_ptr<TargetImage>> open_qcow2_target(const TargetSpec& spec,
+                                                       const ImageIdentity& identity) {
+  DROVER_ASSIGN(TargetFile file, TargetFile::open(spec.path, identity));
+  auto target = std::make_unique<Qcow2Target>(spec, std::move(file));
+  DROVER_TRY(target->begin_again());
   return target;
 }
 

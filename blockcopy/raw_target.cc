@@ -269,8 +269,9 @@ class RawWriter final : public ImageWriter {
 // Raw files; `made` is empty for a block device.
 class RawTarget final : public TargetImage {
  public:
-  RawTarget(TargetSpec spec, std::optional<TargetFile> made, RawFile file)
+  RawTarget(TargetSpec spec, std::optional<TargetFile> made, RawFile file, ImageIdentity identity)
       : spec_(std::move(spec)),
+        identity_(identity),
         made_(std::move(made)),
         state_(std::make_shared<RawState>(std::move(file))) {}
   ~RawTarget() override {
@@ -279,6 +280,8 @@ class RawTarget final : public TargetImage {
 
   [[nodiscard]] const TargetSpec& spec() const override { return spec_; }
   [[nodiscard]] bool initially_zero() const override { return made_.has_value(); }
+  [[nodiscard]] ImageIdentity identity() const override { return identity_; }
+  [[nodiscard]] bool alive() override { return state_ != nullptr && flushed_; }
 
   Result<std::unique_ptr<ImageWriter>> open_writer(Loop& loop) override {
     CHECK(state_ != nullptr, "a released image has no writers");
@@ -286,6 +289,14 @@ class RawTarget final : public TargetImage {
       return fail(Code::Internal, "too many writers for " + spec_.path);
     }
     return std::make_unique<RawWriter>(loop, state_);
+  }
+
+  Result<std::unique_ptr<ImageReader>> open_reader(Loop& loop) override {
+    CHECK(state_ != nullptr, "a released image has no readers");
+    const RawFile& file = state_->file;
+    const int fd = file.is_direct() ? file.direct.get() : file.buffered.get();
+    // The same file, whatever its name means by now.
+    return open_raw_reader(loop, {fmt::format("/proc/self/fd/{}", fd), spec_.size, spec_.cached});
   }
 
   Status flush() override {
@@ -321,6 +332,7 @@ class RawTarget final : public TargetImage {
   }
 
   const TargetSpec spec_;
+  const ImageIdentity identity_;
   std::optional<TargetFile> made_;
   std::shared_ptr<RawState> state_;  // null: released
   Status flushed_;
@@ -359,30 +371,60 @@ Result<UniqueFd> open_device(const TargetSpec& spec) {
   return fd;
 }
 
+Result<std::unique_ptr<TargetImage>> use_device(const TargetSpec& spec,
+                                                const ImageIdentity* expected) {
+  DROVER_ASSIGN(UniqueFd fd, open_device(spec));
+  struct stat info {};
+  if (::fstat(fd.get(), &info) != 0) return fail_errno(errno, "looking at " + spec.path);
+  const ImageIdentity identity{info.st_rdev, 0};
+  if (expected != nullptr && identity != *expected) {
+    return fail(Code::Busy, spec.path + " is another device now than the one drover wrote to");
+  }
+  DROVER_ASSIGN(RawFile file, make_raw_file(std::move(fd), {spec.path, spec.size, spec.cached}));
+  return std::make_unique<RawTarget>(spec, std::nullopt, std::move(file), identity);
+}
+
+Result<RawFile> use_file(const TargetSpec& spec, const TargetFile& made) {
+  UniqueFd fd(::fcntl(made.fd(), F_DUPFD_CLOEXEC, 0));
+  if (!fd) return fail_errno(errno, "opening " + spec.path);
+  return make_raw_file(std::move(fd), {spec.path, spec.size, spec.cached});
+}
+
 }  // namespace
 
-Result<std::unique_ptr<TargetImage>> create_raw_target(const TargetSpec& spec) {
-  if (spec.block_device) {
-    DROVER_ASSIGN(UniqueFd fd, open_device(spec));
-    DROVER_ASSIGN(RawFile file, make_raw_file(std::move(fd), {spec.path, spec.size, spec.cached}));
-    return std::make_unique<RawTarget>(spec, std::nullopt, std::move(file));
+Result<std::unique_ptr<TargetImage>> open_raw_target(const TargetSpec& spec,
+                                                     const ImageIdentity& identity) {
+  if (spec.block_device) return use_device(spec, &identity);
+  DROVER_ASSIGN(TargetFile made, TargetFile::open(spec.path, identity));
+  if (held_by_qemu(made.fd())) {
+    return fail(Code::Busy, "the target image " + spec.path + " is in use by QEMU");
   }
+  DROVER_ASSIGN(const Length size, size_of(made.fd(), spec.path));
+  if (size != spec.size) {
+    return fail(Code::Incompatible, fmt::format("the target image {} has {} bytes instead of {}",
+                                                spec.path, size.bytes(), spec.size.bytes()));
+  }
+  DROVER_ASSIGN(RawFile file, use_file(spec, made));
+  return std::make_unique<RawTarget>(spec, std::move(made), std::move(file), identity);
+}
+
+Result<std::unique_ptr<TargetImage>> create_raw_target(const TargetSpec& spec) {
+  if (spec.block_device) return use_device(spec, nullptr);
   DROVER_ASSIGN(TargetFile made, TargetFile::create(spec.path));
   const auto open_it = [&]() -> Result<RawFile> {
     if (::ftruncate(made.fd(), static_cast<off_t>(spec.size.bytes())) != 0) {
       return fail_errno(errno, fmt::format("giving the target image {} its size of {}", spec.path,
                                            format_length(spec.size)));
     }
-    UniqueFd fd(::fcntl(made.fd(), F_DUPFD_CLOEXEC, 0));
-    if (!fd) return fail_errno(errno, "opening " + spec.path);
-    return make_raw_file(std::move(fd), {spec.path, spec.size, spec.cached});
+    return use_file(spec, made);
   };
   auto file = open_it();
   if (!file) {
     (void)made.remove();  // the first error is the one to tell
     return fail(std::move(file.error()));
   }
-  return std::make_unique<RawTarget>(spec, std::move(made), std::move(*file));
+  const ImageIdentity identity = made.identity();
+  return std::make_unique<RawTarget>(spec, std::move(made), std::move(*file), identity);
 }
 
 }  // namespace drover::blockcopy

@@ -44,6 +44,7 @@ class StorageDaemon {
 
   [[nodiscard]] const NbdAddress& address() const { return address_; }
   [[nodiscard]] pid_t pid() const { return child_.pid(); }
+  [[nodiscard]] bool running() { return child_.running(); }
   // Connects; if that fails because the daemon has ended, the error says why it did.
   Result<std::shared_ptr<NbdConnection>> connect();
   // Lets the daemon close the image and waits for its end: no lock is left. Unreachable when it had

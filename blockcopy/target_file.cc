@@ -65,6 +65,23 @@ Result<TargetFile> TargetFile::create(const std::string& path) {
   return fail(std::move(made.error()));
 }
 
+Result<TargetFile> TargetFile::open(const std::string& path, const ImageIdentity& expected) {
+  const std::string doing = "opening the target image " + path;
+  TargetFile file;
+  file.path_ = path;
+  // Without waiting for what is no regular file.
+  file.fd_ = UniqueFd(::open(path.c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
+  struct stat info {};
+  if (!file.fd_ && errno != ELOOP) return fail_errno(errno, doing);
+  if (!file.fd_ || ::fstat(file.fd_.get(), &info) != 0 || !S_ISREG(info.st_mode) ||
+      ImageIdentity{info.st_dev, info.st_ino} != expected) {
+    return fail(Code::Busy, path + " is another file now than the one drover made",
+                "something has replaced it: drover does not write to it");
+  }
+  DROVER_ASSIGN(file.identity_, identify(file.fd_.get(), "", AT_EMPTY_PATH));
+  return file;
+}
+
 Status TargetFile::flush() {
   if (!flushed_) return flushed_;
   if (::fdatasync(fd_.get()) != 0) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// TargetFile: the file that create_target() makes for an image of any format: made exclusively,
+// TargetFile: the file that create_target() makes for an image of any format: made exclusively (or
+// found again),
 // made durable with its directory entry, and deleted only while it is still the same file. Internal
 // to blockcopy.
 //
@@ -14,6 +15,7 @@
 
 #include "base/result.h"
 #include "base/unique_fd.h"
+#include "blockcopy/image.h"
 
 namespace drover::blockcopy {
 
@@ -22,8 +24,11 @@ class TargetFile {
   // AlreadyExists if there is anything of that name. Mode 0600, empty. The parent directory must
   // exist.
   static Result<TargetFile> create(const std::string& path);
+  // One that create() made before. NotFound if it is gone, Busy if it is not that file.
+  static Result<TargetFile> open(const std::string& path, const ImageIdentity& expected);
 
   [[nodiscard]] const std::string& path() const { return path_; }
+  [[nodiscard]] ImageIdentity identity() const { return {identity_.device, identity_.inode}; }
   // Open for reading and writing until close().
   [[nodiscard]] int fd() const { return fd_.get(); }
   void close() { fd_.reset(); }

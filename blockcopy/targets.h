@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The two makers behind create_target(), which has checked the spec. Internal to blockcopy.
+// What is behind create_target() and open_target(), which have checked the spec. Internal to
+// blockcopy.
 #pragma once
 
 #include <memory>
@@ -13,5 +14,10 @@ inline constexpr unsigned kMaxWriters = 32;
 
 Result<std::unique_ptr<TargetImage>> create_raw_target(const TargetSpec& spec);
 Result<std::unique_ptr<TargetImage>> create_qcow2_target(const TargetSpec& spec);
+Result<std::unique_ptr<TargetImage>> open_raw_target(const TargetSpec& spec,
+                                                     const ImageIdentity& identity);
+Result<std::unique_ptr<TargetImage>> open_qcow2_target(const TargetSpec& spec,
+                                                       const ImageIdentity& identity);
+Error corrupt_image(const std::string& path, const std::string& why);
 
 }  // namespace drover::blockcopy

@@ -154,6 +154,7 @@ struct Written {
   bool force = false;
   bool keep = false;
   std::string cleanup;
+  std::string stop;
 };
 
 CLI::Option* value(CLI::App& app, const std::string& name, std::optional<std::string>& into,
@@ -473,6 +474,10 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments,
   receive->add_option("--cleanup", written.cleanup, "remove what JOB has left on this host")
       ->option_text("JOB")
       ->excludes("--probe");
+  receive->add_option("--stop", written.stop, "end the receiver of JOB, which keeps what can be resumed")
+      ->option_text("JOB")
+      ->excludes("--probe")
+      ->excludes("--cleanup");
   flag(*receive, "--force", written.force,
        "with --cleanup: also the images of a handover (only when the guest runs on the source)");
   flag(*receive, "--keep", written.keep,
@@ -499,6 +504,10 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments,
                               : written.keep ? KeptImages::Leave
                                              : KeptImages::Refuse;
       return ReceiveCommand{ReceiveCommand::Mode::Cleanup, written.cleanup, kept};
+    }
+    if (receive->count("--stop") > 0) {
+      if (written.stop.empty()) return usage(" receive", "--stop: the job's name is empty");
+      return ReceiveCommand{ReceiveCommand::Mode::Stop, written.stop, {}};
     }
     return ReceiveCommand{};
   }

@@ -73,9 +73,9 @@ struct SetCommand {
 
 // The target's side; drover starts it itself.
 struct ReceiveCommand {
-  enum class Mode { Serve, Probe, Cleanup };
+  enum class Mode { Serve, Probe, Cleanup, Stop };
   Mode mode = Mode::Serve;
-  std::string job;  // Cleanup
+  std::string job;     // Cleanup, Stop
   // Cleanup: of a job whose handover had begun
   mirror::KeptImages kept = mirror::KeptImages::Refuse;
 };

@@ -56,12 +56,26 @@ Result<std::string> clean_up(const ReceiveCommand& command) {
   return out;
 }
 
+Result<std::string> stop(const ReceiveCommand& command) {
+  DROVER_TRY(mirror::stop_receiver(mirror::RunReceiverOptions{}.jobs_directory, command.job));
+  return std::string();
+}
+
+Result<std::string> carry_out(const ReceiveCommand& command) {
+  switch (command.mode) {
+    case ReceiveCommand::Mode::Probe: return probe();
+    case ReceiveCommand::Mode::Cleanup: return clean_up(command);
+    case ReceiveCommand::Mode::Stop: return stop(command);
+    case ReceiveCommand::Mode::Serve: break;
+  }
+  return std::string();
+}
+
 }  // namespace
 
 int receive(const ReceiveCommand& command) {
   if (command.mode == ReceiveCommand::Mode::Serve) return mirror::run_receiver({});
-  const Result<std::string> answer =
-      command.mode == ReceiveCommand::Mode::Probe ? probe() : clean_up(command);
+  const Result<std::string> answer = carry_out(command);
   if (!answer) {
     write_all(kErrors, render_error(answer.error(), Style()));
     return exit_code(answer.error().code);

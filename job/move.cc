@@ -196,7 +196,10 @@ class Move {
     engine_options.watchdog_command = {"/proc/self/exe", std::string(mirror::kWatchdogCommand)};
     mirror::MirrorEngine::Events events;
     events.all_copied = [this](bool strict) { queue_->push(AllCopied{strict}); };
-    events.link_lost = [this](const Error& error) { queue_->push(Trouble{error}); };
+    events.link_lost = events.link_down = events.strict_ended = [this](const Error& error) {
+      queue_->push(Trouble{error});
+    };
+    events.link_up = [](const std::vector<mirror::TargetDisk>&) {};
     events.disk_failed = [this](const std::string& disk, const Error& error) {
       queue_->push(Trouble{Error{error.code, "disk " + disk + ": " + error.message, error.hint,
                                  error.retryable}});

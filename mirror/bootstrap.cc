@@ -158,7 +158,25 @@ nlohmann::json document(const ReceiverRequest& request) {
   if (request.port != 0) json["port"] = request.port;
   if (request.last_port != 0) json["last_port"] = request.last_port;
   if (!request.jobs_directory.empty()) json["jobs_directory"] = request.jobs_directory;
+  if (request.resumable) json["resumable"] = true;
+  if (request.resume) json["resume"] = true;
   return json;
+}
+
+Error not_installed(const Ssh& ssh) {
+  return {Code::NotFound, fmt::format("drover is not installed on {}", ssh.host),
+          fmt::format("install drover {} there, in the PATH of `ssh {} drover`", DROVER_VERSION,
+                      ssh.host),
+          false};
+}
+
+Status read_place(const nlohmann::json& json, ReceiverInfo& info) {
+  DROVER_ASSIGN(const std::uint64_t port, get_unsigned(json, "port", 65535));
+  if (port == 0) return fail(Code::Protocol, "the receiver named port 0");
+  info.port = static_cast<std::uint16_t>(port);
+  DROVER_ASSIGN(const std::uint64_t pid, get_unsigned(json, "pid", INT32_MAX));
+  info.pid = static_cast<std::int64_t>(pid);
+  return {};
 }
 
 }  // namespace
@@ -189,8 +207,8 @@ Result<ProcessResult> run_on_target(const Ssh& ssh, const std::vector<std::strin
   }
   if (!ssh.control_path.empty()) {
     command.insert(command.end(), {"-o", "ControlMaster=auto", "-o", "ControlPersist=60", "-o",
-                                   "ControlPath=" + ssh.control_path, "-o",
-                                   "ServerAliveInterval=5", "-o", "ServerAliveCountMax=2"});
+                                   "ControlPath=" + ssh.control_path, "-o", "ServerAliveInterval=5",
+                                   "-o", "ServerAliveCountMax=2"});
   }
   command.insert(command.end(), {"-o",
                                  fmt::format("ConnectTimeout={}",
@@ -238,13 +256,18 @@ Result<ReceiverInfo> start_receiver(const Ssh& ssh, const ReceiverRequest& reque
   DROVER_ASSIGN(const ProcessResult result,
                 run_on_target(ssh, argv, document(request).dump() + "\n"));
   if (result.exit_code == kNotFoundThere) {
-    return fail(Code::NotFound, fmt::format("drover is not installed on {}", ssh.host),
-                fmt::format("install drover {} there, in the PATH of `ssh {} drover`",
-                            DROVER_VERSION, ssh.host));
+    return fail(not_installed(ssh));
   }
   DROVER_ASSIGN(const nlohmann::json answer, find_answer(ssh, result));
   if (const auto error = answer.find("error"); error != answer.end()) {
     Error there = error_from_json(*error);
+    const auto running = answer.find("running");
+    if (request.resume && there.code == Code::Busy && running != answer.end() &&
+        running->is_object()) {
+      DROVER_TRY(read_place(*running, info));
+      info.was_running = true;
+      return info;
+    }
     there.message = fmt::format("the receiver on {}: {}", ssh.host, there.message);
     return fail(std::move(there));
   }
@@ -256,12 +279,22 @@ Result<ReceiverInfo> start_receiver(const Ssh& ssh, const ReceiverRequest& reque
                             info.version, ssh.host, protocol, DROVER_VERSION, kProtocolVersion),
                 "install the same version of drover on both hosts");
   }
-  DROVER_ASSIGN(const std::uint64_t port, get_unsigned(answer, "port", 65535));
-  if (port == 0) return fail(Code::Protocol, "the receiver named port 0");
-  info.port = static_cast<std::uint16_t>(port);
-  DROVER_ASSIGN(const std::uint64_t pid, get_unsigned(answer, "pid", INT32_MAX));
-  info.pid = static_cast<std::int64_t>(pid);
+  DROVER_TRY(read_place(answer, info));
   return info;
+}
+
+Status stop_receiver_there(const Ssh& ssh, const std::string& session,
+                           const std::vector<std::string>& program) {
+  DROVER_TRY(check_session_id(session));
+  std::vector<std::string> argv = program;
+  argv.insert(argv.end(), {"receive", "--stop", session});
+  DROVER_ASSIGN(const ProcessResult result, run_on_target(ssh, argv));
+  if (result.exit_code == 0) return {};
+  if (result.exit_code == kNotFoundThere) return fail(not_installed(ssh));
+  return fail(Error{Code::Busy,
+                    fmt::format("the receiver of job {} on {} does not end: {}", session, ssh.host,
+                                said(result.err)),
+                    "", true});
 }
 
 }  // namespace drover::mirror

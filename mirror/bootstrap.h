@@ -31,12 +31,13 @@ struct Ssh {
   // The program and its options; empty: the words of $DROVER_SSH, or "ssh".
   std::vector<std::string> command;
   std::chrono::milliseconds timeout{30000};
-  int cancel_fd = -1;  // readable: give up (Cancelled)
+  int cancel_fd = -1;        // readable: give up (Cancelled)
   std::string control_path;  // a SharedSsh's
 };
 
-// Several commands over one SSH connection (ssh's ControlMaster): the first opens it, the others save the
-// handshake. It is closed when this object goes, or by ssh itself a minute after its last use.
+// Several commands over one SSH connection (ssh's ControlMaster): the first opens it, the others
+// save the handshake. It is closed when this object goes, or by ssh itself a minute after its last
+// use.
 class SharedSsh {
  public:
   explicit SharedSsh(Ssh ssh);
@@ -68,6 +69,8 @@ struct ReceiverRequest {
   std::uint16_t last_port = 0;  // with port: the first free one of the range
   std::string jobs_directory;   // there; empty: the default
   std::vector<std::string> program = {"drover"};  // there
+  bool resumable = false;                         // see ReceiverOptions
+  bool resume = false;
 };
 
 struct ReceiverInfo {
@@ -75,8 +78,18 @@ struct ReceiverInfo {
   std::uint16_t port = 0;
   std::string version;
   std::int64_t pid = 0;  // there
+  // With ReceiverRequest::resume: the job's receiver was alive. It has the key with which it was
+  // started; if this source has another one: stop_receiver_there(), then again.
+  bool was_running = false;
 };
 
+// With `resume`, also: NotFound if no receiver left anything there, Denied if what it left can't be
+// resumed, Busy if a file has taken an image's place or QEMU has it.
 Result<ReceiverInfo> start_receiver(const Ssh& ssh, const ReceiverRequest& request);
+
+// Has the job's receiver there end in order (`drover receive --stop`): a resumable one flushes and
+// keeps its images. Ok also if none is alive.
+Status stop_receiver_there(const Ssh& ssh, const std::string& session,
+                           const std::vector<std::string>& program = {"drover"});
 
 }  // namespace drover::mirror

@@ -19,15 +19,15 @@ struct Endpoint {
   std::string address;
   std::uint16_t port = 0;
   LinkKey key{};
-  std::chrono::milliseconds silence{10000};
+  std::chrono::milliseconds silence{kSilence};
 };
 
 // What both ends tell tune_socket() for a connection of this kind.
 std::chrono::milliseconds give_up_after(ConnectionKind kind, std::chrono::milliseconds silence);
 
 // Blocks until the receiver has welcomed the connection, or the deadline. The receiver's refusal
-// comes back as its Error; Denied for a wrong key.
+// comes back as its Error; Denied for a wrong key. `welcome`, if given: what it said.
 Result<TlsSocket> open_connection(const Endpoint& endpoint, const Hello& hello, Instant deadline,
-                                  int cancel_fd = -1);
+                                  int cancel_fd = -1, nlohmann::json* welcome = nullptr);
 
 }  // namespace drover::mirror

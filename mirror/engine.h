@@ -27,6 +27,7 @@
 #include <variant>
 #include <vector>
 
+#include "base/clock.h"
 #include "base/result.h"
 #include "base/units.h"
 #include "blockcopy/image.h"
@@ -67,7 +68,13 @@ class MirrorEngine {
     // Not strict: at most kHandoverRest is left to copy, the handover may begin. Strict: nothing is left
     // on any disk. Again each time that becomes true.
     std::function<void(bool strict)> all_copied;
-    // Strict mode ended because the link was lost, or does not take what the guest waits for.
+    // Strict mode ended because the target does not take what the guest waits for.
+    std::function<void(const Error&)> strict_ended;
+    // The link is down (strict mode has ended) and tries to come up again; it is up again, with the
+    // target's images as the receiver names them.
+    std::function<void(const Error&)> link_down;
+    std::function<void(const std::vector<TargetDisk>&)> link_up;
+    // The link stays down.
     std::function<void(const Error&)> link_lost;
     // A disk could not be read here or written there: the job can't succeed.
     std::function<void(const std::string& disk, const Error&)> disk_failed;
@@ -83,13 +90,14 @@ class MirrorEngine {
   // In the order of LinkOptions::disk_sizes. Opens the source image and listens for QEMU.
   virtual Status add_disk(const Disk& disk) = 0;
   virtual void start() = 0;
-  // Every disk must have been copied once; Busy while a lane is down.
+  // Every disk must have been copied once; Busy while the link is down.
   virtual Status enter_strict() = 0;
   virtual void leave_strict() = 0;
   virtual void set_bandwidth(Length per_second) = 0;
   // No new reads of the source from now on; the mirrors still answer QEMU.
   virtual void stop_copying() = 0;
   // Waits until every write that QEMU sent has been applied on the target and no chunk is left to copy.
+  // Unreachable at once when the link is or goes down.
   virtual Status drain(std::chrono::milliseconds timeout) = 0;
   // Ends copying, the NBD servers (QEMU drops its mirror jobs) and the link. Idempotent.
   virtual void stop() = 0;
@@ -103,10 +111,16 @@ class MirrorEngine {
     std::uint64_t expired = 0;  // writes that were not forwarded, or given up: copied again
     bool connected = false;     // QEMU's mirror
   };
+  struct LinkOutage {
+    Instant since;
+    Error why;  // the connection's end, not the latest attempt's
+    bool final = false;  // nothing is tried any more
+  };
   struct EngineStatus {
     std::vector<DiskStatus> disks;
     bool strict = false;
     LinkCounters link;
+    std::optional<LinkOutage> link_down;
   };
   [[nodiscard]] virtual EngineStatus status() const = 0;
 };

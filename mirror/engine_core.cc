@@ -114,7 +114,7 @@ Status EngineCore::enter_strict() {
   for (const auto& disk : disks_) {
     if (!disk->mirror->enter_strict()) {
       leave_strict();
-      return fail(Code::Busy, "the handover can't begin: a connection of the link is down");
+      return fail(Code::Busy, "the handover can't begin: the link is down");
     }
   }
   strict_ = true;
@@ -144,6 +144,7 @@ void EngineCore::drain(std::function<void(Status)> done) {
   drained_ = std::move(done);
   loop_.post([this] {
     if (broken_) return drain_ended(fail(*broken_));
+    if (outage_) return drain_ended(fail(outage_->why));
     settle();
   });
 }
@@ -175,13 +176,46 @@ void EngineCore::refused(std::uint32_t /*lane*/, std::uint16_t disk, std::uint64
   disks_[disk]->mirror->refused(token, told);
 }
 
-void EngineCore::lane_lost(std::uint32_t lane, const Error& error) {
-  for (const auto& disk : disks_) disk->mirror->lane_lost(lane);
+void EngineCore::link_down(const Error& error) {
+  for (const auto& disk : disks_) {
+    for (LaneIndex lane = 0; lane < lanes_; ++lane) disk->mirror->lane_lost(lane);
+  }
   strict_ = false;
   told_copied_ = false;
+  outage_ = MirrorEngine::LinkOutage{.since = loop_.now(), .why = error};
+  drain_ended(fail(error));
+  if (!stopping_) events_.link_down(error);
+  settle();
+}
+
+void EngineCore::link_up(const std::vector<TargetDisk>& target_disks) {
+  outage_.reset();
+  know_targets(target_disks);
+  for (const auto& disk : disks_) {
+    for (LaneIndex lane = 0; lane < lanes_; ++lane) disk->mirror->lane_up(lane);
+  }
+  if (!stopping_) events_.link_up(target_disks);
+  pump();
+}
+
+void EngineCore::link_failed(const Error& error) {
+  if (!outage_) outage_ = MirrorEngine::LinkOutage{.since = loop_.now(), .why = error};
+  outage_->final = true;
   give_up(error);
   if (!stopping_) events_.link_lost(error);
-  settle();
+}
+
+// What the target had not flushed is lost with its instance; an image that was made anew holds nothing.
+void EngineCore::know_targets(const std::vector<TargetDisk>& target_disks) {
+  for (std::size_t i = 0; i < std::min(targets_.size(), target_disks.size()) && i < disks_.size(); ++i) {
+    DiskMirror& mirror = *disks_[i]->mirror;
+    if (targets_[i].id != target_disks[i].id) {
+      mirror.mark_pending({Offset(0), mirror.arbiter().options().disk_size});
+    } else if (targets_[i].instance != target_disks[i].instance) {
+      mirror.target_lost_unflushed();
+    }
+  }
+  targets_ = target_disks;
 }
 
 // Nobody need wait for the target any longer.
@@ -247,7 +281,7 @@ void EngineCore::settle() {
   // A guest that discards makes chunks Pending again in strict mode; its memory waits for them, or
   // it could stop with more to copy than QEMU's export lives for.
   if (strict_ && link_ && !stopping_) link_->let_memory_pass(left.bytes() == 0);
-  const bool copied = scanned && left <= (strict_ ? Length() : MirrorEngine::kHandoverRest);
+  const bool copied = scanned && !outage_ && left <= (strict_ ? Length() : MirrorEngine::kHandoverRest);
   if (copied && !std::exchange(told_copied_, true) && !stopping_) events_.all_copied(strict_);
   if (!copied) told_copied_ = false;
 }
@@ -271,7 +305,7 @@ void EngineCore::deadline_passed() {
                      disks_, [](const auto& disk) { return !disk->mirror->arbiter().strict(); })) {
     leave_strict();
     if (!stopping_) {
-      events_.link_lost({Code::Unreachable,
+      events_.strict_ended({Code::Unreachable,
                          "the target did not take the guest's writes in time during the handover",
                          "is the link or the target's disk overloaded?", true});
     }
@@ -287,6 +321,7 @@ MirrorEngine::EngineStatus EngineCore::status() const {
   MirrorEngine::EngineStatus status;
   status.strict = strict_;
   if (link_) status.link = link_->counters();
+  status.link_down = outage_;
   for (const auto& disk : disks_) {
     MirrorEngine::DiskStatus one;
     one.name = disk->name;

@@ -66,6 +66,9 @@ class EngineCore : private Answers {
 
   // As in MirrorEngine.
   void start();
+  // What the target's images are. Another instance, or another image, than before: what was lost with the old one
+  // is Pending again.
+  void know_targets(const std::vector<TargetDisk>& target_disks);
   Status enter_strict();
   void leave_strict();
   void set_bandwidth(Length per_second);
@@ -94,7 +97,9 @@ class EngineCore : private Answers {
   void applied(std::uint32_t lane, std::uint16_t disk, std::uint64_t token) override;
   void refused(std::uint32_t lane, std::uint16_t disk, std::uint64_t token,
                const Error& error) override;
-  void lane_lost(std::uint32_t lane, const Error& error) override;
+  void link_down(const Error& error) override;
+  void link_up(const std::vector<TargetDisk>& target_disks) override;
+  void link_failed(const Error& error) override;
 
   [[nodiscard]] DiskMirror::Events mirror_events(OneDisk* disk);
   [[nodiscard]] NbdServer::Events server_events(OneDisk* disk);
@@ -123,6 +128,8 @@ class EngineCore : private Answers {
   bool strict_ = false;
   bool told_copied_ = false;
   std::function<void(Status)> drained_;
+  std::vector<TargetDisk> targets_;  // as the receiver named them last
+  std::optional<MirrorEngine::LinkOutage> outage_;
   std::optional<Error> broken_;  // why the target can't become equal any more
   std::function<void()> idle_;
 };

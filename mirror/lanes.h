@@ -7,6 +7,8 @@
 
 #include <cstdint>
 #include <span>
+#include <string>
+#include <vector>
 
 #include "base/buffer.h"
 #include "mirror/frame.h"
@@ -31,10 +33,20 @@ class Lanes {
   virtual ~Lanes() = default;
   [[nodiscard]] virtual std::uint32_t count() const = 0;
   // Queues behind everything queued on this lane before. Never blocks; the sender bounds what it
-  // queues (buffers, Arbiter::Options::max_forwarded). Frames for a lane that is lost are dropped.
+  // queues (buffers, Arbiter::Options::max_forwarded). Frames are dropped while the link is down.
   virtual void send(std::uint32_t lane, OutFrame frame) = 0;
   // Drops a queued frame that was not begun yet; no answer will come for it. False: too late.
   virtual bool abandon(std::uint32_t lane, std::uint64_t token) = 0;
+};
+
+// An image on the target, as its receiver names it.
+struct TargetDisk {
+  std::string path;
+  // Another one: the image was made anew, and holds nothing.
+  std::string id;
+  // Another one: what the target had acknowledged but not flushed may be lost.
+  std::string instance;
+  bool operator==(const TargetDisk&) const = default;
 };
 
 class Answers {
@@ -45,8 +57,14 @@ class Answers {
   // The target could not: disk error, no space. The frame's extent is undefined there.
   virtual void refused(std::uint32_t lane, std::uint16_t disk, std::uint64_t token,
                        const Error& error) = 0;
-  // The connection is gone; no answer comes for anything sent on it before.
-  virtual void lane_lost(std::uint32_t lane, const Error& error) = 0;
+  // All connections are gone; no answer comes for anything sent before, and what is sent is
+  // dropped.
+  virtual void link_down(const Error& error) = 0;
+  // They are up again. `disks`: the target's images, in the session's order; none if there are
+  // none.
+  virtual void link_up(const std::vector<TargetDisk>& disks) = 0;
+  // They stay down: nothing more will be tried.
+  virtual void link_failed(const Error& error) = 0;
 };
 
 }  // namespace drover::mirror

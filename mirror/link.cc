@@ -20,12 +20,14 @@
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <random>
 #include <thread>
 #include <utility>
 
 #include "base/check.h"
 #include "base/log.h"
 #include "base/priority.h"
+#include "base/random.h"
 #include "mirror/connect.h"
 #include "mirror/lane_queue.h"
 #include "mirror/relay.h"
@@ -78,48 +80,120 @@ class Waker {
   UniqueFd fd_;
 };
 
-// Brings answers from the lanes' threads to the engine's, many in one task.
+class LaneSender;
+class Control;
+
+// The connections of one epoch. Its threads are joined before it goes.
+struct Connections {
+  ~Connections();
+  std::uint64_t epoch = 0;
+  std::vector<std::unique_ptr<LaneSender>> lanes;
+  std::unique_ptr<Control> control;
+  std::vector<TargetDisk> disks;  // as the receiver's welcome named them
+
+  void start();
+  // Ends and joins every thread; with an error, calls that wait fail with it.
+  void stop(const std::optional<Error>& why);
+};
+
+// Brings what happens on the link's threads to the engine's: one queue, so that everything of an
+// epoch comes before its end, nothing after it, and the next one's beginning behind that.
 class Delivery : public std::enable_shared_from_this<Delivery> {
  public:
   struct Event {
-    enum class Kind { Applied, Refused, Lost };
+    enum class Kind { Applied, Refused, Down, Up, Failed };
     Kind kind = Kind::Applied;
     std::uint32_t lane = 0;
     std::uint16_t disk = 0;
     std::uint64_t token = 0;
     std::unique_ptr<Error> error;
+    std::shared_ptr<Connections> up;
   };
 
   Delivery(Loop& engine, Answers& answers) : engine_(engine), answers_(&answers) {}
 
-  void add(std::vector<Event>& events) {  // any thread; leaves `events` empty
-    if (events.empty()) return;
-    bool post = false;
-    {
-      const std::lock_guard lock(mutex_);
-      post = events_.empty();
-      std::ranges::move(events, std::back_inserter(events_));
-    }
-    events.clear();
-    if (post) engine_.post([self = shared_from_this()] { self->run(); });
+  // Of a link that is new: nobody need be told.
+  void begin(std::shared_ptr<Connections> first) {
+    epoch_ = first->epoch;
+    active_ = std::move(first);
+  }
+  // Any thread; leaves `events` empty. Those of an epoch that has ended are dropped.
+  void add(std::uint64_t epoch, std::vector<Event>& events) {
+    post(events, [&] { return epoch == epoch_; });
+  }
+  void up(std::shared_ptr<Connections> connections) {
+    std::vector<Event> events(1);
+    events[0].kind = Event::Kind::Up;
+    const std::uint64_t epoch = connections->epoch;
+    events[0].up = std::move(connections);
+    post(events, [&] {
+      epoch_ = epoch;
+      return true;
+    });
+  }
+  // False: it has ended already.
+  bool down(std::uint64_t epoch, const Error& error) {
+    std::vector<Event> events(1);
+    events[0].kind = Event::Kind::Down;
+    events[0].error = std::make_unique<Error>(error);
+    return post(events,
+                [&] { return std::exchange(epoch_, epoch_ == epoch ? 0 : epoch_) == epoch; });
+  }
+  void failed(const Error& error) {
+    std::vector<Event> events(1);
+    events[0].kind = Event::Kind::Failed;
+    events[0].error = std::make_unique<Error>(error);
+    post(events, [] { return true; });
   }
 
-  void stop() { answers_ = nullptr; }  // engine thread
+  // The engine's thread, or its loop does not run.
+  [[nodiscard]] Connections* active() const { return active_.get(); }
+  void stop() {
+    answers_ = nullptr;
+    active_.reset();
+    std::vector<Event> dropped;
+    const std::lock_guard lock(mutex_);
+    dropped.swap(events_);
+    epoch_ = 0;
+  }
 
  private:
+  template <class Valid>
+  bool post(std::vector<Event>& events, Valid valid) {
+    bool first = false;
+    bool taken = false;
+    if (!events.empty()) {
+      const std::lock_guard lock(mutex_);
+      taken = valid();
+      first = taken && events_.empty();
+      if (taken) std::ranges::move(events, std::back_inserter(events_));
+    }
+    events.clear();
+    if (first) engine_.post([self = shared_from_this()] { self->run(); });
+    return taken;
+  }
+
   void run() {
     {
       const std::lock_guard lock(mutex_);
       running_.swap(events_);
     }
-    for (const Event& event : running_) {
+    for (Event& event : running_) {
       if (answers_ == nullptr) break;  // a callback may destroy the Link
       switch (event.kind) {
         case Event::Kind::Applied: answers_->applied(event.lane, event.disk, event.token); break;
         case Event::Kind::Refused:
           answers_->refused(event.lane, event.disk, event.token, *event.error);
           break;
-        case Event::Kind::Lost: answers_->lane_lost(event.lane, *event.error); break;
+        case Event::Kind::Down:
+          active_.reset();
+          answers_->link_down(*event.error);
+          break;
+        case Event::Kind::Up:
+          active_ = std::move(event.up);
+          answers_->link_up(std::vector<TargetDisk>(active_->disks));
+          break;
+        case Event::Kind::Failed: answers_->link_failed(*event.error); break;
       }
     }
     running_.clear();
@@ -127,17 +201,23 @@ class Delivery : public std::enable_shared_from_this<Delivery> {
 
   Loop& engine_;
   Answers* answers_;
-  std::mutex mutex_;  // guards events_
+  std::shared_ptr<Connections> active_;  // engine thread
+  std::mutex mutex_;                     // guards the following
   std::vector<Event> events_;
+  std::uint64_t epoch_ = 0;     // whose events are taken; 0: none's
   std::vector<Event> running_;  // engine thread
 };
 
 // One data connection and its thread.
 class LaneSender {
  public:
-  LaneSender(std::uint32_t index, TlsSocket socket, const LinkOptions& options,
-             std::shared_ptr<Delivery> delivery, Totals& totals)
+  using Lost = std::function<void(const Error&)>;  // on the lane's thread, at most once
+
+  LaneSender(std::uint32_t index, std::uint64_t epoch, TlsSocket socket, const LinkOptions& options,
+             std::shared_ptr<Delivery> delivery, Totals& totals, Lost lost)
       : index_(index),
+        epoch_(epoch),
+        lost_(std::move(lost)),
         socket_(std::move(socket)),
         encode_(options.encode),
         silence_(options.silence_timeout),
@@ -150,12 +230,14 @@ class LaneSender {
   LaneSender(const LaneSender&) = delete;
   LaneSender& operator=(const LaneSender&) = delete;
 
-  Status start() {
+  Status prepare() {
     DROVER_TRY(waker_.open());
     socket_.tls().grow_buffers(kLaneInput, kLaneOutput);
     scratch_ = std::make_unique_for_overwrite<std::byte[]>(kEncodeScratch);
-    thread_ = std::thread([this] { run(); });
     return {};
+  }
+  void start() {
+    thread_ = std::thread([this] { run(); });
   }
 
   void send(OutFrame frame) {
@@ -176,13 +258,11 @@ class LaneSender {
     return dropped;
   }
 
-  // Ends the lane; with an error it is reported as lost.
-  void stop(std::optional<Error> why) {
+  void stop() {
     {
       const std::lock_guard lock(mutex_);
       if (stop_) return;
       stop_ = true;
-      stop_error_ = std::move(why);
     }
     waker_.wake();
   }
@@ -228,22 +308,19 @@ class LaneSender {
   void run() {
     give_way();
     const Status status = serve();
-    std::optional<Error> error;
+    bool stopped = false;
     {
       const std::lock_guard lock(mutex_);
       over_ = true;
       queue_.clear();
-      if (!status) error = status.error();
-      if (stop_) error = stop_error_;
+      stopped = stop_;
     }
     current_.reset();
     idle_.notify_all();
-    if (!error) return;
-    log_warning("lane {} is lost: {}", index_, error->message);
-    events_.push_back({.kind = Delivery::Event::Kind::Lost,
-                       .lane = index_,
-                       .error = std::make_unique<Error>(std::move(*error))});
-    delivery_->add(events_);
+    if (status || stopped) return;
+    Error error = status.error();
+    error.message = fmt::format("data connection {}: {}", index_, error.message);
+    lost_(error);
   }
 
   Status serve() {
@@ -389,7 +466,7 @@ class LaneSender {
     if (events_.empty()) return;
     const std::size_t count = events_.size();
     // First the answers, then idle: who waits for idle finds the answers queued.
-    delivery_->add(events_);
+    delivery_->add(epoch_, events_);
     const std::lock_guard lock(mutex_);
     in_progress_ -= count;
     tell_if_idle();
@@ -425,6 +502,8 @@ class LaneSender {
   }
 
   const std::uint32_t index_;
+  const std::uint64_t epoch_;
+  const Lost lost_;
   TlsSocket socket_;
   const EncodeOptions encode_;
   const std::chrono::milliseconds silence_;
@@ -441,7 +520,6 @@ class LaneSender {
   bool sleeping_ = false;
   bool stop_ = false;
   bool over_ = false;  // the thread has ended, or is about to
-  std::optional<Error> stop_error_;
   std::condition_variable idle_;
 
   // The thread's own.
@@ -466,17 +544,19 @@ class Control {
   Control(const Control&) = delete;
   Control& operator=(const Control&) = delete;
 
-  Status start() {
-    DROVER_TRY(waker_.open());
+  Status prepare() { return waker_.open(); }
+  void start() {
     thread_ = std::thread([this] { run(); });
-    return {};
   }
 
-  void stop() {
+  // With an error, the calls that wait fail with it.
+  void stop(const std::optional<Error>& why) {
     {
       const std::lock_guard lock(mutex_);
       stop_ = true;
+      if (why && !error_) error_ = why;
     }
+    answered_.notify_all();
     waker_.wake();
     if (thread_.joinable()) thread_.join();
   }
@@ -511,7 +591,9 @@ class Control {
     bool finished = false;
     {
       const std::lock_guard lock(mutex_);
-      error_ = status ? Error{Code::Cancelled, "the link was closed", "", false} : status.error();
+      if (!error_) {
+        error_ = status ? Error{Code::Cancelled, "the link was closed", "", false} : status.error();
+      }
       finished = finished_;
     }
     answered_.notify_all();
@@ -747,20 +829,57 @@ class MemoryRelay {
   std::list<Connection> connections_;  // the acceptor's, until it is joined
 };
 
+Connections::~Connections() = default;
+
+void Connections::start() {
+  for (const auto& lane : lanes) lane->start();
+  control->start();
+}
+
+void Connections::stop(const std::optional<Error>& why) {
+  for (const auto& lane : lanes) lane->stop();
+  for (const auto& lane : lanes) lane->join();
+  // Last: a receiver that is not resumable ends its session when this one closes.
+  if (control) control->stop(why);
+}
+
+Result<std::vector<TargetDisk>> read_target_disks(const nlohmann::json& welcome) {
+  std::vector<TargetDisk> disks;
+  const auto images = welcome.find("images");
+  if (images == welcome.end()) return disks;
+  if (!images->is_array() || images->size() > kMaxDisks) {
+    return fail(Code::Protocol, "the receiver's list of images makes no sense");
+  }
+  for (const nlohmann::json& image : *images) {
+    if (!image.is_object()) return fail(Code::Protocol, "an image of the receiver is no object");
+    TargetDisk disk;
+    DROVER_ASSIGN(disk.path, get_string(image, "path"));
+    DROVER_ASSIGN(disk.id, get_string(image, "id", 256));
+    DROVER_ASSIGN(disk.instance, get_string(image, "instance", 256));
+    disks.push_back(std::move(disk));
+  }
+  return disks;
+}
+
 class LinkImpl final : public Link {
  public:
   LinkImpl(Loop& engine, LinkOptions options, Answers& answers)
       : options_(std::move(options)),
+        delivery_(std::make_shared<Delivery>(engine, answers)),
         endpoint_{options_.address, options_.port, options_.key, options_.silence_timeout},
-        delivery_(std::make_shared<Delivery>(engine, answers)) {}
+        epoch_(options_.epoch) {}
 
   ~LinkImpl() override {
     delivery_->stop();
     stop_relay();
-    for (const auto& lane : lanes_) lane->stop(std::nullopt);
-    for (const auto& lane : lanes_) lane->join();
-    // Last: the receiver ends its session when this one closes.
-    if (control_) control_->stop();
+    {
+      const std::lock_guard lock(mutex_);
+      stop_ = true;
+    }
+    changed_.notify_all();
+    stopped_.wake();
+    if (keeper_.joinable()) keeper_.join();
+    if (current_) current_->stop(std::nullopt);
   }
 
   Status open() {
@@ -769,69 +888,74 @@ class LinkImpl final : public Link {
                   fmt::format("a link has 1 to {} data connections", kMaxLanes));
     }
     DROVER_TRY(check_session_id(options_.session));
-    const Instant deadline = now() + options_.connect_timeout;
-    Hello hello = make_hello(ConnectionKind::Control);
-    hello.lanes = options_.lanes;
-    hello.limits = {options_.disk_sizes, options_.chunk_size};
-    hello.silence = options_.silence_timeout;
-    DROVER_ASSIGN(TlsSocket control, open_connection(endpoint_, hello, deadline));
-    for (unsigned i = 0; i < options_.lanes; ++i) {
-      hello = make_hello(ConnectionKind::Lane);
-      hello.lane = i;
-      DROVER_ASSIGN(TlsSocket lane, open_connection(endpoint_, hello, deadline));
-      lanes_.push_back(
-          std::make_unique<LaneSender>(i, std::move(lane), options_, delivery_, totals_));
-    }
-    control_ = std::make_unique<Control>(std::move(control), options_.silence_timeout,
-                                         [this](const Error& error) {
-                                           for (const auto& lane : lanes_) lane->stop(error);
-                                         });
-    for (const auto& lane : lanes_) DROVER_TRY(lane->start());
-    return control_->start();
+    DROVER_TRY(stopped_.open());
+    DROVER_ASSIGN(current_, connect_all(endpoint_, epoch_));
+    delivery_->begin(current_);
+    current_->start();
+    keeper_ = std::thread([this] { keep(); });
+    return {};
   }
 
-  [[nodiscard]] std::uint32_t count() const override {
-    return static_cast<std::uint32_t>(lanes_.size());
-  }
+  [[nodiscard]] std::uint32_t count() const override { return options_.lanes; }
   void send(std::uint32_t lane, OutFrame frame) override {
-    CHECK(lane < lanes_.size(), "there is such a lane");
-    lanes_[lane]->send(std::move(frame));
+    CHECK(lane < options_.lanes, "there is such a lane");
+    if (Connections* const active = delivery_->active())
+      active->lanes[lane]->send(std::move(frame));
   }
   bool abandon(std::uint32_t lane, std::uint64_t token) override {
-    CHECK(lane < lanes_.size(), "there is such a lane");
-    return lanes_[lane]->abandon(token);
+    CHECK(lane < options_.lanes, "there is such a lane");
+    Connections* const active = delivery_->active();
+    return active != nullptr && active->lanes[lane]->abandon(token);
   }
 
   Result<nlohmann::json> call(const nlohmann::json& request,
                               std::chrono::milliseconds timeout) override {
-    // The job is over: that the receiver closes its lanes now is no loss.
-    if (op_name(request) == "finish") {
-      for (const auto& lane : lanes_) lane->stop(std::nullopt);
+    const Instant deadline = now() + timeout;
+    std::shared_ptr<Connections> connections;
+    {
+      std::unique_lock lock(mutex_);
+      changed_.wait_until(lock, deadline, [this] { return current_ || failed_ || stop_; });
+      if (!current_) return fail(why_down());
+      connections = current_;
+      // The job is over: that the receiver closes its connections now is no loss.
+      if (op_name(request) == "finish") finishing_ = true;
+      if (finishing_) {
+        for (const auto& lane : connections->lanes) lane->stop();
+      }
     }
-    return control_->call(request, timeout);
+    return connections->control->call(request, left_until(deadline));
   }
 
   Status barrier(std::chrono::milliseconds timeout) override {
     const Instant deadline = now() + timeout;
+    DROVER_ASSIGN(const std::shared_ptr<Connections> connections, up_now());
     nlohmann::json digests = nlohmann::json::array();
-    for (const auto& lane : lanes_) {
+    for (const auto& lane : connections->lanes) {
       DROVER_ASSIGN(const LaneDigest digest, lane->settle(deadline));
       digests.push_back(digest.to_json());
     }
-    const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - now());
-    DROVER_TRY(control_->call({{"op", "barrier"}, {"lanes", std::move(digests)}},
-                              std::max(left, std::chrono::milliseconds(1))));
+    DROVER_TRY(connections->control->call({{"op", "barrier"}, {"lanes", std::move(digests)}},
+                                          left_until(deadline)));
     return {};
   }
 
   Status start_relay(const RelayOptions& options) override {
     stop_relay();
-    Hello hello = make_hello(ConnectionKind::Memory);
+    DROVER_ASSIGN(const std::shared_ptr<Connections> connections, up_now());
+    Hello hello = make_hello(ConnectionKind::Memory, connections->epoch);
     hello.path = options.unix_path;
-    auto made = std::make_unique<MemoryRelay>(endpoint_, std::move(hello), options_.connect_timeout,
+    Endpoint endpoint;
+    {
+      const std::lock_guard lock(mutex_);
+      endpoint = endpoint_;
+    }
+    auto made = std::make_unique<MemoryRelay>(endpoint, std::move(hello), options_.connect_timeout,
                                               totals_);
     DROVER_TRY(made->start(options));
-    const std::lock_guard lock(relay_mutex_);
+    // The link goes down: current_ changes first, then the relay is stopped.
+    const std::lock_guard relay_lock(relay_mutex_);
+    const std::lock_guard lock(mutex_);
+    if (current_ != connections) return fail(why_down());
     relay_ = std::move(made);
     if (options.gated) relay_->set_gate(memory_may_pass_);
     return {};
@@ -855,30 +979,214 @@ class LinkImpl final : public Link {
     return {.bytes_sent = totals_.bytes_sent,
             .bytes_received = totals_.bytes_received,
             .memory_bytes = totals_.memory_bytes,
-            .frames_sent = totals_.frames_sent};
+            .frames_sent = totals_.frames_sent,
+            .reconnects = reconnects_};
   }
 
  private:
-  [[nodiscard]] Hello make_hello(ConnectionKind kind) const {
+  [[nodiscard]] Hello make_hello(ConnectionKind kind, std::uint64_t epoch) const {
     Hello hello;
     hello.kind = kind;
     hello.session = options_.session;
-    hello.epoch = options_.epoch;
+    hello.epoch = epoch;
     return hello;
   }
 
+  static std::chrono::milliseconds left_until(Instant deadline) {
+    return std::max(std::chrono::ceil<std::chrono::milliseconds>(deadline - now()),
+                    std::chrono::milliseconds(1));
+  }
+
+  Result<std::shared_ptr<Connections>> connect_all(const Endpoint& endpoint, std::uint64_t epoch) {
+    const Instant deadline = now() + options_.connect_timeout;
+    auto made = std::make_shared<Connections>();
+    made->epoch = epoch;
+    const auto lost = [this, epoch](const Error& error) { broken(epoch, error); };
+    Hello hello = make_hello(ConnectionKind::Control, epoch);
+    hello.lanes = options_.lanes;
+    hello.limits = {options_.disk_sizes, options_.chunk_size};
+    hello.silence = options_.silence_timeout;
+    nlohmann::json welcome;
+    DROVER_ASSIGN(TlsSocket control,
+                  open_connection(endpoint, hello, deadline, stopped_.fd(), &welcome));
+    DROVER_ASSIGN(made->disks, read_target_disks(welcome));
+    for (unsigned i = 0; i < options_.lanes; ++i) {
+      hello = make_hello(ConnectionKind::Lane, epoch);
+      hello.lane = i;
+      DROVER_ASSIGN(TlsSocket lane, open_connection(endpoint, hello, deadline, stopped_.fd()));
+      made->lanes.push_back(std::make_unique<LaneSender>(i, epoch, std::move(lane), options_,
+                                                         delivery_, totals_, lost));
+      DROVER_TRY(made->lanes.back()->prepare());
+    }
+    made->control = std::make_unique<Control>(std::move(control), options_.silence_timeout, lost);
+    DROVER_TRY(made->control->prepare());
+    return made;
+  }
+
+  // On the thread of the connection that broke; the others go with it.
+  void broken(std::uint64_t epoch, const Error& error) {
+    const std::lock_guard lock(mutex_);
+    if (finishing_ || !current_ || current_->epoch != epoch || broken_) return;
+    log_warning("the link is down: {}", error.message);
+    broken_ = error;
+    changed_.notify_all();
+  }
+
+  // mutex_ is held.
+  [[nodiscard]] Error why_down() const {
+    if (failed_) return *failed_;
+    if (stop_) return {Code::Cancelled, "the link was closed", "", false};
+    Error error = lost_error("the link to the target is down");
+    if (down_) error.message += ": " + down_->message;
+    return error;
+  }
+  Result<std::shared_ptr<Connections>> up_now() {
+    const std::lock_guard lock(mutex_);
+    if (!current_ || broken_) return fail(broken_ ? *broken_ : why_down());
+    return current_;
+  }
+
+  // The link's own thread: takes down what broke, and builds it up again.
+  void keep() {
+    while (true) {
+      std::shared_ptr<Connections> old;
+      Error error;
+      {
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [this] { return stop_ || broken_; });
+        if (stop_) return;
+        error = *std::exchange(broken_, std::nullopt);
+        down_ = error;
+        old = std::exchange(current_, nullptr);
+        // One that breaks at once each time is no reason to hurry.
+        if (now() >= up_since_ + options_.retry.longest) attempts_ = 0;
+        // In the lock: who finds that there is no link any more finds this told.
+        delivery_->down(old->epoch, error);
+      }
+      const Instant since = now();
+      stop_relay();
+      old->stop(error);
+      old.reset();
+      // A peer that has the key and breaks the rules would do so again.
+      if (error.code == Code::Protocol) return give_up(error);
+      if (!reconnect(since, error)) return;
+    }
+  }
+
+  // False: it has ended for good.
+  bool reconnect(Instant since, Error last) {
+    while (true) {
+      const unsigned attempt = attempts_++;
+      if (options_.give_up_after.count() > 0 && now() >= since + options_.give_up_after) {
+        last.message = fmt::format("the link was down for {} ms: {}",
+                                   options_.give_up_after.count(), last.message);
+        give_up(last);
+        return false;
+      }
+      if (!pause(attempt, since)) return false;
+      Endpoint endpoint = endpoint_;
+      if (options_.locate) {
+        auto found = options_.locate(attempt, last, stopped_.fd());
+        if (!found) {
+          last = found.error();
+          if (last.retryable || last.code == Code::Unreachable) continue;
+          give_up(last);
+          return false;
+        }
+        endpoint.address = found->address;
+        endpoint.port = found->port;
+      }
+      ++epoch_;
+      auto made = connect_all(endpoint, epoch_);
+      if (!made) {
+        last = made.error();
+        log_info("the link is still down: {}", last.message);
+        // With someone who can find the receiver again, even a stranger at its port means nothing.
+        if (options_.locate || !is_final(last.code)) continue;
+        give_up(last);
+        return false;
+      }
+      const std::lock_guard lock(mutex_);
+      if (stop_) return false;
+      endpoint_ = endpoint;
+      current_ = std::move(*made);
+      ++reconnects_;
+      up_since_ = now();
+      log_info("the link is up again, epoch {}", epoch_);
+      delivery_->up(current_);
+      current_->start();
+      changed_.notify_all();
+      return true;
+    }
+  }
+
+  static bool is_final(Code code) {
+    return code == Code::Denied || code == Code::Protocol || code == Code::Incompatible ||
+           code == Code::InvalidArgument;
+  }
+
+  // False: the link is being closed.
+  bool pause(unsigned attempt, Instant since) {
+    auto delay = reconnect_delay(attempt, options_.retry, jitter_.next());
+    if (options_.give_up_after.count() > 0) {
+      delay = std::min(delay, left_until(since + options_.give_up_after));
+    }
+    std::unique_lock lock(mutex_);
+    return !changed_.wait_for(lock, delay, [this] { return stop_; });
+  }
+
+  void give_up(const Error& error) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (stop_) return;
+      failed_ = error;
+      delivery_->failed(error);
+    }
+    log_error("the link is given up: {}", error.message);
+    changed_.notify_all();
+  }
+
   const LinkOptions options_;
-  const Endpoint endpoint_;
   Totals totals_;
   const std::shared_ptr<Delivery> delivery_;
-  std::vector<std::unique_ptr<LaneSender>> lanes_;
-  std::unique_ptr<Control> control_;
-  std::mutex relay_mutex_;
+  Waker stopped_;  // readable once the link is being closed
+  std::atomic<std::uint64_t> reconnects_{0};
+
+  std::mutex mutex_;  // guards the following
+  std::condition_variable changed_;
+  std::shared_ptr<Connections> current_;  // null: down
+  std::optional<Error> broken_;           // of current_; not taken down yet
+  std::optional<Error> down_;             // why it is, or last was, down
+  std::optional<Error> failed_;           // why it stays down
+  bool finishing_ = false;
+  bool stop_ = false;
+  Endpoint endpoint_;
+
+  // The link's own thread's.
+  std::uint64_t epoch_;
+  unsigned attempts_ = 0;
+  Instant up_since_ = now();
+  Random jitter_{std::random_device{}()};
+
+  std::mutex relay_mutex_;  // before mutex_
   bool memory_may_pass_ = false;
   std::unique_ptr<MemoryRelay> relay_;
+  std::thread keeper_;
 };
 
 }  // namespace
+
+std::chrono::milliseconds reconnect_delay(unsigned attempt, const RetryDelays& delays,
+                                          std::uint64_t random) {
+  if (attempt == 0) return std::chrono::milliseconds(0);
+  constexpr unsigned kMostDoublings = 16;
+  const auto doubled =
+      std::min(delays.first * (1U << std::min(attempt - 1, kMostDoublings)), delays.longest);
+  // Between three quarters and the whole: sources that lost the same target don't come back in
+  // step.
+  const auto quarter = static_cast<std::uint64_t>(doubled.count()) / 4;
+  return doubled - std::chrono::milliseconds(random % (quarter + 1));
+}
 
 Result<std::unique_ptr<Link>> Link::connect(Loop& engine, const LinkOptions& options,
                                             Answers& answers) {

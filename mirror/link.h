@@ -20,9 +20,16 @@
 // Order: of two frames of one chunk the first that was queued is sent first; a guest's write may
 // overtake waiting copies of other chunks (mirror/lane_queue.h).
 //
-// Loss: a lane that breaks is reported once, by Answers::lane_lost(), and stays lost. When the
-// control connection breaks, or the target is silent for too long, every lane is lost and calls
-// fail with Unreachable. Nothing is rebuilt: connect() again, with the next epoch.
+// Loss: when one of the connections breaks, or nothing is heard on it for too long, the whole link
+// goes down: Answers::link_down() once, no answer of that epoch afterwards. A thread of the link's
+// then connects again, with growing pauses and a new epoch each time, until it is up
+// (Answers::link_up()) or must not or can't go on (Answers::link_failed()). The receiver applies or
+// drops what is left of the old epoch before it welcomes the new one. The first connect() is one
+// try and reports nothing.
+//
+// While it is down: send() drops, call() waits for the link within its timeout, barrier() and
+// start_relay() fail with Unreachable. A call under way when the link goes down fails at once, with
+// Unreachable: whether it was carried out is not known.
 #pragma once
 
 #include <chrono>
@@ -37,16 +44,33 @@
 #include "base/loop.h"
 #include "base/result.h"
 #include "mirror/lanes.h"
+#include "mirror/session.h"
 #include "mirror/tls.h"
 
 namespace drover::mirror {
+
+// Between two tries to reconnect: none, `first`, twice that and so on up to `longest`, each
+// shortened by chance by up to a quarter.
+struct RetryDelays {
+  std::chrono::milliseconds first{100};
+  std::chrono::milliseconds longest{5000};
+};
+// The pause before try `attempt` (from 0); `random` is any number. Pure.
+std::chrono::milliseconds reconnect_delay(unsigned attempt, const RetryDelays& delays,
+                                          std::uint64_t random);
+
+// Where the receiver listens.
+struct LinkAddress {
+  std::string address;  // host name or IP address
+  std::uint16_t port = 0;
+};
 
 struct LinkOptions {
   std::string address;  // host name or IP address of the target
   std::uint16_t port = 0;
   std::string session;  // the job's id: TLS-PSK identity
   LinkKey key{};
-  // Counts the connects of one session: the receiver drops what is older.
+  // Counts the connects of one session: the receiver drops what is older. Further ones count on.
   std::uint64_t epoch = 1;
   unsigned lanes = 2;  // 1 to 16
   std::vector<Length> disk_sizes;
@@ -54,7 +78,16 @@ struct LinkOptions {
   EncodeOptions encode;
   std::chrono::milliseconds connect_timeout{10000};
   // No sign of life from the target for this long, on any connection: it is lost.
-  std::chrono::milliseconds silence_timeout{10000};
+  std::chrono::milliseconds silence_timeout{kSilence};
+  // How long the link tries to come up again; zero: for ever.
+  std::chrono::milliseconds give_up_after{0};
+  RetryDelays retry;
+  // Says before each try where the receiver listens by now; it may start one that resumes the
+  // session. On the link's own thread; may block, but not for long once cancel_fd is readable.
+  // `last`: why the link broke, or why the last try failed. Its own error ends the link, unless it
+  // is retryable or Unreachable. None: the same address is tried again, and a receiver there that
+  // denies the key or breaks the protocol ends the link.
+  std::function<Result<LinkAddress>(unsigned attempt, const Error& last, int cancel_fd)> locate;
 };
 
 struct LinkCounters {
@@ -62,6 +95,7 @@ struct LinkCounters {
   std::uint64_t bytes_received = 0;
   std::uint64_t memory_bytes = 0;  // relayed for QEMU's memory migration
   std::uint64_t frames_sent = 0;
+  std::uint64_t reconnects = 0;
 };
 
 class Link : public Lanes {
@@ -72,28 +106,31 @@ class Link : public Lanes {
 
   // Sends a control message and waits for its answer. The target's refusal comes back as its Error;
   // Unreachable when the connection broke or no answer came in time. {"op":"finish"} ends the
-  // lanes, without lane_lost(); after its answer the Link is only good for destruction.
+  // lanes, without link_down(); after its answer the Link is only good for destruction.
   virtual Result<nlohmann::json> call(const nlohmann::json& request,
                                       std::chrono::milliseconds timeout) = 0;
   // The source is still and nothing more will be queued: waits until every frame is answered, then
   // has the target prove that it took the same frames in the same order, flush its images to stable
   // storage and release them. The images are kept from {"op":"keep"} on, at the latest from here.
   // Protocol if the proof fails (it names the lane), Busy if frames stay unanswered, Unreachable,
-  // or the target's error.
+  // or the target's error. A barrier that was passed, but whose answer was lost with the link, may
+  // be asked for again on the next one if no frame was sent there.
   virtual Status barrier(std::chrono::milliseconds timeout) = 0;
   // Listens on `unix_path` (mode and owner as given; removed at the end) and relays each
   // connection, encrypted, to the unix socket of the same path on the target: QEMU's memory
-  // migration. Until stop_relay(), which breaks the connections that are left.
+  // migration. Until stop_relay(), or until the link goes down: both break the connections that are
+  // left.
   struct RelayOptions {
     std::string unix_path;
-    bool gated = false;  // connections are taken, but nothing is carried until let_memory_pass(true)
+    bool gated =
+        false;  // connections are taken, but nothing is carried until let_memory_pass(true)
     unsigned mode = 0600;
     int uid = -1;
     int gid = -1;
   };
   virtual Status start_relay(const RelayOptions& options) = 0;
-  // Opens and closes the gate of a gated relay: what the source's QEMU sends waits while it is closed.
-  // Any thread.
+  // Opens and closes the gate of a gated relay: what the source's QEMU sends waits while it is
+  // closed. Any thread.
   virtual void let_memory_pass(bool pass) = 0;
   virtual void stop_relay() = 0;
   [[nodiscard]] virtual LinkCounters counters() const = 0;  // any thread

@@ -25,6 +25,7 @@
 #include "base/loop.h"
 #include "base/priority.h"
 #include "mirror/connect.h"
+#include "mirror/receiver_hash.h"
 #include "mirror/receiver_lane.h"
 #include "mirror/relay.h"
 #include "mirror/session.h"
@@ -93,6 +94,14 @@ std::uint64_t peak_memory() {
   return 0;
 }
 
+// Another one after each start of this host: what was not flushed is lost with it.
+std::string boot_id() {
+  std::ifstream in("/proc/sys/kernel/random/boot_id");
+  std::string id;
+  in >> id;
+  return id;
+}
+
 // The images and lanes of a session: all that takes time. On the worker's thread only, but for what
 // is atomic.
 class Store {
@@ -101,6 +110,38 @@ class Store {
       : options_(options), record_(record), totals_(totals) {}
 
   [[nodiscard]] bool kept() const { return kept_; }
+
+  // The images that the record lists.
+  Status open_recorded() {
+    kept_ = record_.keep();
+    for (std::size_t i = 0; i < record_.images().size(); ++i) {
+      images_.emplace_back();
+      DROVER_TRY(open_again(i));
+    }
+    return {};
+  }
+
+  // No lane is there. Images whose process has died meanwhile are opened again.
+  Result<nlohmann::json> begin_epoch() {
+    drop_lanes();
+    for (std::size_t i = 0; i < images_.size() && !barrier_passed_; ++i) {
+      if (images_[i] == nullptr || !images_[i]->alive()) DROVER_TRY(open_again(i));
+    }
+    return describe_images();
+  }
+
+  [[nodiscard]] nlohmann::json describe_images() const {
+    nlohmann::json list = nlohmann::json::array();
+    for (std::size_t i = 0; i < images_.size(); ++i) {
+      const ReceiverRecord::Image& recorded = record_.images().at(i);
+      list.push_back(
+          {{"path", recorded.spec.path},
+           {"id", recorded.id},
+           {"instance", fmt::format("{}/{}/{}", boot_id_, recorded.losses, images_[i]->holder())},
+           {"initially_zero", images_[i]->initially_zero()}});
+    }
+    return list;
+  }
 
   void set_limits(FrameLimits limits, unsigned lanes) {
     limits_ = std::move(limits);
@@ -131,8 +172,7 @@ class Store {
     if (!images_.empty()) return fail(Code::AlreadyExists, "the images are reserved already");
     if (kept_) return fail(Code::Protocol, "nothing is reserved after the barrier");
     DROVER_ASSIGN(const std::vector<blockcopy::TargetSpec> specs, read_specs(request));
-    nlohmann::json disks = nlohmann::json::array();
-    Status status = create_images(specs, disks);
+    Status status = create_images(specs);
     for (const auto& lane : lanes_) {
       if (status) status = lane->attach(images_);
     }
@@ -141,12 +181,43 @@ class Store {
       if (auto removed = remove_images(); !removed) error.hint = removed.error().message;
       return fail(std::move(error));
     }
-    return nlohmann::json{{"disks", std::move(disks)}};
+    return nlohmann::json{{"disks", describe_images()}};
   }
 
+  // Lanes go on meanwhile: what they had acknowledged before is what counts.
   Result<nlohmann::json> flush() {
-    for (const auto& image : images_) DROVER_TRY(image->flush());
+    if (barrier_passed_) return fail(Code::Protocol, "the images are released already");
+    for (std::size_t i = 0; i < images_.size(); ++i) DROVER_TRY(flush(i));
     return nlohmann::json::object();
+  }
+
+  // Reads back and hashes a part of a disk.
+  Result<nlohmann::json> hash(const nlohmann::json& request) {
+    DROVER_ASSIGN(const std::uint64_t disk, get_unsigned(request, "disk", kMaxDisks));
+    if (disk >= images_.size() || barrier_passed_) {
+      return fail(Code::Protocol, fmt::format("there is no image of disk {} to read", disk));
+    }
+    const std::uint64_t size = images_[disk]->spec().size.bytes();
+    DROVER_ASSIGN(const std::uint64_t offset, get_unsigned(request, "offset", size));
+    DROVER_ASSIGN(const std::uint64_t length,
+                  get_unsigned(request, "length", kMaxHashRange.bytes()));
+    DROVER_ASSIGN(const std::uint64_t chunk, get_unsigned(request, "chunk", kMaxChunk.bytes()));
+    if (length == 0 || length > size - offset || chunk < kBlock.bytes() ||
+        chunk % kBlock.bytes() != 0 || offset % kBlock.bytes() != 0 ||
+        (length + chunk - 1) / chunk > kMaxHashes) {
+      return fail(Code::Protocol, "a part of the disk was to be hashed that can't be");
+    }
+    DROVER_TRY(flush(disk));
+    DROVER_ASSIGN(std::vector<std::string> hashes,
+                  hash_image(*images_[disk], {Offset(offset), Length(length)}, Length(chunk)));
+    return nlohmann::json{{"hashes", std::move(hashes)}};
+  }
+
+  // Durably, once the answer is under way: the guest stands still until it comes. Until then QEMU's
+  // lock on the images keeps another receiver from writing to them.
+  void note_barrier() {
+    if (!barrier_passed_) return;
+    if (auto status = record_.barrier_passed(); !status) log_error("{}", status.error().message);
   }
 
   // The guest's memory is about to move: from here on the images are kept, whatever happens to the
@@ -160,15 +231,18 @@ class Store {
   Result<nlohmann::json> barrier(const nlohmann::json& request) {
     DROVER_ASSIGN(const std::vector<LaneDigest> expected, read_digests(request));
     if (barrier_passed_) {
-      // Asked again by a source that did not get the answer.
-      if (expected == passed_) return nlohmann::json::object();
+      // Asked again by a source that did not get the answer, on the same connections or on new
+      // ones.
+      const bool nothing_new =
+          std::ranges::all_of(expected, [](const LaneDigest& lane) { return lane.frames() == 0; });
+      if (expected == passed_ || nothing_new) return nlohmann::json::object();
       return fail(Code::Protocol, "the barrier is passed already, with other digests");
     }
     if (images_.empty()) return fail(Code::Protocol, "there is no image to prove");
     DROVER_TRY(keep());  // the source has asked for it before, so that nobody waits for it now
     log_info("the barrier begins");
     DROVER_TRY(compare(expected));
-    for (const auto& image : images_) DROVER_TRY(image->release());
+    for (std::size_t i = 0; i < images_.size(); ++i) DROVER_TRY(release(i));
     barrier_passed_ = true;
     passed_ = expected;
     log_info("the barrier is passed");
@@ -200,12 +274,14 @@ class Store {
   bool end() {
     drop_lanes();
     if (finished_) return true;
-    if (kept_) {
-      for (const auto& image : images_) {
-        if (auto status = image->release(); !status) log_error("{}", status.error().message);
+    if (kept_ || (options_.resumable && !record_.images().empty())) {
+      for (std::size_t i = 0; i < images_.size(); ++i) {
+        if (images_[i] == nullptr) continue;
+        if (auto status = release(i); !status) log_error("{}", status.error().message);
       }
       images_.clear();
-      log_warning("the handover had begun: the images are kept, see record.json");
+      log_warning("{}: the images are kept, see record.json",
+                  kept_ ? "the handover had begun" : "the session can be resumed");
       return false;
     }
     if (auto status = remove_images(); !status) {
@@ -258,13 +334,41 @@ class Store {
     return specs;
   }
 
-  Status create_images(const std::vector<blockcopy::TargetSpec>& specs, nlohmann::json& disks) {
+  // What can't be written any more may be lost, whatever a later flush says.
+  Status flush(std::size_t index) {
+    auto status = images_[index]->flush();
+    if (!status) DROVER_TRY(record_.note_loss(index));
+    return status;
+  }
+  Status release(std::size_t index) {
+    auto status = images_[index]->release();
+    if (!status) DROVER_TRY(record_.note_loss(index));
+    return status;
+  }
+
+  Status open_again(std::size_t index) {
+    images_[index].reset();
+    blockcopy::TargetSpec spec = record_.images()[index].spec;
+    spec.work_directory = record_.work_directory();
+    auto image = options_.open_image(spec, record_.images()[index].identity);
+    if (image) {
+      log_info("opened {} again", spec.path);
+      images_[index] = std::move(*image);
+      return {};
+    }
+    // Nobody needs a damaged image, unless it may be the guest's only one.
+    if (kept_ || !blockcopy::is_corrupt(image.error())) return fail(std::move(image).error());
+    log_warning("{}: it is made anew", image.error().message);
+    DROVER_TRY(record_.discard(index));
+    DROVER_ASSIGN(images_[index], options_.create_image(spec));
+    return record_.replace_image(index, *images_[index]);
+  }
+
+  Status create_images(const std::vector<blockcopy::TargetSpec>& specs) {
     for (const blockcopy::TargetSpec& spec : specs) {
       DROVER_ASSIGN(auto image, options_.create_image(spec));
-      const bool initially_zero = image->initially_zero();
       images_.push_back(std::move(image));
-      if (!spec.block_device) DROVER_TRY(record_.add_image(spec.path));
-      disks.push_back({{"path", spec.path}, {"initially_zero", initially_zero}});
+      DROVER_TRY(record_.add_image(*images_.back()));
       log_info("reserved {} ({})", spec.path, format_length(spec.size));
     }
     return {};
@@ -274,7 +378,9 @@ class Store {
     for (const auto& lane : lanes_) lane->detach();
     Status first;
     while (!images_.empty()) {
-      if (auto status = images_.back()->remove(); !status && first) first = std::move(status);
+      auto status = images_.back() != nullptr ? images_.back()->remove()
+                                              : record_.discard(images_.size() - 1);
+      if (!status && first) first = std::move(status);
       images_.pop_back();
     }
     if (!first) return first;
@@ -321,6 +427,7 @@ class Store {
   std::vector<std::unique_ptr<blockcopy::TargetImage>> images_;
   std::vector<std::shared_ptr<LaneReceiver>> lanes_;
   std::vector<LaneDigest> passed_;
+  const std::string boot_id_ = boot_id();
   std::atomic<bool> kept_{false};
   bool barrier_passed_ = false;
   bool finished_ = false;
@@ -330,20 +437,29 @@ class ReceiverImpl final : public Receiver {
  public:
   explicit ReceiverImpl(ReceiverOptions options) : options_(std::move(options)) {
     if (!options_.create_image) options_.create_image = blockcopy::create_target;
+    if (!options_.open_image) options_.open_image = blockcopy::open_target;
+    options_.resumable = options_.resumable || options_.resume;
   }
 
   Status open() {
     DROVER_ASSIGN(loop_, Loop::create());
     DROVER_ASSIGN(listener_, listen_tcp(options_.listen));
-    stop_relays_ = UniqueFd(::eventfd(0, EFD_CLOEXEC));
-    if (!stop_relays_) return fail_errno(errno, "creating an eventfd");
-    DROVER_ASSIGN(record_, ReceiverRecord::create(options_.jobs_directory, options_.session));
+    if (options_.resume) {
+      DROVER_ASSIGN(record_, ReceiverRecord::resume(options_.jobs_directory, options_.session));
+    } else {
+      DROVER_ASSIGN(record_, ReceiverRecord::create(options_.jobs_directory, options_.session,
+                                                    options_.resumable));
+    }
     store_ = std::make_unique<Store>(options_, *record_, totals_);
-    return {};
+    if (options_.resume) DROVER_TRY(store_->open_recorded());
+    for (const ReceiverRecord::Image& image : record_->images()) {
+      limits_.disk_sizes.push_back(image.spec.size);
+    }
+    return record_->announce(listener_.port);
   }
 
   ~ReceiverImpl() override {
-    if (record_ != nullptr && !ran_) record_->remove();
+    if (record_ != nullptr && !ran_ && !options_.resume) record_->remove();
   }
 
   [[nodiscard]] std::uint16_t port() const override { return listener_.port; }
@@ -389,6 +505,7 @@ class ReceiverImpl final : public Receiver {
   };
   using PeerPtr = std::shared_ptr<Peer>;
   struct Relay {
+    UniqueFd stop;  // readable: it shall end
     std::thread thread;
     std::atomic<bool> done{false};
   };
@@ -455,7 +572,9 @@ class ReceiverImpl final : public Receiver {
     drop(peer);
     if (!control) return;
     control_.reset();
-    if (options_.linger.count() == 0 || ending_) return end(fail(error));
+    // Once its images are removed there is nothing to wait for.
+    if (options_.linger.count() == 0 || ending_ || orderly_) return end(fail(error));
+    end_relays();
     worker_->post([this] { store_->drop_lanes(); });
     linger_timer_ = loop_->at(now() + options_.linger, [this, error] { end(fail(error)); });
   }
@@ -584,8 +703,9 @@ class ReceiverImpl final : public Receiver {
                                        epoch_),
                            "", false});
     }
-    if (epoch_ > 0 && (hello.limits.disk_sizes != limits_.disk_sizes ||
-                       hello.limits.chunk_size != limits_.chunk_size)) {
+    const bool sizes_known = epoch_ > 0 || !limits_.disk_sizes.empty();
+    if ((sizes_known && hello.limits.disk_sizes != limits_.disk_sizes) ||
+        (epoch_ > 0 && hello.limits.chunk_size != limits_.chunk_size)) {
       return refuse(peer, {Code::Protocol, "the session's disks have changed", "", false});
     }
     loop_->cancel(contact_timer_);
@@ -594,6 +714,7 @@ class ReceiverImpl final : public Receiver {
     // What is left of an older epoch goes first; its frames are applied or dropped by then.
     if (control_) drop(control_);
     drop_hellos_of_older_epochs(peer);
+    end_relays();
     epoch_ = hello.epoch;
     limits_ = hello.limits;
     lanes_ = hello.lanes;
@@ -604,9 +725,9 @@ class ReceiverImpl final : public Receiver {
     peer->reader.set_limit(kMaxMessage);
     tune_socket(peer->fd.get(), give_up_after(hello.kind, silence_ * kSilenceFactor));
     worker_->post([this, peer, limits = limits_, lanes = lanes_]() mutable {
-      store_->drop_lanes();
+      auto images = store_->begin_epoch();
       store_->set_limits(std::move(limits), lanes);
-      loop_->post([this, peer] { joined(peer); });
+      loop_->post([this, peer, images = std::move(images)] { joined(peer, images); });
     });
     return true;
   }
@@ -618,11 +739,21 @@ class ReceiverImpl final : public Receiver {
     }
   }
 
-  void joined(const PeerPtr& peer) {
+  void joined(const PeerPtr& peer, const Result<nlohmann::json>& images) {
     if (peer->state != Peer::State::Joining) return;
+    if (!images) {
+      Error error = images.error();
+      error.retryable = true;
+      auto message = encode_message({{"error", error_to_json(error)}});
+      if (message) peer->out += *message;
+      (void)push(peer);
+      return lost(peer, error);
+    }
     peer->state = Peer::State::Control;
     log_info("epoch {}: {} lanes, {} disks", epoch_, lanes_, limits_.disk_sizes.size());
-    say(peer, welcome_json());
+    nlohmann::json welcome = welcome_json();
+    welcome["images"] = *images;
+    say(peer, welcome);
     watch_silence(peer);
   }
 
@@ -685,11 +816,14 @@ class ReceiverImpl final : public Receiver {
       return refuse(peer, {Code::Busy, "there are too many memory connections", "", false});
     }
     tune_socket(peer->fd.get(), give_up_after(hello.kind, silence_ * kSilenceFactor));
+    UniqueFd stop(::eventfd(0, EFD_CLOEXEC));
+    if (!stop) return fail_errno(errno, "creating an eventfd");
     Relay& entry = relays_.emplace_back();
+    entry.stop = std::move(stop);
     entry.thread = std::thread(
         [this, &entry, path = hello.path,
          link = std::make_shared<TlsSocket>(std::move(peer->fd), std::move(peer->tls))] {
-          if (const Status status = carry_memory(*link, path); !status) {
+          if (const Status status = carry_memory(*link, path, entry.stop.get()); !status) {
             log_warning("memory connection: {}", status.error().message);
           }
           ::shutdown(link->fd(), SHUT_RDWR);
@@ -700,9 +834,9 @@ class ReceiverImpl final : public Receiver {
   }
 
   // On a thread of its own.
-  Status carry_memory(TlsSocket& link, const std::string& path) {
+  Status carry_memory(TlsSocket& link, const std::string& path, int stop_fd) {
     give_way();
-    link.set_cancel_fd(stop_relays_.get());
+    link.set_cancel_fd(stop_fd);
     const Instant deadline = now() + options_.handshake;
     const auto plain = connect_unix(path);
     DROVER_ASSIGN(const std::string message,
@@ -710,7 +844,15 @@ class ReceiverImpl final : public Receiver {
                                        : nlohmann::json{{"error", error_to_json(plain.error())}}));
     DROVER_TRY(link.write_all(message, deadline));
     if (!plain) return fail(plain.error());
-    return relay(link, plain->get(), stop_relays_.get(), totals_.memory_bytes);
+    return relay(link, plain->get(), stop_fd, totals_.memory_bytes);
+  }
+
+  // They end soon, by themselves.
+  void end_relays() {
+    for (const Relay& one : relays_) {
+      const std::uint64_t wake = 1;
+      (void)!::write(one.stop.get(), &wake, sizeof wake);
+    }
   }
 
   // --- control ---
@@ -757,14 +899,18 @@ class ReceiverImpl final : public Receiver {
         answer(peer, id, result);
         if (op == "finish" && result) finish(peer);
         if (op == "remove" && result) orderly_ = true;
+        if (op == "reserve" && result) orderly_ = false;
       });
+      if (op == "barrier") store_->note_barrier();
     });
     return {};
   }
 
   Result<nlohmann::json> perform(const std::string& op, const nlohmann::json& request) {
     if (op == "reserve") return store_->reserve(request);
+    if (op == "images") return nlohmann::json{{"disks", store_->describe_images()}};
     if (op == "flush") return store_->flush();
+    if (op == "hash") return store_->hash(request);
     if (op == "keep") return store_->keep();
     if (op == "barrier") return store_->barrier(request);
     if (op == "remove") return store_->remove(request);
@@ -821,8 +967,7 @@ class ReceiverImpl final : public Receiver {
     if (!orderly_) why_ = std::move(why);
     if (!why_) log_warning("the session ends: {}", why_.error().message);
     ::shutdown(listener_.fd.get(), SHUT_RDWR);
-    const std::uint64_t one = 1;
-    (void)!::write(stop_relays_.get(), &one, sizeof one);
+    end_relays();
     control_.reset();
     const auto all = peers_;
     for (const PeerPtr& peer : all) drop(peer);
@@ -837,7 +982,6 @@ class ReceiverImpl final : public Receiver {
   ReceiverOptions options_;
   std::unique_ptr<Loop> loop_;
   Listener listener_;
-  UniqueFd stop_relays_;
   std::unique_ptr<ReceiverRecord> record_;
   ReceiverTotals totals_;
   std::unique_ptr<Store> store_;
@@ -850,7 +994,7 @@ class ReceiverImpl final : public Receiver {
   FrameLimits limits_;
   unsigned lanes_ = 0;
   std::vector<bool> lane_seen_;
-  std::chrono::milliseconds silence_{10000};
+  std::chrono::milliseconds silence_{kSilence};
   std::list<Relay> relays_;
   Loop::Handle contact_timer_ = 0;
   Loop::Handle linger_timer_ = 0;

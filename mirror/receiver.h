@@ -4,12 +4,18 @@
 // mirror/bootstrap.h. It creates the target's images, applies the frames that come over the link,
 // proves at the barrier that nothing is missing, and ends.
 //
-//   Idle --first contact--> Session --keep--> Kept --barrier--> Proved --finish--> gone, images stay
+//   Idle --first contact--> Session --keep--> Kept --barrier--> Proved --finish--> gone, images
+//   stay
 //     |                        |
 //     60 s                     remove, connection lost, SIGTERM: images removed
 //
-// Once they are to be kept (the guest's memory begins to move), images are only removed by an explicit,
-// forced "remove" of the source: from then on they may be the guest's only disks (invariants 4 and 7).
+// A resumable one waits for its source when the connection is lost, and when it waited in vain, or
+// on SIGTERM, it flushes and releases its images and leaves them with their record, from which
+// another one goes on (ReceiverOptions::resume).
+//
+// Once they are to be kept (the guest's memory begins to move), images are only removed by an
+// explicit, forced "remove" of the source: from then on they may be the guest's only disks
+// (invariants 4 and 7).
 //
 // docs/protocol.md describes what travels. Memory: buffers are bounded (96 MiB), whatever peers
 // send.
@@ -44,31 +50,41 @@ struct ReceiverOptions {
   std::chrono::milliseconds handshake{10000};
   // How long a session outlives its control connection, for a connect with the next epoch.
   std::chrono::milliseconds linger{0};
+  bool resumable = false;  // at its end, images that nobody removed stay, with their record
+  bool resume = false;     // go on with what a resumable one left; implies resumable
   // Receive buffers of all lanes together.
   Length buffers = Length(std::uint64_t{96} << 20);
   // Readable (a signalfd): end as on SIGTERM. -1: none.
   int signal_fd = -1;
 
-  // For tests: what creates images (default: blockcopy::create_target), and the appliers' switches.
+  // For tests: what creates and opens images (default: blockcopy's), and the appliers' switches.
   using CreateImage =
       std::function<Result<std::unique_ptr<blockcopy::TargetImage>>(const blockcopy::TargetSpec&)>;
   CreateImage create_image;
+  using OpenImage = std::function<Result<std::unique_ptr<blockcopy::TargetImage>>(
+      const blockcopy::TargetSpec&, const blockcopy::ImageIdentity&)>;
+  OpenImage open_image;
   Applier::Options applier;
 };
 
 class Receiver {
  public:
-  // Makes the job's directory and listens.
+  // Makes the job's directory, or takes over the one that is to be resumed and opens its images
+  // (errors: ReceiverRecord::resume(), blockcopy::open_target(); nothing is changed then), and
+  // listens. From the thread that calls run(), or one that outlives it.
   static Result<std::unique_ptr<Receiver>> create(ReceiverOptions options);
   virtual ~Receiver() = default;
   [[nodiscard]] virtual std::uint16_t port() const = 0;
   [[nodiscard]] virtual const ReceiverRecord& record() const = 0;
   // Serves until the session ends, on this thread. Ok: finished, or removed because the source said
-  // so. Otherwise why the session ended. Nothing of it is left then, except what an ended barrier
-  // keeps.
+  // so. Otherwise why the session ended. Nothing of it is left then, except images that are to be
+  // kept and what can be resumed.
   virtual Status run() = 0;
   virtual void stop() = 0;  // any thread: ends as on SIGTERM
 };
+
+// Of resumable ones, unless the bootstrap document says something else.
+inline constexpr std::chrono::milliseconds kResumableLinger = std::chrono::minutes(10);
 
 // The bootstrap document: one JSON object, see docs/protocol.md. Untrusted.
 Result<ReceiverOptions> receiver_options_from_json(std::string_view text);

@@ -145,8 +145,8 @@ void LaneReceiver::receive() {
   loop_->receive(fd_.get(), tls_->input_space(), [this](int count) { on_received(count); });
 }
 
-// In the middle of a payload: to be woken for each segment that arrives costs more than it brings. No
-// more is asked for than is still to come of this frame.
+// In the middle of a payload: to be woken for each segment that arrives costs more than it brings.
+// No more is asked for than is still to come of this frame.
 void LaneReceiver::wait_for_more() {
   int wanted = 1;
   if (header_ && payload_) {
@@ -268,6 +268,11 @@ Result<bool> LaneReceiver::take_frame() {
 
 void LaneReceiver::answer(std::uint64_t sequence, Status status) {
   if (closed_) return;
+  if (!status && status.error().code == Code::Unreachable) {
+    // The process behind the image is gone, and what it had not flushed: nothing that was
+    // acknowledged can be relied on. The next epoch opens the image again, and tells.
+    return lose(status.error());
+  }
   FrameHeader header;
   header.sequence = sequence;
   std::string_view reason;

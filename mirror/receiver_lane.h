@@ -50,7 +50,7 @@ class LaneReceiver {
   struct Options {
     unsigned index = 0;
     FrameLimits limits;
-    std::chrono::milliseconds silence{10000};
+    std::chrono::milliseconds silence{kSilence};
     std::size_t buffers = 16;
     Applier::Options applier;
   };
@@ -118,7 +118,7 @@ class LaneReceiver {
   std::vector<std::byte> answers_;  // not yet encrypted
   bool receiving_ = false;
   int receive_at_least_ = 1;  // bytes; what the socket was told
-  bool polling_ = false;  // for room to send
+  bool polling_ = false;      // for room to send
   bool turn_scheduled_ = false;
   bool closed_ = false;
 };

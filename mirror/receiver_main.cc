@@ -84,6 +84,8 @@ int serve(ReceiverOptions options, UniqueFd output, bool detached) {
   }
   const UniqueFd signal_fd(*signals);
   options.signal_fd = signal_fd.get();
+  const std::string jobs = options.jobs_directory;
+  const std::string session = options.session;
   auto receiver = Receiver::create(std::move(options));
   if (receiver && detached) {
     if (auto status = log_to_file((*receiver)->record().directory() + "/log"); !status) {
@@ -91,7 +93,12 @@ int serve(ReceiverOptions options, UniqueFd output, bool detached) {
     }
   }
   if (!receiver) {
-    write_line(output.get(), {{"error", error_to_json(receiver.error())}});
+    nlohmann::json answer = {{"error", error_to_json(receiver.error())}};
+    // Where the one is that is alive: the source may want just that.
+    if (const auto running = running_receiver(jobs, session); running && running->port != 0) {
+      answer["running"] = {{"port", running->port}, {"pid", running->pid}};
+    }
+    write_line(output.get(), answer);
     return 1;
   }
   write_line(output.get(), {{"protocol", kProtocolVersion},
@@ -165,6 +172,9 @@ Result<ReceiverOptions> receiver_options_from_json(std::string_view text) {
   }
   DROVER_ASSIGN(options.first_contact, get_ms(json, "first_contact_ms", options.first_contact));
   DROVER_ASSIGN(options.handshake, get_ms(json, "handshake_ms", options.handshake));
+  DROVER_ASSIGN(options.resumable, get_bool(json, "resumable", false));
+  DROVER_ASSIGN(options.resume, get_bool(json, "resume", false));
+  if (options.resumable || options.resume) options.linger = kResumableLinger;
   DROVER_ASSIGN(options.linger, get_ms(json, "linger_ms", options.linger));
   return options;
 }

@@ -29,6 +29,10 @@ inline constexpr int kProtocolVersion = 1;
 inline constexpr std::size_t kMaxMessage = std::size_t{1} << 20;
 inline constexpr std::size_t kMaxHello = 16384;
 inline constexpr unsigned kMaxLanes = 16;
+// Nothing heard on a connection for so long: it is lost. Short enough that a half-open link does
+// not hold up a job, long enough for a host that is short of CPU; slow disks are no silence (see
+// the beat).
+inline constexpr std::chrono::milliseconds kSilence{5000};
 inline constexpr unsigned kMaxRelays = 16;  // memory connections at once
 inline constexpr Length kMaxDiskSize = Length(std::uint64_t{1} << 56);
 
@@ -51,7 +55,7 @@ struct Hello {
   // Control: what holds for the whole session (its epoch).
   unsigned lanes = 0;
   FrameLimits limits;
-  std::chrono::milliseconds silence{10000};
+  std::chrono::milliseconds silence{kSilence};
   // Lane: its index.
   unsigned lane = 0;
   // Memory: where to connect to on the target; an absolute path.
@@ -105,6 +109,10 @@ Result<bool> get_bool(const nlohmann::json& object, const char* name, bool other
 
 std::span<const std::byte, kHeaderSize> beat();
 bool is_beat(std::span<const std::byte, kHeaderSize> header);
+
+// XXH3 (128 bits) of a chunk's content, as 32 hexadecimal digits: what the `hash` request answers
+// and what the source compares it with.
+std::string chunk_hash(std::span<const std::byte> content);
 
 // --- the digest of a lane ---
 

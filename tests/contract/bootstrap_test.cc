@@ -155,7 +155,7 @@ TEST_F(BootstrapTest, OnSigtermBeforeTheBarrierTheImageGoes) {
   ASSERT_EQ(::kill(pid_, SIGTERM), 0);
   EXPECT_EQ(wait_end(), 1);
   EXPECT_FALSE(image_exists());
-  EXPECT_TRUE(source.wait_lost(2));
+  EXPECT_TRUE(source.wait_down());
   expect_nothing_left();
 }
 
@@ -263,6 +263,118 @@ TEST_F(BootstrapTest, AFastSenderAndHostilePeersDoNotGrowIt) {
   EXPECT_TRUE(source.link().call({{"op", "remove"}}, kPatience).has_value());
   source.disconnect();
   EXPECT_EQ(wait_end(), 0);
+}
+
+// --- what is resumed ---
+
+class ResumeBootstrapTest : public BootstrapTest {
+ protected:
+  ResumeBootstrapTest() {
+    request_.resumable = true;
+    EXPECT_EQ(::setenv("DROVER_TEST_JOBS", request_.jobs_directory.c_str(), 1), 0);
+  }
+  void reserve(TestSource& source, const LinkOptions& options, const std::string& format) {
+    const Status connected = source.connect(options);
+    ASSERT_TRUE(connected.has_value()) << connected.error().to_string();
+    const auto reserved = source.link().call(
+        {{"op", "reserve"},
+         {"disks", {{{"path", image()}, {"format", format}, {"size", kSize.bytes()}}}}},
+        kPatience);
+    ASSERT_TRUE(reserved.has_value()) << reserved.error().to_string();
+    first_ = (*reserved)["disks"][0];
+  }
+  static constexpr Length kSize = 16_MiB;
+  nlohmann::json first_;
+};
+
+TEST_F(ResumeBootstrapTest, AfterKill9TheLinkFindsANewOneThatGoesOn) {
+  Random random(1);
+  const Bytes content = random_bytes(random, kSize.bytes());
+  for (const char* const format : {"raw", "qcow2"}) {
+    SCOPED_TRACE(format);
+    request_.resume = false;
+    ASSERT_NO_FATAL_FAILURE(start());
+    TestSource source;
+    LinkOptions options = link_options(2, kSize);
+    options.retry = {10ms, 50ms};
+    options.locate = [&](unsigned, const Error&, int cancel_fd) -> Result<LinkAddress> {
+      request_.resume = true;
+      Ssh ssh = ssh_;
+      ssh.cancel_fd = cancel_fd;
+      auto found = start_receiver(ssh, request_);
+      if (!found) {
+        // The storage daemon of the one that was killed is ending.
+        if (found.error().code == Code::Busy) found.error().retryable = true;
+        return fail(found.error());
+      }
+      info_ = *found;
+      if (!found->was_running) pid_ = static_cast<pid_t>(found->pid);
+      return LinkAddress{found->address, found->port};
+    };
+    ASSERT_NO_FATAL_FAILURE(reserve(source, options, format));
+    source.copy(0, 0, content, {Offset(0), 1_MiB}, false, 0);
+    ASSERT_TRUE(source.wait_answers());
+    ASSERT_TRUE(source.link().call({{"op", "flush"}}, kPatience).has_value());
+    const pid_t killed = pid_;
+    ASSERT_EQ(::kill(killed, SIGKILL), 0);
+    ASSERT_TRUE(source.wait_up());
+    EXPECT_EQ(::waitpid(killed, nullptr, 0), killed);
+    const TargetDisk disk = source.ups()[0].at(0);
+    EXPECT_EQ(disk.id, first_["id"]);
+    EXPECT_EQ(disk.instance == first_["instance"], std::string(format) == "raw");
+    const auto hashes = source.link().call({{"op", "hash"},
+                                            {"disk", 0},
+                                            {"offset", 0},
+                                            {"length", 1U << 20},
+                                            {"chunk", 1U << 20}},
+                                           kPatience);
+    ASSERT_TRUE(hashes.has_value()) << hashes.error().to_string();
+    EXPECT_EQ((*hashes)["hashes"][0], chunk_hash(part(content, {Offset(0), 1_MiB})));
+    ASSERT_TRUE(source.deliver(content, 1_MiB, 2));
+    EXPECT_TRUE(source.link().call({{"op", "remove"}}, kPatience).has_value());
+    source.disconnect();
+    EXPECT_EQ(wait_end(), 0);
+    EXPECT_FALSE(image_exists());
+    expect_nothing_left();
+  }
+}
+
+TEST_F(ResumeBootstrapTest, OneThatIsAliveSaysWhereItListens) {
+  ASSERT_NO_FATAL_FAILURE(start());
+  request_.resume = true;
+  const auto found = start_receiver(ssh_, request_);
+  ASSERT_TRUE(found.has_value()) << found.error().to_string();
+  EXPECT_TRUE(found->was_running);
+  EXPECT_EQ(found->port, info_.port);
+  EXPECT_EQ(found->pid, info_.pid);
+  TestSource source;
+  ASSERT_NO_FATAL_FAILURE(reserve(source, link_options(1, kSize), "raw"));
+  EXPECT_TRUE(source.link().call({{"op", "remove"}}, kPatience).has_value());
+}
+
+TEST_F(ResumeBootstrapTest, OneThatIsStoppedKeepsItsImagesForASourceWithANewKey) {
+  ASSERT_NO_FATAL_FAILURE(start());
+  {
+    TestSource source;
+    ASSERT_NO_FATAL_FAILURE(reserve(source, link_options(1, kSize), "raw"));
+  }
+  ASSERT_TRUE(stop_receiver_there(ssh_, kSession, request_.program).has_value());
+  EXPECT_EQ(wait_end(), 1);
+  EXPECT_TRUE(image_exists());
+  EXPECT_TRUE(stop_receiver_there(ssh_, kSession, request_.program).has_value()) << "none is alive";
+  request_.resume = true;
+  key_ = *random_key();
+  request_.key = key_;
+  ASSERT_NO_FATAL_FAILURE(start());
+  TestSource source;
+  ASSERT_TRUE(source.connect(link_options(1, kSize)).has_value());
+  const auto images = source.link().call({{"op", "images"}}, kPatience);
+  ASSERT_TRUE(images.has_value());
+  EXPECT_EQ((*images)["disks"][0]["id"], first_["id"]);
+  EXPECT_TRUE(source.link().call({{"op", "remove"}}, kPatience).has_value());
+  source.disconnect();
+  EXPECT_EQ(wait_end(), 0);
+  expect_nothing_left();
 }
 
 // --- what starting it can fail with ---

@@ -237,6 +237,11 @@ class Place {
 
   // Issues what `issue` issues and waits until it calls `stop`.
   virtual void run(const std::function<void(std::function<void()> stop)>& issue) = 0;
+  // The target that was made with this spec.
+  virtual Result<std::unique_ptr<TargetImage>> reopen(const TargetSpec& spec,
+                                                      const ImageIdentity& identity) {
+    return open_target(spec, identity);
+  }
 };
 
 class LoopPlace : public Place {
@@ -468,6 +473,10 @@ class FakePlace final : public Place {
   }
   Result<std::unique_ptr<ImageWriter>> writer(TargetImage& target) override {
     return dynamic_cast<fakes::FakeTarget&>(target).open_writer();
+  }
+  Result<std::unique_ptr<TargetImage>> reopen(const TargetSpec& spec,
+                                              const ImageIdentity& /*identity*/) override {
+    return std::make_unique<fakes::FakeTarget>(*images_.back(), spec);
   }
   Bytes content(const TargetImage& /*target*/) override {
     EXPECT_EQ(images_.back()->overlaps(), 0U) << "this suite keeps overlapping writes apart";

@@ -4,9 +4,12 @@
 // show.
 #include "blockcopy/image.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -466,6 +469,35 @@ TEST_P(ImageContract, ReleasingTwiceIsHarmless) {
   EXPECT_TRUE(image->remove().has_value());
 }
 
+TEST_P(ImageContract, OpenedAgainItHoldsWhatWasWrittenAndTakesMore) {
+  constexpr std::uint64_t kSize = (3 << 20) + 4096;
+  auto image = target(kSize);
+  ASSERT_NE(image, nullptr);
+  const TargetSpec spec = image->spec();
+  const ImageIdentity identity = image->identity();
+  const bool initially_zero = image->initially_zero();
+  const std::string holder = image->holder();
+  Bytes model = fresh(*image);
+  Random random(9);
+  for (const std::uint64_t offset : {0ULL, 700'000ULL, 2'000'000ULL}) {
+    const Bytes bytes = random_bytes(random, 100'000);
+    ASSERT_TRUE(write(*writer(*image), offset, bytes).has_value());
+    std::copy(bytes.begin(), bytes.end(), model.begin() + static_cast<std::ptrdiff_t>(offset));
+    const Status released = image->release();
+    ASSERT_TRUE(released.has_value()) << released.error().to_string();
+    image.reset();
+    auto again = place_->reopen(spec, identity);
+    ASSERT_TRUE(again.has_value()) << again.error().to_string();
+    image = std::move(*again);
+    EXPECT_EQ(image->identity(), identity);
+    EXPECT_EQ(image->initially_zero(), initially_zero);
+    EXPECT_TRUE(image->alive());
+    EXPECT_EQ(image->holder().empty(), holder.empty());
+    EXPECT_TRUE(holder.empty() || image->holder() != holder);
+  }
+  expect_content(*image, model);
+}
+
 INSTANTIATE_TEST_SUITE_P(Images, ImageContract, testing::ValuesIn(kKinds),
                          [](const auto& tested) { return std::string(tested.param.name); });
 
@@ -666,6 +698,57 @@ TEST_P(FileTarget, GoingAwayReleasesAndRemovesNothing) {
   EXPECT_EQ(entries(directory_.path()), std::vector<std::string>{"disk"});
   EXPECT_EQ(open_descriptors(), descriptors);
   EXPECT_EQ(child_processes(), "");
+}
+
+TEST_P(FileTarget, IsOpenedAgainOnlyIfItIsTheSameFileOfTheSameSize) {
+  auto made = create_target(spec_);
+  ASSERT_TRUE(made.has_value()) << made.error().to_string();
+  const ImageIdentity identity = (*made)->identity();
+  ASSERT_TRUE((*made)->release().has_value());
+  const auto code = [&](const TargetSpec& spec) {
+    const auto opened = open_target(spec, identity);
+    return opened ? Code::Internal : opened.error().code;
+  };
+  TargetSpec larger = spec_;
+  larger.size = 2_MiB;
+  EXPECT_EQ(code(larger), Code::Incompatible);
+  const fs::path other = directory_.path() / "other";
+  fs::rename(path_, other);
+  EXPECT_EQ(code(spec_), Code::NotFound);
+  fs::create_symlink(other, path_);
+  EXPECT_EQ(code(spec_), Code::Busy);
+  fs::remove(path_);
+  fs::copy_file(other, path_);
+  EXPECT_EQ(code(spec_), Code::Busy);
+  fs::rename(other, path_);
+  EXPECT_EQ(code(spec_), Code::Internal) << "it is back";
+}
+
+TEST_P(FileTarget, IsNotOpenedAgainWhileAnotherHoldsIt) {
+  if (GetParam() == Format::Raw) GTEST_SKIP() << "our own writer takes no lock";
+  auto made = create_target(spec_);
+  ASSERT_TRUE(made.has_value()) << made.error().to_string();
+  const auto second = open_target(spec_, (*made)->identity());
+  ASSERT_FALSE(second.has_value());
+  EXPECT_EQ(second.error().code, Code::Busy) << second.error().to_string();
+}
+
+TEST_P(FileTarget, ADamagedImageSaysSo) {
+  if (GetParam() == Format::Raw) GTEST_SKIP() << "a raw image is always consistent";
+  auto made = create_target(spec_);
+  ASSERT_TRUE(made.has_value()) << made.error().to_string();
+  const ImageIdentity identity = (*made)->identity();
+  ASSERT_TRUE((*made)->release().has_value());
+  for (const std::streamoff at : {std::streamoff{65536}, std::streamoff{0}}) {
+    {
+      std::fstream file(path_, std::ios::in | std::ios::out | std::ios::binary);
+      file.seekp(at);  // the refcounts, then the header
+      file << std::string(4096, '\xff');
+    }
+    const auto opened = open_target(spec_, identity);
+    ASSERT_FALSE(opened.has_value());
+    EXPECT_TRUE(is_corrupt(opened.error())) << opened.error().to_string();
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Formats, FileTarget, testing::Values(Format::Raw, Format::Qcow2),

@@ -100,6 +100,9 @@ class ModelDisk {
   std::atomic<bool> released{false};
   std::atomic<bool> removed{false};
   std::atomic<unsigned> writers{0};
+  std::atomic<bool> alive{true};  // its process
+  std::atomic<unsigned> lives{1};
+  [[nodiscard]] std::string holder() const { return std::to_string(lives.load()); }
   // Writes that touch this offset fail with NoSpace.
   std::atomic<std::uint64_t> full_from{UINT64_MAX};
 
@@ -115,6 +118,11 @@ class ModelDisk {
     wake_.clear();
   }
 
+  Result<std::unique_ptr<blockcopy::TargetImage>> open_again(const blockcopy::TargetSpec& spec) {
+    ++lives;
+    alive = true;
+    return create(spec);
+  }
   Result<std::unique_ptr<blockcopy::TargetImage>> create(const blockcopy::TargetSpec& spec) {
     return std::unique_ptr<blockcopy::TargetImage>(new Image(*this, spec));
   }
@@ -169,7 +177,9 @@ class ModelDisk {
       const Request request = std::move(waiting_[chosen]);
       waiting_.erase(waiting_.begin() + static_cast<std::ptrdiff_t>(chosen));
       Status status;
-      if (request.offset + request.length > disk_.full_from) {
+      if (!disk_.alive) {
+        status = fail(Code::Unreachable, "writing to the model: its process is gone");
+      } else if (request.offset + request.length > disk_.full_from) {
         status = fail(Code::NoSpace, "writing to the model: no space left on device");
       } else if (const std::lock_guard lock(disk_.mutex_); request.from == nullptr) {
         std::memset(disk_.bytes_.data() + request.offset, 0, request.length);
@@ -192,6 +202,12 @@ class ModelDisk {
     Image(ModelDisk& disk, blockcopy::TargetSpec spec) : disk_(disk), spec_(std::move(spec)) {}
     [[nodiscard]] const blockcopy::TargetSpec& spec() const override { return spec_; }
     [[nodiscard]] bool initially_zero() const override { return true; }
+    [[nodiscard]] blockcopy::ImageIdentity identity() const override { return {}; }
+    [[nodiscard]] std::string holder() const override { return disk_.holder(); }
+    [[nodiscard]] bool alive() override { return disk_.alive; }
+    Result<std::unique_ptr<blockcopy::ImageReader>> open_reader(Loop&) override {
+      return fail(Code::Incompatible, "a model is looked at, not read");
+    }
     Result<std::unique_ptr<blockcopy::ImageWriter>> open_writer(Loop& loop) override {
       return std::unique_ptr<blockcopy::ImageWriter>(new Writer(disk_, loop, ++disk_.seed_));
     }
@@ -349,8 +365,42 @@ class TestSource final : public Answers {
   [[nodiscard]] bool wait_answers() {
     return wait([this] { return applied_.size() + refused_.size() >= sent_; });
   }
-  [[nodiscard]] bool wait_lost(std::size_t lanes) {
-    return wait([this, lanes] { return lost_.size() >= lanes; });
+  [[nodiscard]] bool wait_down(std::size_t times = 1) {
+    return wait([this, times] { return downs_.size() >= times; });
+  }
+  [[nodiscard]] bool wait_up(std::size_t times = 1) {
+    return wait([this, times] { return ups_.size() >= times; });
+  }
+  [[nodiscard]] bool wait_failed() {
+    return wait([this] { return failed_.has_value(); });
+  }
+  // Sends the whole of `disk` in chunks, and what was lost with the link again, until all is
+  // applied.
+  [[nodiscard]] bool deliver(const Bytes& disk, Length chunk, std::uint32_t lanes) {
+    const std::uint64_t count = (disk.size() + chunk.bytes() - 1) / chunk.bytes();
+    std::size_t ups = 0;
+    while (true) {
+      std::vector<std::uint64_t> missing;
+      {
+        const std::lock_guard lock(mutex_);
+        ups = ups_.size();
+        for (std::uint64_t i = 0; i < count; ++i) {
+          if (std::ranges::count(applied_, i) == 0) missing.push_back(i);
+        }
+      }
+      if (missing.empty()) return true;
+      for (const std::uint64_t i : missing) {
+        const std::uint64_t at = i * chunk.bytes();
+        const Extent extent{Offset(at), Length(std::min(chunk.bytes(), disk.size() - at))};
+        copy(static_cast<std::uint32_t>(i % lanes), 0, disk, extent, false, i);
+      }
+      const bool moved = wait([&] {
+        return ups_.size() > ups || std::ranges::all_of(missing, [&](std::uint64_t i) {
+                 return std::ranges::count(applied_, i) > 0;
+               });
+      });
+      if (!moved) return false;
+    }
   }
   [[nodiscard]] bool wait_applied(std::size_t count) {
     return wait([this, count] { return applied_.size() >= count; });
@@ -363,14 +413,23 @@ class TestSource final : public Answers {
     const std::lock_guard lock(mutex_);
     return refused_;
   }
-  [[nodiscard]] std::multimap<std::uint32_t, Error> lost_lanes() {
+  [[nodiscard]] std::vector<Error> downs() {
     const std::lock_guard lock(mutex_);
-    return lost_;
+    return downs_;
+  }
+  [[nodiscard]] std::vector<std::vector<TargetDisk>> ups() {
+    const std::lock_guard lock(mutex_);
+    return ups_;
+  }
+  [[nodiscard]] std::optional<Error> failed() {
+    const std::lock_guard lock(mutex_);
+    return failed_;
   }
 
  private:
   void applied(std::uint32_t, std::uint16_t, std::uint64_t token) override {
     const std::lock_guard lock(mutex_);
+    EXPECT_EQ(downs_.size(), ups_.size()) << "an answer came while the link was down";
     applied_.push_back(token);
     changed_.notify_all();
   }
@@ -379,9 +438,22 @@ class TestSource final : public Answers {
     refused_.emplace(token, error);
     changed_.notify_all();
   }
-  void lane_lost(std::uint32_t lane, const Error& error) override {
+  void link_down(const Error& error) override {
     const std::lock_guard lock(mutex_);
-    lost_.emplace(lane, error);
+    EXPECT_EQ(downs_.size(), ups_.size()) << "a link that is down went down";
+    downs_.push_back(error);
+    changed_.notify_all();
+  }
+  void link_up(const std::vector<TargetDisk>& disks) override {
+    const std::lock_guard lock(mutex_);
+    ups_.push_back(disks);
+    EXPECT_EQ(downs_.size(), ups_.size()) << "a link that is up came up";
+    changed_.notify_all();
+  }
+  void link_failed(const Error& error) override {
+    const std::lock_guard lock(mutex_);
+    EXPECT_FALSE(failed_.has_value());
+    failed_ = error;
     changed_.notify_all();
   }
 
@@ -409,7 +481,9 @@ class TestSource final : public Answers {
   std::size_t sent_ = 0;
   std::vector<std::uint64_t> applied_;
   std::map<std::uint64_t, Error> refused_;
-  std::multimap<std::uint32_t, Error> lost_;
+  std::vector<Error> downs_;
+  std::vector<std::vector<TargetDisk>> ups_;
+  std::optional<Error> failed_;
 };
 
 // Carries TCP connections to a port, and stalls or cuts them when told to: the network. Connections
@@ -444,6 +518,8 @@ class Network {
   }
   void stall_all() { change(SIZE_MAX, Fate::Stalled); }
   void cut_all() { change(SIZE_MAX, Fate::Cut); }
+  // Carries again what stall_all() held back and new connections.
+  void heal() { change(SIZE_MAX, Fate::Carried); }
 
  private:
   enum class Fate { Carried, Stalled, Cut };

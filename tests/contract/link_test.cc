@@ -13,6 +13,7 @@
 
 #include <fstream>
 #include <numeric>
+#include <set>
 
 #include "tests/contract/link_support.h"
 
@@ -44,6 +45,11 @@ class LinkTest : public testing::Test {
             const blockcopy::TargetSpec& spec) -> Result<std::unique_ptr<blockcopy::TargetImage>> {
       return disks_.at(std::stoul(spec.path.substr(1)))->create(spec);
     };
+    options.open_image =
+        [this](const blockcopy::TargetSpec& spec,
+               const blockcopy::ImageIdentity&) -> Result<std::unique_ptr<blockcopy::TargetImage>> {
+      return disks_.at(std::stoul(spec.path.substr(1)))->open_again(spec);
+    };
     return options;
   }
   void start_receiver() { receiver_ = std::make_unique<TestReceiver>(receiver_options()); }
@@ -57,6 +63,7 @@ class LinkTest : public testing::Test {
     options.lanes = lanes;
     for (const auto& disk : disks_) options.disk_sizes.push_back(disk->size());
     options.chunk_size = chunk_;
+    options.retry = {10ms, 50ms};
     return options;
   }
   [[nodiscard]] nlohmann::json reserve_request() const {
@@ -148,7 +155,7 @@ TEST_P(LinkCopyTest, TheTargetHoldsWhatTheSourceSent) {
   ASSERT_TRUE(source.link().call({{"op", "finish"}}, kPatience).has_value());
   EXPECT_TRUE(receiver_->wait().has_value());
   EXPECT_FALSE(disks_[0]->removed);
-  EXPECT_TRUE(source.lost_lanes().empty());
+  EXPECT_TRUE(source.downs().empty());
   expect_nothing_left();
 }
 INSTANTIATE_TEST_SUITE_P(LanesAndEncodings, LinkCopyTest,
@@ -543,34 +550,19 @@ TEST_F(LinkHostileTest, ABarrierThatDoesNotMatchNamesTheLaneAndKeepsTheImages) {
 
 // --- what breaks ---
 
-TEST_F(LinkTest, AResetInTheMiddleLosesTheLanesAndRemovesTheImages) {
-  add_disk(64_MiB);
+TEST_F(LinkTest, ALostControlConnectionEndsASessionThatDoesNotLinger) {
+  add_disk(1_MiB);
   start_receiver();
   Network network(receiver_->port());
-  network.cut_after(1, 9U << 20);
   TestSource source;
   LinkOptions options = link_options(2);
   options.port = network.port();
   set_up(source, options);
-  Random random(1);
-  const Bytes disk = random_bytes(random, 64U << 20);
-  std::thread sender([&] { copy_all(source, disk, chunk_, 2); });
-  EXPECT_TRUE(source.wait_lost(1));
-  sender.join();
-  auto lost = source.lost_lanes();
-  ASSERT_EQ(lost.size(), 1U);
-  EXPECT_EQ(lost.begin()->first, 0U);
-  EXPECT_EQ(lost.begin()->second.code, Code::Unreachable);
-  // One lane is no session: the source may still end it in order.
-  EXPECT_TRUE(source.link().call({{"op", "stats"}}, kPatience).has_value());
-  EXPECT_EQ(source.link().barrier(kPatience).error().code, Code::Unreachable);
-  EXPECT_FALSE(disks_[0]->removed);
   network.cut_all();
-  EXPECT_TRUE(source.wait_lost(2));
-  EXPECT_FALSE(source.link().call({{"op", "stats"}}, kPatience).has_value());
+  EXPECT_TRUE(source.wait_down());
+  EXPECT_EQ(source.downs()[0].code, Code::Unreachable);
   EXPECT_FALSE(receiver_->wait().has_value());
   EXPECT_TRUE(disks_[0]->removed);
-  EXPECT_EQ(source.lost_lanes().size(), 2U);
   expect_nothing_left();
 }
 
@@ -636,7 +628,7 @@ TEST_F(LinkTest, ToldToEndItRemovesItsImages) {
   receiver_->stop();
   EXPECT_FALSE(receiver_->wait().has_value());
   EXPECT_TRUE(disks_[0]->removed);
-  EXPECT_TRUE(source.wait_lost(2));
+  EXPECT_TRUE(source.wait_down());
   expect_nothing_left();
 }
 
@@ -659,15 +651,9 @@ TEST_F(LinkTest, ASilentLaneIsNoticedByBothEnds) {
   options.port = network.port();
   options.silence_timeout = 300ms;
   set_up(source, options);
-  network.stall(2);
-  ASSERT_TRUE(source.wait_lost(1));
-  auto lost = source.lost_lanes();
-  ASSERT_EQ(lost.size(), 1U);
-  EXPECT_EQ(lost.begin()->first, 1U);
-  EXPECT_THAT(lost.begin()->second.message, HasSubstr("nothing was heard"));
   network.stall_all();
-  ASSERT_TRUE(source.wait_lost(2));
-  EXPECT_EQ(source.link().call({{"op", "stats"}}, kPatience).error().code, Code::Unreachable);
+  ASSERT_TRUE(source.wait_down());
+  EXPECT_THAT(source.downs()[0].message, HasSubstr("nothing was heard"));
   EXPECT_FALSE(receiver_->wait().has_value());
   EXPECT_TRUE(disks_[0]->removed);
 }
@@ -695,7 +681,7 @@ TEST_F(LinkTest, SlowDisksAreNoSilence) {
     std::this_thread::sleep_for(50ms);
   }
   EXPECT_TRUE(source.abandon(0, kFrames - 1)) << "this test needs more frames";
-  EXPECT_TRUE(source.lost_lanes().empty());
+  EXPECT_TRUE(source.downs().empty());
   disks_[0]->open_gate();
   EXPECT_TRUE(source.wait_answers());
 }
@@ -716,7 +702,7 @@ TEST_F(LinkTest, NoSpaceOnTheTargetComesBackAsNoSpace) {
     EXPECT_EQ(error.code, Code::NoSpace);
     EXPECT_THAT(error.message, HasSubstr("no space left"));
   }
-  EXPECT_TRUE(source.lost_lanes().empty());
+  EXPECT_TRUE(source.downs().empty());
 }
 
 TEST_F(LinkTest, AFrameThatWaitsCanBeAbandonedOneUnderWayNot) {
@@ -736,7 +722,7 @@ TEST_F(LinkTest, AFrameThatWaitsCanBeAbandonedOneUnderWayNot) {
   EXPECT_TRUE(source.abandon(0, kFrames - 1));
   EXPECT_FALSE(source.abandon(0, kFrames - 1));
   EXPECT_FALSE(source.abandon(0, 12345));
-  EXPECT_TRUE(source.lost_lanes().empty());
+  EXPECT_TRUE(source.downs().empty());
   disks_[0]->open_gate();
   ASSERT_TRUE(source.wait_answers());
   const auto applied = source.applied_tokens();
@@ -818,7 +804,8 @@ TEST_F(LinkTest, MemoryTravelsBothWaysAtOnceAndEndsWithBoth) {
   set_up(source, link_options());
   // The source's path is a name that moves: the relay listens on it, then the target's server does.
   const std::string path = dir_ / "memory.sock";
-  ASSERT_TRUE(source.link().start_relay({.unix_path = path, .gated = true, .mode = 0660}).has_value());
+  ASSERT_TRUE(
+      source.link().start_relay({.unix_path = path, .gated = true, .mode = 0660}).has_value());
   struct stat info {};
   ASSERT_EQ(::stat(path.c_str(), &info), 0);
   EXPECT_EQ(info.st_mode & 0777U, 0660U);
@@ -875,6 +862,534 @@ TEST_F(LinkTest, MemoryThatNobodyAwaitsOnTheTargetIsClosed) {
   const UniqueFd qemu = connect_to(relay_path);
   EXPECT_TRUE(receive_all(qemu.get()).empty());
   EXPECT_EQ(source.link().start_relay({.unix_path = relay_path}).error().code, Code::AlreadyExists);
+}
+
+// --- what heals ---
+
+class HealTest : public LinkTest {
+ protected:
+  // A resumable receiver behind a network, and a source whose link goes through it.
+  void start(Length size, unsigned lanes = 2) {
+    add_disk(size);
+    ReceiverOptions options = receiver_options();
+    options.linger = kPatience;
+    options.resumable = true;
+    receiver_ = std::make_unique<TestReceiver>(options);
+    network_ = std::make_unique<Network>(receiver_->port());
+    options_ = link_options(lanes);
+    options_.port = network_->port();
+    Random random(1);
+    content_ = random_bytes(random, size.bytes());
+  }
+  void connect() { ASSERT_NO_FATAL_FAILURE(set_up(source_, options_)); }
+  // All that the source has is on the target, and the barrier proves it.
+  void expect_delivered() {
+    ASSERT_TRUE(source_.deliver(content_, chunk_, options_.lanes));
+    const Status barrier = source_.link().barrier(kPatience);
+    ASSERT_TRUE(barrier.has_value()) << barrier.error().to_string();
+    EXPECT_TRUE(disks_[0]->bytes() == content_);
+    EXPECT_FALSE(disks_[0]->removed);
+    EXPECT_FALSE(source_.failed().has_value());
+  }
+
+  std::unique_ptr<Network> network_;
+  LinkOptions options_;
+  Bytes content_;
+  TestSource source_;  // before what it is connected through goes
+};
+
+TEST_F(HealTest, ACutInTheMiddleHealsAndOnlyWhatWasNotAnsweredIsSentAgain) {
+  start(64_MiB);
+  network_->cut_after(1, 9U << 20);
+  connect();
+  expect_delivered();
+  EXPECT_EQ(source_.downs().size(), 1U);
+  const auto ups = source_.ups();
+  ASSERT_EQ(ups.size(), 1U);
+  ASSERT_EQ(ups[0].size(), 1U);
+  EXPECT_EQ(ups[0][0].path, "/0");
+  EXPECT_EQ(source_.link().counters().reconnects, 1U);
+  // Everything was applied once, but for what was under way.
+  const auto applied = source_.applied_tokens();
+  EXPECT_EQ(std::set<std::uint64_t>(applied.begin(), applied.end()).size(), applied.size());
+}
+
+TEST_F(HealTest, AHalfOpenLinkIsNoticedAndHeals) {
+  start(8_MiB);
+  options_.silence_timeout = 300ms;
+  options_.connect_timeout = 300ms;
+  connect();
+  network_->stall_all();
+  source_.write(0, 0, content_, {Offset(0), Length(4096)}, 1000);
+  ASSERT_TRUE(source_.wait_down());
+  EXPECT_THAT(source_.downs()[0].message, HasSubstr("nothing was heard"));
+  network_->heal();  // with what the old connections still held
+  ASSERT_TRUE(source_.wait_up());
+  expect_delivered();
+}
+
+TEST_F(HealTest, OneLaneThatIsCutTakesTheLinkDownOnce) {
+  start(8_MiB, 4);
+  connect();
+  network_->cut(3);
+  ASSERT_TRUE(source_.wait_up());
+  EXPECT_EQ(source_.downs().size(), 1U);
+  EXPECT_THAT(source_.downs()[0].message, HasSubstr("data connection 2"));
+  expect_delivered();
+}
+
+TEST_F(HealTest, TheControlConnectionAloneTakesTheLinkDown) {
+  start(8_MiB);
+  connect();
+  network_->cut(0);
+  ASSERT_TRUE(source_.wait_up());
+  EXPECT_EQ(source_.downs().size(), 1U);
+  expect_delivered();
+}
+
+TEST_F(HealTest, WhileItIsDownCallsWaitAndBarriersFailAtOnce) {
+  start(1_MiB);
+  connect();
+  network_->cut_all();
+  ASSERT_TRUE(source_.wait_down());
+  EXPECT_EQ(source_.link().barrier(kPatience).error().code, Code::Unreachable);
+  EXPECT_EQ(source_.link().start_relay({.unix_path = dir_ / "m.sock"}).error().code,
+            Code::Unreachable);
+  EXPECT_FALSE(std::filesystem::exists(dir_ / "m.sock"));
+  const auto early = source_.link().call({{"op", "stats"}}, 20ms);
+  ASSERT_FALSE(early.has_value());
+  EXPECT_EQ(early.error().code, Code::Unreachable);
+  EXPECT_TRUE(early.error().retryable);
+  auto waits = std::async(std::launch::async, [&] {
+    return source_.link().call({{"op", "stats"}}, kPatience);
+  });
+  network_->heal();
+  EXPECT_TRUE(waits.get().has_value());
+  expect_delivered();
+}
+
+TEST_F(HealTest, ABarrierAndACallUnderWayFailWhenItGoesDown) {
+  start(1_MiB);
+  connect();
+  disks_[0]->close_gate();
+  source_.write(0, 0, content_, {Offset(0), Length(512)}, 1000);
+  source_.on_engine([] {});
+  auto barrier = std::async(std::launch::async, [&] { return source_.link().barrier(kPatience); });
+  network_->cut_all();
+  EXPECT_EQ(barrier.get().error().code, Code::Unreachable);
+  disks_[0]->open_gate();
+  network_->heal();
+  ASSERT_TRUE(source_.wait_up());
+  expect_delivered();
+}
+
+TEST_F(HealTest, ABarrierWhoseAnswerWasLostIsAskedForAgain) {
+  start(1_MiB);
+  connect();
+  ASSERT_TRUE(source_.deliver(content_, chunk_, options_.lanes));
+  ASSERT_TRUE(source_.link().barrier(kPatience).has_value());
+  network_->cut(0);
+  ASSERT_TRUE(source_.wait_up());
+  const Status again = source_.link().barrier(kPatience);
+  EXPECT_TRUE(again.has_value()) << again.error().to_string();
+  EXPECT_TRUE(disks_[0]->released);
+  ASSERT_TRUE(source_.link().call({{"op", "finish"}}, kPatience).has_value());
+  EXPECT_TRUE(receiver_->wait().has_value());
+  expect_nothing_left();
+}
+
+TEST_F(HealTest, ItGivesUpWhenItMay) {
+  start(1_MiB);
+  options_.give_up_after = 60ms;
+  connect();
+  network_->cut_all();
+  ASSERT_TRUE(source_.wait_failed());
+  EXPECT_EQ(source_.failed()->code, Code::Unreachable);
+  EXPECT_THAT(source_.failed()->message, HasSubstr("the link was down for 60 ms"));
+  EXPECT_TRUE(source_.ups().empty());
+  EXPECT_EQ(source_.link().call({{"op", "stats"}}, kPatience).error().code, Code::Unreachable);
+}
+
+TEST_F(HealTest, AReceiverThatDeniesTheKeyEndsIt) {
+  start(1_MiB);
+  connect();
+  network_->cut_all();
+  ASSERT_TRUE(source_.wait_down());
+  const std::uint16_t port = receiver_->port();
+  receiver_.reset();
+  ReceiverOptions stranger = receiver_options();
+  stranger.key[0] ^= std::byte{1};
+  stranger.jobs_directory = dir_ / "other-jobs";
+  stranger.listen.port = port;
+  receiver_ = std::make_unique<TestReceiver>(stranger);
+  network_->heal();
+  ASSERT_TRUE(source_.wait_failed());
+  EXPECT_EQ(source_.failed()->code, Code::Denied);
+}
+
+TEST_F(HealTest, StrangersWhileItIsDownHarmNothing) {
+  start(4_MiB);
+  connect();
+  network_->cut_all();
+  ASSERT_TRUE(source_.wait_down());
+  TestSource stranger;
+  LinkOptions wrong = link_options();
+  wrong.epoch = 1000;
+  wrong.key[5] ^= std::byte{1};
+  EXPECT_EQ(stranger.connect(wrong).error().code, Code::Denied);
+  auto garbage = connect_tcp("127.0.0.1", receiver_->port(), now() + kPatience);
+  ASSERT_TRUE(garbage.has_value());
+  const std::string greeting(70000, '\x16');
+  (void)!::send(garbage->get(), greeting.data(), greeting.size(), MSG_NOSIGNAL);
+  EXPECT_NE(read_until_closed(garbage->get()), "it was not closed");
+  network_->heal();
+  ASSERT_TRUE(source_.wait_up());
+  expect_delivered();
+}
+
+TEST_F(HealTest, MemoryConnectionsEndWithTheLinkAndNewOnesWorkOnTheNext) {
+  start(1_MiB);
+  connect();
+  const std::string path = dir_ / "memory.sock";
+  const std::string relay_path = dir_ / "relay.sock";
+  ASSERT_TRUE(source_.link().start_relay({.unix_path = path}).has_value());
+  ASSERT_EQ(::rename(path.c_str(), relay_path.c_str()), 0);
+  UnixServer server(path);
+  {
+    const UniqueFd qemu = connect_to(relay_path);
+    const UniqueFd incoming = server.accept();
+    network_->cut_all();
+    EXPECT_TRUE(receive_all(qemu.get()).empty());
+    EXPECT_TRUE(receive_all(incoming.get()).empty());
+  }
+  network_->heal();
+  ASSERT_TRUE(source_.wait_up());
+  ASSERT_EQ(::unlink(relay_path.c_str()), 0);
+  ASSERT_TRUE(source_.link().start_relay({.unix_path = path}).has_value());
+  ASSERT_EQ(::rename(path.c_str(), relay_path.c_str()), 0);
+  UnixServer next_server(
+      path);  // the old relay has removed the name, which was the server's by then
+  const UniqueFd qemu = connect_to(relay_path);
+  const UniqueFd incoming = next_server.accept();
+  send_all(qemu.get(), Bytes(1000, std::byte{7}));
+  EXPECT_EQ(receive_all(incoming.get()).size(), 1000U);
+}
+
+TEST_F(HealTest, AnImageWhoseProcessDiesIsOpenedAgainAndSaysSo) {
+  start(4_MiB);
+  connect();
+  const auto before = source_.link().call({{"op", "images"}}, kPatience);
+  ASSERT_TRUE(before.has_value());
+  disks_[0]->alive = false;
+  source_.write(0, 0, content_, {Offset(0), Length(512)}, 1000);
+  ASSERT_TRUE(source_.wait_up());
+  const TargetDisk after = source_.ups()[0].at(0);
+  EXPECT_NE(after.instance, (*before)["disks"][0]["instance"]);
+  EXPECT_EQ(after.id, (*before)["disks"][0]["id"]);
+  expect_delivered();
+}
+
+TEST_F(HealTest, AFlushIsAnsweredWhileWritesAreUnderWay) {
+  start(1_MiB);
+  connect();
+  disks_[0]->close_gate();
+  source_.write(0, 0, content_, {Offset(0), Length(512)}, 1000);
+  EXPECT_TRUE(source_.link().call({{"op", "flush"}}, kPatience).has_value());
+  EXPECT_TRUE(disks_[0]->flushed);
+  disks_[0]->open_gate();
+  EXPECT_TRUE(source_.wait_answers());
+}
+
+TEST_F(HealTest, PausesGrowAndAreBounded) {
+  const RetryDelays delays;
+  EXPECT_EQ(reconnect_delay(0, delays, 7), 0ms);
+  Random random(1);
+  for (unsigned attempt = 1; attempt < 1000; ++attempt) {
+    const auto full = std::min(delays.longest,
+                               attempt < 10 ? delays.first * (1 << (attempt - 1)) : delays.longest);
+    const auto pause = reconnect_delay(attempt, delays, random.next());
+    EXPECT_LE(pause, full) << attempt;
+    EXPECT_GE(pause, full * 3 / 4) << attempt;
+  }
+}
+
+TEST_F(LinkHostileTest, FramesOfAnOldEpochAreAppliedBeforeTheNewWelcomeOrNever) {
+  ASSERT_TRUE(ask(reserve_request()).contains("ok"));
+  disks_[0]->close_gate();
+  say(*lane_, write_frame(1, 0, "old"));
+  const std::string half = write_frame(2, 512, "never");
+  say(*lane_, half.substr(0, half.size() - 2));
+  // The first is taken: its answer is all that is missing.
+  while (ask({{"op", "stats"}})["result"]["frames"] != 1) {
+  }
+  Hello newer = hello(ConnectionKind::Control);
+  newer.epoch = 2;
+  auto welcome = std::async(std::launch::async,
+                            [&] { return open_connection(endpoint(), newer, now() + kPatience); });
+  EXPECT_EQ(welcome.wait_for(50ms), std::future_status::timeout) << "an old frame is under way";
+  disks_[0]->open_gate();
+  auto control = welcome.get();
+  ASSERT_TRUE(control.has_value()) << control.error().to_string();
+  EXPECT_EQ(std::memcmp(disks_[0]->bytes().data(), "old", 3), 0);
+  (void)lane_->write_all(half.substr(half.size() - 2), now() + kPatience);
+  control_ = std::make_unique<TlsSocket>(std::move(*control));
+  newer.kind = ConnectionKind::Lane;
+  auto lane = open_connection(endpoint(), newer, now() + kPatience);
+  ASSERT_TRUE(lane.has_value());
+  EXPECT_TRUE(ask({{"op", "flush"}}).contains("ok"));
+  EXPECT_EQ(disks_[0]->bytes()[512], std::byte{0});
+}
+
+// --- what can be resumed ---
+
+class ResumeTest : public LinkTest {
+ protected:
+  static constexpr Length kSize = 4_MiB;
+
+  void SetUp() override {
+    Random random(5);
+    content_ = random_bytes(random, kSize.bytes());
+    disks_.push_back(std::make_unique<ModelDisk>(kSize, 1));  // for its size
+  }
+  [[nodiscard]] ReceiverOptions real_options(bool resume) {
+    ReceiverOptions options = receiver_options();
+    options.create_image = nullptr;
+    options.open_image = nullptr;
+    options.resumable = true;
+    options.resume = resume;
+    options.linger = 20ms;
+    return options;
+  }
+  void reserve(TestSource& source, const std::string& format) {
+    receiver_ = std::make_unique<TestReceiver>(real_options(false));
+    ASSERT_TRUE(source.connect(link_options()).has_value());
+    const auto reserved = source.link().call(
+        {{"op", "reserve"},
+         {"disks", {{{"path", path()}, {"format", format}, {"size", kSize.bytes()}}}}},
+        kPatience);
+    ASSERT_TRUE(reserved.has_value()) << reserved.error().to_string();
+    first_ = (*reserved)["disks"][0];
+  }
+  // One that waited in vain.
+  void leave_resumable(const std::string& format = "raw") {
+    TestSource source;
+    ASSERT_NO_FATAL_FAILURE(reserve(source, format));
+    ASSERT_TRUE(source.deliver(content_, chunk_, 2));
+    source.disconnect();
+    EXPECT_EQ(receiver_->wait().error().code, Code::Unreachable);
+    receiver_.reset();
+  }
+  [[nodiscard]] Error resume_error() {
+    const auto made = Receiver::create(real_options(true));
+    EXPECT_FALSE(made.has_value());
+    return made ? Error() : made.error();
+  }
+  [[nodiscard]] nlohmann::json hash_request(std::uint64_t offset, std::uint64_t length,
+                                            std::uint64_t chunk) const {
+    return {{"op", "hash"}, {"disk", 0}, {"offset", offset}, {"length", length}, {"chunk", chunk}};
+  }
+  void expect_hashes(TestSource& source) {
+    const auto answer = source.link().call(hash_request(0, kSize.bytes(), 65536), kPatience);
+    ASSERT_TRUE(answer.has_value()) << answer.error().to_string();
+    ASSERT_EQ((*answer)["hashes"].size(), kSize.bytes() / 65536);
+    for (std::uint64_t i = 0; i < kSize.bytes() / 65536; ++i) {
+      EXPECT_EQ((*answer)["hashes"][i], chunk_hash(part(content_, {Offset(i * 65536), 64_KiB})))
+          << i;
+    }
+  }
+  [[nodiscard]] std::string path() const { return dir_ / "image"; }
+  [[nodiscard]] std::string record() const { return dir_ / "jobs/job-1/receiver/record.json"; }
+  void edit_record(const std::function<void(nlohmann::json&)>& edit) {
+    nlohmann::json json = nlohmann::json::parse(std::ifstream(record()));
+    edit(json);
+    std::ofstream(record()) << json;
+  }
+
+  Bytes content_;
+  nlohmann::json first_;  // the image as it was reserved
+};
+
+TEST_F(ResumeTest, OneThatWaitedInVainKeepsItsImagesAndAnotherGoesOn) {
+  for (const char* const format : {"raw", "qcow2"}) {
+    SCOPED_TRACE(format);
+    ASSERT_NO_FATAL_FAILURE(leave_resumable(format));
+    EXPECT_TRUE(std::filesystem::exists(path()));
+    EXPECT_EQ(nlohmann::json::parse(std::ifstream(record()))["resumable"], true);
+    receiver_ = std::make_unique<TestReceiver>(real_options(true));
+    TestSource source;
+    ASSERT_TRUE(source.connect(link_options()).has_value());
+    const auto images = source.link().call({{"op", "images"}}, kPatience);
+    ASSERT_TRUE(images.has_value());
+    const nlohmann::json& image = (*images)["disks"][0];
+    EXPECT_EQ(image["path"], path());
+    EXPECT_EQ(image["id"], first_["id"]);
+    EXPECT_EQ(image["initially_zero"], true);
+    // What a raw file holds survives its writer, what a daemon holds may not.
+    EXPECT_EQ(image["instance"] == first_["instance"], std::string(format) == "raw");
+    expect_hashes(source);
+    content_[0] ^= std::byte{1};
+    source.write(0, 0, content_, {Offset(0), Length(512)}, 1000);
+    ASSERT_TRUE(source.wait_answers());
+    expect_hashes(source);
+    ASSERT_TRUE(source.link().barrier(kPatience).has_value());
+    ASSERT_TRUE(source.link().call({{"op", "finish"}}, kPatience).has_value());
+    EXPECT_TRUE(receiver_->wait().has_value());
+    EXPECT_TRUE(std::filesystem::remove(path()));
+    receiver_.reset();
+    expect_nothing_left();
+  }
+}
+
+TEST_F(ResumeTest, ToldToEndItKeepsWhatCanBeResumedAndTheLinkFindsTheNextOne) {
+  TestSource source;
+  ASSERT_NO_FATAL_FAILURE(reserve(source, "raw"));
+  source.disconnect();
+  receiver_->stop();
+  (void)receiver_->wait();
+  receiver_.reset();
+  receiver_ = std::make_unique<TestReceiver>(real_options(true));
+  LinkOptions options = link_options();
+  unsigned asked = 0;
+  options.locate = [&](unsigned attempt, const Error& last, int) -> Result<LinkAddress> {
+    EXPECT_EQ(last.code, Code::Unreachable);
+    ++asked;
+    if (attempt == 0) return fail(Error{Code::Unreachable, "the host does not answer", "", true});
+    receiver_.reset();
+    receiver_ = std::make_unique<TestReceiver>(real_options(true));
+    return LinkAddress{"127.0.0.1", receiver_->port()};
+  };
+  ASSERT_TRUE(source.connect(options).has_value());
+  receiver_->stop();
+  ASSERT_TRUE(source.wait_up());
+  EXPECT_EQ(asked, 2U);
+  EXPECT_EQ(source.ups()[0].at(0).id, first_["id"]);
+  EXPECT_EQ(source.ups()[0].at(0).instance, first_["instance"]);
+  ASSERT_TRUE(source.deliver(content_, chunk_, 2));
+  expect_hashes(source);
+  ASSERT_TRUE(source.link().call({{"op", "remove"}}, kPatience).has_value());
+  source.disconnect();
+  EXPECT_TRUE(receiver_->wait().has_value());
+  EXPECT_FALSE(std::filesystem::exists(path()));
+  expect_nothing_left();
+}
+
+TEST_F(ResumeTest, WhoeverSearchesMayEndTheLink) {
+  TestSource source;
+  receiver_ = std::make_unique<TestReceiver>(real_options(false));
+  LinkOptions options = link_options();
+  options.locate = [](unsigned, const Error&, int) -> Result<LinkAddress> {
+    return fail(Code::NotFound, "nothing is left there");
+  };
+  ASSERT_TRUE(source.connect(options).has_value());
+  receiver_.reset();
+  ASSERT_TRUE(source.wait_failed());
+  EXPECT_EQ(source.failed()->code, Code::NotFound);
+}
+
+TEST_F(ResumeTest, AFileThatTookAnImagesPlaceIsNotWrittenTo) {
+  ASSERT_NO_FATAL_FAILURE(leave_resumable());
+  const std::string other = dir_ / "other";
+  std::filesystem::copy_file(path(), other);
+  ASSERT_EQ(::rename(other.c_str(), path().c_str()), 0);
+  EXPECT_EQ(resume_error().code, Code::Busy);
+  ASSERT_EQ(::rename(path().c_str(), other.c_str()), 0);
+  ASSERT_EQ(::symlink(other.c_str(), path().c_str()), 0);
+  EXPECT_EQ(resume_error().code, Code::Busy);
+  ASSERT_TRUE(std::filesystem::remove(path()));
+  EXPECT_EQ(resume_error().code, Code::NotFound);
+  EXPECT_TRUE(std::filesystem::exists(record())) << "what was refused is not touched";
+}
+
+TEST_F(ResumeTest, AnImageOfAnotherSizeIsRefused) {
+  ASSERT_NO_FATAL_FAILURE(leave_resumable());
+  std::filesystem::resize_file(path(), 4096);
+  EXPECT_EQ(resume_error().code, Code::Incompatible);
+}
+
+TEST_F(ResumeTest, ADamagedImageIsMadeAnewAndSaysSo) {
+  ASSERT_NO_FATAL_FAILURE(leave_resumable("qcow2"));
+  {
+    std::fstream file(path(), std::ios::in | std::ios::out | std::ios::binary);
+    file.seekp(65536);  // the refcounts
+    file << std::string(65536, '\xff');
+  }
+  receiver_ = std::make_unique<TestReceiver>(real_options(true));
+  TestSource source;
+  ASSERT_TRUE(source.connect(link_options()).has_value());
+  const auto images = source.link().call({{"op", "images"}}, kPatience);
+  ASSERT_TRUE(images.has_value());
+  EXPECT_NE((*images)["disks"][0]["id"], first_["id"]);
+  content_.assign(content_.size(), std::byte{0});
+  expect_hashes(source);
+}
+
+TEST_F(ResumeTest, WhatIsNotResumableOrNotReadableIsRefused) {
+  EXPECT_EQ(resume_error().code, Code::NotFound);
+  ASSERT_NO_FATAL_FAILURE(leave_resumable());
+  edit_record([](nlohmann::json& json) { json["proved"] = true; });
+  EXPECT_EQ(resume_error().code, Code::Denied);
+  edit_record([](nlohmann::json& json) { json["proved"] = json["resumable"] = false; });
+  EXPECT_EQ(resume_error().code, Code::Denied);
+  edit_record([](nlohmann::json& json) { json["version"] = 99U; });
+  const Error version = resume_error();
+  EXPECT_EQ(version.code, Code::Incompatible);
+  EXPECT_THAT(version.message, HasSubstr("99"));
+  EXPECT_EQ(cleanup_receiver(dir_ / "jobs", kSession).error().code, Code::Incompatible);
+  EXPECT_TRUE(std::filesystem::exists(path()));
+  std::ofstream(record()) << "{";
+  EXPECT_EQ(resume_error().code, Code::Protocol);
+}
+
+TEST_F(ResumeTest, AfterABarrierNobodyResumes) {
+  TestSource source;
+  ASSERT_NO_FATAL_FAILURE(reserve(source, "raw"));
+  ASSERT_TRUE(source.link().barrier(kPatience).has_value());
+  source.disconnect();
+  (void)receiver_->wait();
+  receiver_.reset();
+  EXPECT_EQ(resume_error().code, Code::Denied);
+  EXPECT_TRUE(std::filesystem::exists(path()));
+}
+
+TEST_F(ResumeTest, CleanupRemovesWhatNobodyResumed) {
+  ASSERT_NO_FATAL_FAILURE(leave_resumable());
+  const auto cleaned = cleanup_receiver(dir_ / "jobs", kSession);
+  ASSERT_TRUE(cleaned.has_value()) << cleaned.error().to_string();
+  EXPECT_THAT(cleaned->removed, ElementsAre(path()));
+  EXPECT_FALSE(std::filesystem::exists(path()));
+  expect_nothing_left();
+}
+
+TEST_F(ResumeTest, HashesAreOfWhatIsThereAndHolesOfZeroes) {
+  TestSource source;
+  ASSERT_NO_FATAL_FAILURE(reserve(source, "raw"));
+  std::fill_n(content_.begin() + (1 << 20), 2 << 20, std::byte{0});
+  ASSERT_TRUE(source.deliver(content_, chunk_, 2));
+  expect_hashes(source);
+  // The last one is shorter.
+  const auto odd = source.link().call(hash_request(4096, 10000, 8192), kPatience);
+  ASSERT_TRUE(odd.has_value());
+  ASSERT_EQ((*odd)["hashes"].size(), 2U);
+  EXPECT_EQ((*odd)["hashes"][1], chunk_hash(part(content_, {Offset(4096 + 8192), Length(1808)})));
+}
+
+TEST_F(ResumeTest, HashesThatCanNotBeAreRefused) {
+  TestSource source;
+  ASSERT_NO_FATAL_FAILURE(reserve(source, "raw"));
+  const std::uint64_t size = kSize.bytes();
+  for (const nlohmann::json& request :
+       {hash_request(0, 0, 65536), hash_request(0, size + 1, 65536), hash_request(size, 1, 65536),
+        hash_request(size + 4096, 4096, 65536), hash_request(UINT64_MAX, 4096, 65536),
+        hash_request(0, UINT64_MAX, 65536), hash_request(0, size, 0), hash_request(0, size, 512),
+        hash_request(0, size, 5000), hash_request(0, size, 2U << 20), hash_request(1, 4096, 65536),
+        nlohmann::json{{"op", "hash"}},
+        nlohmann::json{
+            {"op", "hash"}, {"disk", 1}, {"offset", 0}, {"length", 4096}, {"chunk", 4096}}}) {
+    const auto answer = source.link().call(request, kPatience);
+    ASSERT_FALSE(answer.has_value()) << request;
+    EXPECT_EQ(answer.error().code, Code::Protocol) << request;
+  }
+  EXPECT_TRUE(source.link().call(hash_request(0, size, 65536), kPatience).has_value());
 }
 
 }  // namespace

@@ -504,6 +504,11 @@ class FakeTarget final : public blockcopy::TargetImage {
 
   [[nodiscard]] const blockcopy::TargetSpec& spec() const override { return spec_; }
   [[nodiscard]] bool initially_zero() const override { return image_.options().initially_zero; }
+  [[nodiscard]] blockcopy::ImageIdentity identity() const override { return {}; }
+  Result<std::unique_ptr<blockcopy::ImageReader>> open_reader(Loop& /*loop*/) override {
+    CHECK(!released_, "a released image has no readers");
+    return image_.open_reader();
+  }
   Result<std::unique_ptr<blockcopy::ImageWriter>> open_writer(Loop& /*loop*/) override {
     return open_writer();
   }
