@@ -224,11 +224,14 @@ Step on(Settling state, const Event& event) {
     state.go_on = false;
     state.reason = trouble->error;
   }
+  if (std::holds_alternative<Begin>(event)) return {state, {Do::Settle}};
   if (const auto* settled = std::get_if<Settled>(&event)) {
     switch (settled->where) {
       case Whereabouts::Source: return state.go_on ? rejoin() : undo(state.reason);
       case Whereabouts::Target: return go_forward(state.barrier_passed, false);
-      case Whereabouts::TargetRuns: return {Committing{}, {Do::Commit}};
+      case Whereabouts::TargetRuns:
+        if (state.go_on) return {Committing{}, {Do::Commit}};
+        return stay(Held{{Code::Held, "it is too late to undo the move: the guest runs on the target", "", false}});
     }
   }
   if (const auto* failed = std::get_if<ActionFailed>(&event)) {
