@@ -421,7 +421,7 @@ TEST_F(Preflight, AnotherVersionOfDrover) {
 TEST_F(Preflight, ImageThatOnlyQemuReadsWithAnIothread) {
   disk(1).iothread = true;
   source.hypervisor_version = 7002022;
-  expect_blocker("export-with-iothread", "QEMU here is 7.2.22");
+  expect_blocker("export-with-iothread", "QEMU here is 7.2.22", "vdb");
 }
 TEST_F(Preflight, OldLibvirt) {
   target.libvirt_version = 7000000;
