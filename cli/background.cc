@@ -73,11 +73,11 @@ void print_to_log(const std::string& path) {
 
 EventSource events_of(const Background& background) {
   auto reader = std::make_shared<job::LineReader>(background.events.get(), job::kMaxEventLine);
-  return [reader](int stop_fd) -> Result<std::optional<job::Event>> {
+  return [reader](int stop_fd) -> Result<std::optional<job::JobEvent>> {
     DROVER_ASSIGN(const std::optional<std::string> line, reader->next({.stop_fd = stop_fd}));
-    if (!line) return std::optional<job::Event>();
-    DROVER_ASSIGN(job::Event event, job::parse_event(*line));
-    return std::optional<job::Event>(std::move(event));
+    if (!line) return std::optional<job::JobEvent>();
+    DROVER_ASSIGN(job::JobEvent event, job::parse_event(*line));
+    return std::optional<job::JobEvent>(std::move(event));
   };
 }
 
@@ -87,7 +87,7 @@ EventSource events_of(job::ControlClient& client) {
 
 Followed follow(const EventSource& next, const Following& following) {
   for (;;) {
-    Result<std::optional<job::Event>> event = next(following.stop_fd);
+    Result<std::optional<job::JobEvent>> event = next(following.stop_fd);
     if (!event && event.error().code == Code::Cancelled) return Left{};
     if (!event) return event.error();
     if (!*event) return Died{};

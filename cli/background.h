@@ -37,7 +37,7 @@ Result<Background> start_background(const std::function<int(int events)>& body);
 void print_to_log(const std::string& path);
 
 // The next event; absent at the end; Cancelled when stop_fd is readable.
-using EventSource = std::function<Result<std::optional<job::Event>>(int stop_fd)>;
+using EventSource = std::function<Result<std::optional<job::JobEvent>>(int stop_fd)>;
 EventSource events_of(const Background& background);
 EventSource events_of(job::ControlClient& client);
 

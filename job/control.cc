@@ -388,7 +388,7 @@ Result<json> ControlClient::call(const json& request) {
     if (!line) return fail(Code::Unreachable, "the job's process has ended");
     DROVER_ASSIGN(json answer, mirror::parse_object(*line, "the answer of the job's process"));
     if (answer.contains("event")) {
-      DROVER_ASSIGN(Event event, parse_event(*line));
+      DROVER_ASSIGN(JobEvent event, parse_event(*line));
       early_.push_back(std::move(event));
       continue;
     }
@@ -399,16 +399,16 @@ Result<json> ControlClient::call(const json& request) {
   }
 }
 
-Result<std::optional<Event>> ControlClient::next_event(int stop_fd) {
+Result<std::optional<JobEvent>> ControlClient::next_event(int stop_fd) {
   if (!early_.empty()) {
-    Event first = std::move(early_.front());
+    JobEvent first = std::move(early_.front());
     early_.erase(early_.begin());
-    return std::optional<Event>(std::move(first));
+    return std::optional<JobEvent>(std::move(first));
   }
   DROVER_ASSIGN(const std::optional<std::string> line, reader_.next({.stop_fd = stop_fd}));
-  if (!line) return std::optional<Event>();
-  DROVER_ASSIGN(Event event, parse_event(*line));
-  return std::optional<Event>(std::move(event));
+  if (!line) return std::optional<JobEvent>();
+  DROVER_ASSIGN(JobEvent event, parse_event(*line));
+  return std::optional<JobEvent>(std::move(event));
 }
 
 }  // namespace drover::job

@@ -110,14 +110,14 @@ class ControlClient {
   Result<nlohmann::json> call(const nlohmann::json& request);
 
   // After a "watch": absent when the other side has ended. Cancelled when stop_fd is readable.
-  Result<std::optional<Event>> next_event(int stop_fd = -1);
+  Result<std::optional<JobEvent>> next_event(int stop_fd = -1);
 
  private:
   explicit ControlClient(UniqueFd fd) : fd_(std::move(fd)), reader_(fd_.get(), kMaxEventLine) {}
 
   UniqueFd fd_;
   LineReader reader_;
-  std::vector<Event> early_;
+  std::vector<JobEvent> early_;
 };
 
 }  // namespace drover::job

@@ -203,34 +203,34 @@ Result<Summary> summary_from_json(const json& object) {
   return out;
 }
 
-Result<Event> event_from_json(const json& object) {
+Result<JobEvent> event_from_json(const json& object) {
   DROVER_ASSIGN(const std::string kind, mirror::get_string(object, "event", 64));
   if (kind == "started") {
     DROVER_ASSIGN(const std::string id, mirror::get_string(object, "job", 64));
-    return Event(Started{id});
+    return JobEvent(Started{id});
   }
   if (kind == "note") {
     DROVER_ASSIGN(std::string said, text(object, "text"));
-    return Event(Note{std::move(said)});
+    return JobEvent(Note{std::move(said)});
   }
   if (kind == "plan") {
     DROVER_ASSIGN(Plan plan, plan_from_json(object));
-    return Event(std::move(plan));
+    return JobEvent(std::move(plan));
   }
   if (kind == "progress") {
     DROVER_ASSIGN(Progress progress, progress_from_json(object));
-    return Event(std::move(progress));
+    return JobEvent(std::move(progress));
   }
   if (kind == "summary") {
     DROVER_ASSIGN(Summary summary, summary_from_json(object));
-    return Event(std::move(summary));
+    return JobEvent(std::move(summary));
   }
   if (kind == "error") {
     DROVER_TRY(mirror::get_string(object, "code", 64));
     // A null hint is no hint.
     json plain = object;
     DROVER_ASSIGN(plain["hint"], optional_text(object, "hint"));
-    return Event(mirror::error_from_json(plain));
+    return JobEvent(mirror::error_from_json(plain));
   }
   return broken("there is no such event");
 }
@@ -380,7 +380,7 @@ Result<Progress> progress_from_json(const json& object) {
   return out;
 }
 
-Result<Event> parse_event(std::string_view line) {
+Result<JobEvent> parse_event(std::string_view line) {
   if (line.size() > kMaxEventLine) return broken("an event is too long");
   DROVER_ASSIGN(const json object, mirror::parse_object(line, "an event"));
   return event_from_json(object);

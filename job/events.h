@@ -5,7 +5,7 @@
 // event has "event", its kind. Members may be added; none changes its meaning.
 //
 //   std::string line = to_line(event_of(progress));         // without its new line
-//   DROVER_ASSIGN(Event event, parse_event(line));          // and back, from whoever wrote it
+//   DROVER_ASSIGN(JobEvent event, parse_event(line));          // and back, from whoever wrote it
 //   std::visit(..., event);
 //
 // Pure functions; any thread. Lines are valid UTF-8: bytes of names that are not become U+FFFD.
@@ -29,7 +29,7 @@ struct Note {
   std::string text;
 };
 // The end of an event stream is a Summary or an Error.
-using Event = std::variant<Started, Plan, Progress, Note, Summary, Error>;
+using JobEvent = std::variant<Started, Plan, Progress, Note, Summary, Error>;
 
 using OrderedJson = nlohmann::ordered_json;
 
@@ -43,7 +43,7 @@ OrderedJson event_of(const Error& error);
 std::string to_line(const OrderedJson& json);
 
 inline constexpr std::size_t kMaxEventLine = std::size_t{1} << 20;
-Result<Event> parse_event(std::string_view line);
+Result<JobEvent> parse_event(std::string_view line);
 
 // Of the objects above, when they are members of something else.
 Result<Plan> plan_from_json(const nlohmann::json& json);

@@ -416,11 +416,11 @@ Result<HistoryEntry> HistoryEntry::from_json(const json& json) {
   out.outcome = outcome == outcome_name(Outcome::Moved) ? Outcome::Moved : Outcome::Undone;
   DROVER_ASSIGN(out.created, wall_time(json, "created_at"));
   DROVER_ASSIGN(out.ended, wall_time(json, "ended_at"));
-  const auto event = [&](const char* name) -> Result<std::optional<Event>> {
+  const auto event = [&](const char* name) -> Result<std::optional<JobEvent>> {
     const auto found = json.find(name);
     if (found == json.end() || found->is_null()) return std::nullopt;
-    DROVER_ASSIGN(Event parsed, parse_event(found->dump()));
-    return std::optional<Event>(std::move(parsed));
+    DROVER_ASSIGN(JobEvent parsed, parse_event(found->dump()));
+    return std::optional<JobEvent>(std::move(parsed));
   };
   DROVER_ASSIGN(const auto reason, event("reason"));
   if (reason) {

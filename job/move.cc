@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <array>
 #include <fstream>
+#include <mutex>
+#include <optional>
 #include <utility>
 
 #include <fmt/format.h>
@@ -16,6 +18,7 @@
 #include "base/check.h"
 #include "base/log.h"
 #include "base/unique_fd.h"
+#include "job/checkpoint.h"
 #include "job/copy_pace.h"
 #include "job/event_queue.h"
 #include "job/journal.h"
@@ -48,19 +51,28 @@ constexpr auto kLibvirtGrace = 5s;
 constexpr auto kCommitPatience = 120s;
 constexpr int kResumeTries = 5;
 constexpr int kNothingLeft = 3;  // cli/exit_codes.h: not found
-constexpr const char* kJobsDirectory = "/var/lib/drover/jobs";
+// A handover that failed is tried again after a pause, longer each time.
+constexpr auto kFirstHandoverPause = 1s;
+constexpr auto kLongestHandoverPause = 60s;
+constexpr auto kLibvirtPatience = 120s;   // for a libvirtd that is being restarted
+constexpr auto kRemoveTimeout = 20s;
+constexpr auto kSshTimeout = 30s;
+constexpr auto kLocateTimeout = 6s;       // of one look for the receiver while the link is down
+constexpr int kMostRejoins = 20;          // in a row without a handover that began
+constexpr std::string_view kStateKey = "state";
+constexpr std::string_view kQemuKey = "qemu";  // the process whose bitmaps these are
 
 class Move {
  public:
   Move(Platform& platform, const MoveOptions& options, Observer& observer, Cancel& cancel,
-       Prepared prepared)
+       Prepared prepared, const JobFiles& files)
       : platform_(platform),
         options_(options),
         observer_(observer),
         cancel_(cancel),
         prepared_(std::move(prepared)),
-        id_(platform.new_job_id(prepared_.guest.name)),
-        directory_(std::string(kJobsDirectory) + "/" + id_),
+        files_(files),
+        id_(files.id),
         queue_(platform.new_event_queue()),
         meter_([&platform] { return platform.now(); }) {}
 
@@ -69,21 +81,20 @@ class Move {
     migrating_.reset();
   }
 
-  Result<Summary> run() {
-    Status ready = platform_.make_job_directory(directory_, id_);
-    if (ready) {
-      log_info("job {}: move of {} to {}", id_, plan().guest, plan().host);
-      ready = open_journal();
-    }
-    if (!ready) {
-      platform_.remove_job_directory(directory_);
-      return fail(ready.error());
+  // A job that an earlier process has worked on first finds out where the guest is. `reason`: it is to be undone.
+  MoveEnd run(std::optional<Error> reason) {
+    log_info("job {}: move of {} to {}{}", id_, plan().guest, plan().host, files_.resumed ? ", resumed" : "");
+    if (Status ready = open_journal(); !ready) return {fail(ready.error()), !files_.resumed};
+    if (files_.resumed) {
+      const bool undo = reason.has_value();
+      state_ = Settling{undo ? *reason : Error{}, barrier_journaled_, !undo};
     }
     if (prepared_.io_at != Instant()) (void)pace_.look(prepared_.io_at, prepared_.io, Length());
     queue_->push(Begin{});
     while (!ended(state_)) {
       if (const std::optional<Event> event = queue_->wait(cancel_, kLookInterval)) handle(*event);
       keep_pace();
+      look_for_handover();
       report_progress();
     }
     return finish();
@@ -103,6 +114,7 @@ class Move {
     const Phase before = phase_of(state_);
     Step next = step(std::move(state_), event);
     state_ = std::move(next.state);
+    if (files_.state) files_.state(state_name(state_));
     if (phase_of(state_) != before) meter_.enter(phase_of(state_));
     report_progress(true);
     for (const Do action : next.actions) {
@@ -122,7 +134,7 @@ class Move {
   Status journal_state() {
     const std::string_view name = state_name(state_);
     if (name == journaled_state_) return {};
-    DROVER_TRY(journal_->put("state", name));
+    DROVER_TRY(journal_->put(kStateKey, name));
     journaled_state_ = name;
     return {};
   }
@@ -130,6 +142,7 @@ class Move {
   void log_event(const Event& event) {
     std::string detail;
     if (const auto* trouble = std::get_if<Trouble>(&event)) detail = trouble->error.to_string();
+    if (const auto* failed = std::get_if<HandoverFailed>(&event)) detail = failed->error.to_string();
     if (const auto* busy = std::get_if<SourceNotGuarded>(&event)) detail = busy->error.to_string();
     if (const auto* failed = std::get_if<ActionFailed>(&event)) detail = failed->error.to_string();
     if (const auto* ended = std::get_if<MigrateEnded>(&event); ended != nullptr && !ended->status) {
@@ -148,6 +161,7 @@ class Move {
     switch (action) {
       case Do::Reserve: return reserve();
       case Do::Attach: return attach();
+      case Do::Rejoin: return rejoin();
       case Do::EnterStrict: return enter_strict();
       case Do::StartMemory: return start_memory();
       case Do::AbortMemory: return abort_memory();
@@ -163,43 +177,82 @@ class Move {
   // --- before ---
 
   Status open_journal() {
-    DROVER_ASSIGN(journal_, platform_.open_journal(directory_ + "/journal"));
-    json job = {{"version", 1},       {"kind", "move"},        {"guest", plan().guest},
-                {"uuid", plan().uuid}, {"host", plan().host}, {"keep_source", options_.keep_source}};
-    for (const DiskPlan& disk : plan().disks) {
-      job["disks"].push_back({{"disk", disk.disk},
-                              {"source", disk.source_path},
-                              {"target", disk.target_path},
-                              {"format", disk.target_format},
-                              {"delete_source", disk.delete_source},
-                              {"size", disk.virtual_size.bytes()}});
+    if (!files_.resumed) {
+      DROVER_ASSIGN(journal_, platform_.open_journal(files_.journal, Journal::Make::IfMissing));
+      return {};
     }
-    return journal_->put("job", job.dump());
+    auto journal = platform_.open_journal(files_.journal, Journal::Make::Never);
+    if (!journal) return fail(journal.error());
+    journal_ = std::move(*journal);
+    DROVER_ASSIGN(const auto state, journal_->get(kStateKey));
+    DROVER_ASSIGN(const auto barrier, journal_->get("barrier"));
+    if (state) journaled_state_ = *state;
+    barrier_journaled_ = barrier.has_value();
+    log_info("the journal says: {}{}", journaled_state_, barrier_journaled_ ? ", the barrier was passed" : "");
+    return {};
   }
 
   // --- reserve: receiver, link, images ---
 
   Status reserve() {
-    DROVER_ASSIGN(const mirror::LinkKey key, platform_.new_key());
-    mirror::ReceiverRequest request;
-    request.session = id_;
-    request.key = key;
-    request.port = options_.target_port;
-    request.address = options_.target_address;
+    DROVER_ASSIGN(receiver_request_.key, platform_.new_key());
+    receiver_request_.session = id_;
+    receiver_request_.port = options_.target_port;
+    receiver_request_.address = options_.target_address;
+    receiver_request_.resumable = true;
     receiver_started_ = true;
     // Not broken off by a cancel: then nobody would know whether a receiver is there.
     DROVER_ASSIGN(const mirror::ReceiverInfo receiver,
-                  platform_.start_receiver(plan().host, request));
+                  platform_.start_receiver(plan().host, receiver_request_, kSshTimeout));
+    DROVER_TRY(connect(receiver));
+    json disks = json::array();
+    for (const memmig::PlannedDisk& disk : prepared_.move_plan.disks) {
+      disks.push_back({{"path", disk.target_path},
+                       {"format", disk.target_format},
+                       {"block_device", disk.target_block_device},
+                       {"size", disk.virtual_size.bytes()},
+                       {"cluster_size", disk.cluster_size.bytes()}});
+    }
+    DROVER_TRY(engine_->link().call({{"op", "reserve"}, {"disks", disks}}, kReserveTimeout));
+    queue_->push(Reserved{});
+    return {};
+  }
 
+  Status connect(const mirror::ReceiverInfo& receiver) {
     mirror::MirrorEngine::Options engine_options;
-    engine_options.bandwidth = options_.bandwidth;
+    engine_options.bandwidth = bandwidth();
     engine_options.watchdog_command = {"/proc/self/exe", std::string(mirror::kWatchdogCommand)};
+    DROVER_ASSIGN(engine_, platform_.create_engine(engine_options, engine_events()));
+    mirror::LinkOptions link;
+    link.address = receiver.address;
+    link.port = receiver.port;
+    link.session = id_;
+    link.key = receiver_request_.key;
+    link.lanes = options_.connections;
+    link.give_up_after = options_.link_timeout;
+    link.locate = [this, last = mirror::LinkAddress{receiver.address, receiver.port}](
+                      unsigned attempt, const Error&, int cancel_fd) mutable { return locate(last, attempt, cancel_fd); };
+    for (const memmig::PlannedDisk& disk : prepared_.move_plan.disks) link.disk_sizes.push_back(disk.virtual_size);
+    DROVER_TRY(engine_->connect(link));
+    linked_ = true;
+    return {};
+  }
+
+  mirror::MirrorEngine::Events engine_events() {
     mirror::MirrorEngine::Events events;
     events.all_copied = [this](bool strict) { queue_->push(AllCopied{strict}); };
-    events.link_lost = events.link_down = events.strict_ended = [this](const Error& error) {
-      queue_->push(Trouble{error});
+    events.link_lost = [this](const Error& error) { queue_->push(Trouble{error}); };
+    events.link_down = [this](const Error& error) {
+      log_warning("the link is down: {}", error.to_string());
+      queue_->push(LinkDown{});
     };
-    events.link_up = [](const std::vector<mirror::TargetDisk>&) {};
+    events.link_up = [this](const std::vector<mirror::TargetDisk>& targets) {
+      log_info("the link is up again");
+      const std::lock_guard lock(targets_mutex_);
+      targets_ = targets;
+      queue_->push(LinkUp{});
+    };
+    events.strict_ended = [this](const Error& error) { queue_->push(HandoverFailed{error}); };
     events.disk_failed = [this](const std::string& disk, const Error& error) {
       queue_->push(Trouble{Error{error.code, "disk " + disk + ": " + error.message, error.hint,
                                  error.retryable}});
@@ -207,31 +260,31 @@ class Move {
     events.mirror_gone = [this](const std::string& disk, const Error& error) {
       if (mirrors_may_go_.load()) return;
       mirror_lost_.store(true);
-      queue_->push(Trouble{Error{error.code, "QEMU let go of the mirror of disk " + disk + ": " +
-                                 error.message, "", true}});
+      queue_->push(HandoverFailed{Error{error.code, "QEMU let go of the mirror of disk " + disk + ": " +
+                                        error.message, "", true}});
     };
-    DROVER_ASSIGN(engine_, platform_.create_engine(engine_options, events));
+    events.touching = [this](std::size_t disk, const mirror::GroupRecord& record) {
+      if (const Status noted = journal_->put_unsynced(record_key(disk, record.group), record.bytes); !noted) {
+        queue_->push(Trouble{noted.error()});
+      }
+    };
+    return events;
+  }
 
-    mirror::LinkOptions link;
-    link.address = receiver.address;
-    link.port = receiver.port;
-    link.session = id_;
-    link.key = key;
-    link.lanes = options_.connections;
-    json disks = json::array();
-    for (const memmig::PlannedDisk& disk : prepared_.move_plan.disks) {
-      link.disk_sizes.push_back(disk.virtual_size);
-      disks.push_back({{"path", disk.target_path},
-                       {"format", disk.target_format},
-                       {"block_device", disk.target_block_device},
-                       {"size", disk.virtual_size.bytes()},
-                       {"cluster_size", disk.cluster_size.bytes()}});
+  // On the link's thread. Its receiver may have been killed, or its host restarted: SSH knows. But first, and in
+  // between, the place where it was.
+  Result<mirror::LinkAddress> locate(mirror::LinkAddress& last, unsigned attempt, int cancel_fd) {
+    if (attempt < 2 || attempt % 2 == 1) return last;
+    mirror::ReceiverRequest request = receiver_request_;
+    request.resume = true;
+    const auto receiver = platform_.start_receiver(plan().host, request, kLocateTimeout, cancel_fd);
+    if (!receiver) {
+      const Code code = receiver.error().code;
+      if (code == Code::NotFound || code == Code::Denied || code == Code::Incompatible) return fail(receiver.error());
+      return last;
     }
-    DROVER_TRY(engine_->connect(link));
-    linked_ = true;
-    DROVER_TRY(engine_->link().call({{"op", "reserve"}, {"disks", disks}}, kReserveTimeout));
-    queue_->push(Reserved{});
-    return {};
+    if (!receiver->was_running) log_info("started the receiver on {} again", plan().host);
+    return last = {receiver->address, receiver->port};
   }
 
   // --- attach: exports, readers, mirrors ---
@@ -241,10 +294,21 @@ class Move {
   }
 
   Status attach() {
-    const memmig::GuestInfo& guest = prepared_.guest;
     DROVER_ASSIGN(source_events_, source().subscribe(uuid(), [this](const GuestEvent& event) {
       on_source_event(event);
     }));
+    DROVER_TRY(add_disks());
+    DROVER_TRY(attach_mirrors());
+    DROVER_TRY(know_qemu());
+    DROVER_TRY(know_targets());
+    engine_->start();
+    queue_->push(Attached{});
+    return {};
+  }
+
+  // QEMU's exports for what drover can't read itself; readers and endpoints.
+  Status add_disks() {
+    const memmig::GuestInfo& guest = prepared_.guest;
     std::vector<memmig::ExportSpec> exports;
     for (const memmig::PlannedDisk& disk : prepared_.move_plan.disks) {
       if (!disk.source_plain) exports.push_back({disk.disk, disk.source_node, disk.disk});
@@ -273,15 +337,204 @@ class Move {
       one.target_initially_zero = !disk.target_block_device;
       DROVER_TRY(engine_->add_disk(one));
     }
+    return {};
+  }
+
+  Status attach_mirrors() {
     for (const memmig::PlannedDisk& disk : prepared_.move_plan.disks) {
       if (!disk.mirror) continue;
-      attached_.push_back(disk.disk);
+      if (std::ranges::find(attached_, disk.disk) == attached_.end()) attached_.push_back(disk.disk);
       DROVER_TRY(source().attach_mirror(
-          uuid(), {disk.disk, disk.source_node, socket_path(disk.disk), disk.disk}));
+          uuid(), {disk.disk, disk.source_node, socket_path(disk.disk), disk.disk, generation_}));
+    }
+    return {};
+  }
+
+  Status know_qemu() {
+    DROVER_ASSIGN(const memmig::Attached attached, source().attached(uuid()));
+    return journal_->put(kQemuKey, attached.process);
+  }
+
+  // What the target's images are, as its receiver names them.
+  Result<std::vector<mirror::TargetDisk>> ask_targets() {
+    DROVER_ASSIGN(const json images, engine_->link().call({{"op", "images"}}, kControlTimeout));
+    return decode_targets(images.dump());
+  }
+
+  Status know_targets() {
+    DROVER_ASSIGN(std::vector<mirror::TargetDisk> targets, ask_targets());
+    engine_->know_targets(targets);
+    const std::lock_guard lock(targets_mutex_);
+    targets_ = std::move(targets);
+    return {};
+  }
+
+  void start_checkpoints() {
+    std::vector<memmig::BitmapSpec> disks;
+    for (const memmig::PlannedDisk& disk : prepared_.move_plan.disks) {
+      if (disk.mirror) disks.push_back({disk.disk, disk.source_node});
+    }
+    checkpointer_ = std::make_unique<Checkpointer>(
+        platform_, Checkpointer::Job{*engine_, source(), *journal_, uuid(), disks, prepared_.move_plan.disks.size(),
+                                     generation_});
+  }
+
+  void stop_checkpoints() {
+    if (!checkpointer_) return;
+    checkpointer_->stop();
+    generation_ = checkpointer_->generation();
+    checkpointer_.reset();
+  }
+
+  void tell_targets() {
+    const std::lock_guard lock(targets_mutex_);
+    if (checkpointer_ && targets_) checkpointer_->note_targets(std::move(*targets_));
+    if (checkpointer_) targets_.reset();
+  }
+
+  // --- rejoin: after a fault that has passed ---
+
+  Status rejoin() {
+    if (++rejoins_ > kMostRejoins) {
+      return fail(Code::Io, "the mirrors of the guest's disks break again and again");
+    }
+    stop_checkpoints();
+    DROVER_TRY(libvirt_is_back(source()));
+    if (engine_) {
+      DROVER_TRY(join_again());
+    } else {
+      DROVER_TRY(join_anew());
+    }
+    queue_->push(Rejoined{});
+    return {};
+  }
+
+  // Waits for a libvirtd that is being restarted.
+  Status libvirt_is_back(memmig::Hypervisor& host) {
+    const Instant deadline = platform_.now() + kLibvirtPatience;
+    while (!host.alive()) {
+      const Status back = host.reconnect();
+      if (back) break;
+      if (platform_.now() > deadline || cancel_.requested()) return back;
+      platform_.sleep(500ms);
+    }
+    return {};
+  }
+
+  // This process has copied: mirrors that QEMU let go of are attached again, and what they missed is in the bitmaps.
+  Status join_again() {
+    handover_not_before_ = platform_.now() + handover_pause_;
+    handover_pause_ = std::min<Duration>(2 * handover_pause_, kLongestHandoverPause);
+    engine_->leave_strict();
+    if (memory_started_) {
+      engine_->link().stop_relay();
+      target_events_.reset();
+      if (const Status gone = end_target_guest(); !gone) {
+        log_warning("ending what is left of the guest on the target: {}", gone.error().to_string());
+      }
+    }
+    source_guard_.clear();
+    mirrors_may_go_.store(true);  // those that are replaced
+    Status attached = attach_mirrors();
+    mirrors_may_go_.store(false);
+    mirror_lost_.store(false);
+    DROVER_TRY(std::move(attached));
+    return copy_what_was_missed();
+  }
+
+  Status copy_what_was_missed() {
+    const auto& disks = prepared_.move_plan.disks;
+    for (std::size_t i = 0; i < disks.size(); ++i) {
+      if (!disks[i].mirror) continue;
+      DROVER_ASSIGN(const std::vector<Extent> written, source().read_bitmaps(uuid(), disks[i].disk));
+      engine_->mark_pending(i, written);
+    }
+    return {};
+  }
+
+  // An earlier process has copied: what the target has is in the journal, what was written since in the bitmaps.
+  Status join_anew() {
+    DROVER_TRY(describe_again());
+    DROVER_ASSIGN(const memmig::Attached left, source().attached(uuid()));
+    DROVER_ASSIGN(const auto qemu, journal_->get(kQemuKey));
+    bool bitmaps = qemu == left.process;
+    std::uint64_t newest = 0;
+    for (const memmig::PlannedDisk& disk : prepared_.move_plan.disks) {
+      if (disk.mirror && left.recording(disk.disk) == nullptr) bitmaps = false;
+    }
+    for (const auto& bitmap : left.bitmaps) newest = std::max(newest, bitmap.generation);
+    DROVER_TRY(source().detach_all(uuid(), bitmaps));
+    generation_ = bitmaps ? newest : newest + 1;
+    DROVER_TRY(receiver_again());
+    DROVER_ASSIGN(source_events_, source().subscribe(uuid(), [this](const GuestEvent& event) {
+      on_source_event(event);
+    }));
+    DROVER_TRY(add_disks());
+    DROVER_ASSIGN(const auto targets, ask_targets());
+    const bool known = restore_records(targets);
+    DROVER_TRY(attach_mirrors());
+    DROVER_TRY(know_qemu());
+    DROVER_TRY(know_targets());
+    if (bitmaps) {
+      DROVER_TRY(copy_what_was_missed());
+    } else {
+      observer_.note(known ? "the guest's QEMU was restarted meanwhile: what was written since is not known, and "
+                             "all of its disks is copied again"
+                           : "nothing is known of what the target has: all is copied again");
+      const auto& disks = prepared_.move_plan.disks;
+      for (std::size_t i = 0; i < disks.size(); ++i) {
+        engine_->mark_pending(i, {Extent{Offset(0), disks[i].virtual_size}});
+      }
     }
     engine_->start();
-    queue_->push(Attached{});
     return {};
+  }
+
+  // The receiver that is there has the key of the process that died.
+  Status receiver_again() {
+    DROVER_TRY(platform_.stop_receiver(plan().host, id_));
+    DROVER_ASSIGN(receiver_request_.key, platform_.new_key());
+    receiver_request_.session = id_;
+    receiver_request_.port = options_.target_port;
+    receiver_request_.address = options_.target_address;
+    receiver_request_.resumable = receiver_request_.resume = true;
+    receiver_started_ = true;
+    DROVER_ASSIGN(const mirror::ReceiverInfo receiver,
+                  platform_.start_receiver(plan().host, receiver_request_, kSshTimeout));
+    return connect(receiver);
+  }
+
+  // False: there is nothing to restore. A record that is damaged costs its chunks being copied again.
+  bool restore_records(const std::vector<mirror::TargetDisk>& targets) {
+    const auto text = journal_->get(kTargetsKey);
+    if (!text || !*text) return false;
+    const auto then = decode_targets(**text);
+    if (!then || then->size() != targets.size()) return false;
+    const Status scanned = journal_->scan(kRecordPrefix, [&](std::string_view key, std::string_view value) -> Status {
+      DROVER_ASSIGN(const auto place, parse_record_key(key));
+      const auto [disk, group] = place;
+      if (disk >= targets.size()) return fail(Code::Protocol, "the journal has a record of a disk that is not there");
+      // An image that was made anew holds nothing, but may have been written to by now: like a damaged record.
+      const bool same = (*then)[disk].id == targets[disk].id;
+      const bool lost = (*then)[disk].instance != targets[disk].instance;
+      const Status restored = engine_->restore(disk, {group, std::string(same ? value : std::string_view())}, lost);
+      if (!restored) log_warning("disk {}, group {}: {}", disk, group, restored.error().to_string());
+      return {};
+    });
+    if (!scanned) log_warning("reading the journal: {}", scanned.error().to_string());
+    return scanned.has_value();
+  }
+
+  // Levels, not edges: what the engine said may have been said while nobody could act on it.
+  void look_for_handover() {
+    if (!std::holds_alternative<Copying>(state_)) return;
+    if (!checkpointer_) start_checkpoints();
+    tell_targets();
+    if (platform_.now() >= handover_not_before_ && engine_->status().copied) handle(AllCopied{false});
+  }
+
+  [[nodiscard]] Length bandwidth() const {
+    return files_.bandwidth ? Length(files_.bandwidth->load()) : options_.bandwidth;
   }
 
   void on_source_event(const GuestEvent& event) {
@@ -309,7 +562,8 @@ class Move {
       case GuestEvent::Kind::MirrorEnded:
         if (!mirrors_may_go_.load()) {
           mirror_lost_.store(true);
-          trouble(Code::Io, "QEMU ended the mirror of disk " + event.disk + ": " + event.detail);
+          queue_->push(HandoverFailed{Error{Code::Io, "QEMU ended the mirror of disk " + event.disk + ": " +
+                                            event.detail, "", true}});
         }
         break;
       case GuestEvent::Kind::DiskError:
@@ -317,7 +571,8 @@ class Move {
                               event.detail);
         break;
       case GuestEvent::Kind::ConnectionLost:
-        trouble(Code::Unreachable, "the connection to the source's libvirt was lost: " + event.detail);
+        queue_->push(HandoverFailed{Error{Code::Unreachable, "the connection to the source's libvirt was lost: " +
+                                          event.detail, "", true}});
         break;
       // Devices that came or went are looked at before the memory moves.
       case GuestEvent::Kind::DeviceAdded:
@@ -340,9 +595,9 @@ class Move {
     if (event.kind == GuestEvent::Kind::Suspended && guarded) queue_->push(TargetSuspended{});
     if (event.kind == GuestEvent::Kind::CpusRunning) target_runs_at_.store(event.received);
     if (event.kind == GuestEvent::Kind::ConnectionLost) {
-      queue_->push(Trouble{Error{Code::Unreachable,
-                                 "the connection to the target's libvirt was lost: " + event.detail, "",
-                                 true}});
+      queue_->push(HandoverFailed{Error{Code::Unreachable,
+                                        "the connection to the target's libvirt was lost: " + event.detail, "",
+                                        true}});
     }
   }
 
@@ -362,15 +617,21 @@ class Move {
     }
     const Length pace = pace_.look(platform_.now(), *io, read);
     if (!engine_) return;
-    const bool limited = options_.bandwidth > Length() && (pace == Length() || options_.bandwidth < pace);
-    engine_->set_bandwidth(limited ? options_.bandwidth : pace);
+    const Length wished = bandwidth();
+    const bool limited = wished > Length() && (pace == Length() || wished < pace);
+    engine_->set_bandwidth(limited ? wished : pace);
   }
 
   // --- handover ---
 
   Status enter_strict() {
-    engine_->set_bandwidth(options_.bandwidth);
-    DROVER_TRY(engine_->enter_strict());
+    stop_checkpoints();
+    engine_->set_bandwidth(bandwidth());
+    rejoins_ = 0;
+    if (const Status entered = engine_->enter_strict(); !entered) {
+      queue_->push(HandoverFailed{entered.error()});  // the link went down just now
+      return {};
+    }
     queue_->push(StrictEntered{});
     return {};
   }
@@ -396,9 +657,25 @@ class Move {
   }
 
   Status start_memory() {
+    if (const Status ready = prepare_memory(); !ready) {
+      // Nothing has begun there. What passes is waited for.
+      if (ready.error().code != Code::Unreachable) return ready;
+      queue_->push(HandoverFailed{ready.error()});
+      return {};
+    }
+    return begin_memory();
+  }
+
+  // What needs both hosts, before anything is begun.
+  Status prepare_memory() {
+    if (!target().alive()) DROVER_TRY(target().reconnect());
     DROVER_TRY(describe_again());
     // Should all connections break now, the target's images may be needed to go on.
     DROVER_TRY(engine_->link().call({{"op", "keep"}}, kControlTimeout));
+    return {};
+  }
+
+  Status begin_memory() {
     const memmig::GuestInfo& guest = prepared_.guest;
     memmig::MigrateOptions migrate;
     migrate.guest = uuid();
@@ -412,7 +689,7 @@ class Move {
                                                memmig::rewrite_of(prepared_.move_plan, false)));
     }
     migrate.memory_uri = "unix://" + mirror::memory_socket(id_);
-    migrate.bandwidth = options_.bandwidth;
+    migrate.bandwidth = bandwidth();
     migrate.convergence.max_downtime = options_.max_downtime;
     migrate.convergence.initial_downtime =
         std::min(migrate.convergence.initial_downtime, options_.max_downtime);
@@ -460,9 +737,8 @@ class Move {
     Result<GuestState> state = host->state(uuid());
     if (!state && state.error().code == Code::NotFound) return GuestState::ShutOff;
     if (state || host->alive()) return state;
-    DROVER_ASSIGN(auto fresh, platform_.connect_libvirt(host->uri()));
+    DROVER_TRY(host->reconnect());
     log_info("connected to {} again", host->uri());
-    retired_.push_back(std::exchange(host, std::move(fresh)));
     state = host->state(uuid());
     if (!state && state.error().code == Code::NotFound) return GuestState::ShutOff;
     return state;
@@ -477,7 +753,7 @@ class Move {
     std::string known;
     while (platform_.now() < start + kSettleTimeout) {
       const Result<GuestState> source_state = state_on(prepared_.source);
-      const bool patient = platform_.now() < start + kLibvirtGrace;  // it may be about to do it itself
+      const bool patient = !files_.resumed && platform_.now() < start + kLibvirtGrace;  // it may do it itself
       if (source_state && settled_on_source(*source_state)) {
         queue_->push(Settled{Whereabouts::Source});
         return {};
@@ -487,6 +763,10 @@ class Move {
         return state ? std::string(memmig::state_name(*state)) : state.error().message;
       };
       known = "on this host: " + say(source_state) + "; on " + plan().host + ": " + say(target_state);
+      if (target_state && *target_state == GuestState::Running) {
+        queue_->push(Settled{Whereabouts::TargetRuns});
+        return {};
+      }
       if (source_state && target_state) {
         const bool source_off = *source_state == GuestState::ShutOff;
         const bool target_off = *target_state == GuestState::ShutOff;
@@ -521,6 +801,10 @@ class Move {
   }
 
   Status pass_barrier() {
+    if (!engine_) {
+      return fail(Code::Held, "the guest's memory is on the target, but not all of its disks, and the process that "
+                              "copied them has ended");
+    }
     if (mirror_lost_.load()) {
       return fail(Code::Io, "QEMU let go of a disk's mirror before the guest stopped: the target misses writes");
     }
@@ -532,6 +816,7 @@ class Move {
     log_info("barrier: drained in {} us, flushed and released in {} us",
              std::chrono::duration_cast<std::chrono::microseconds>(drained - start).count(),
              std::chrono::duration_cast<std::chrono::microseconds>(platform_.now() - drained).count());
+    DROVER_TRY(journal_->put_unsynced("barrier", "passed"));
     if (!options_.hold_barrier_file.empty()) hold_barrier();
     queue_->push(BarrierPassed{});
     return {};
@@ -603,7 +888,7 @@ class Move {
       summary_.notes.push_back("the guest is " + std::string(memmig::state_name(state)) +
                                " on the target by now");
     }
-    DROVER_TRY(journal_->put("state", "committed"));
+    DROVER_TRY(journal_->put(kStateKey, "committed"));
     read_counters();
     if (prepared_.guest.autostart) {
       note_if_failed("setting autostart on the target", target().set_autostart(uuid(), true));
@@ -672,11 +957,14 @@ class Move {
   }
 
   void read_counters() {
+    if (!engine_) return;  // another process has copied
     const auto status = engine_->status();
     for (const auto& disk : status.disks) {
       summary_.data += disk.counters.read_bytes;
       summary_.mirrored_writes += disk.counters.guest_writes;
+      summary_.sent_again += disk.counters.sent_again;
     }
+    summary_.reconnects = status.link.reconnects;
     summary_.memory_bytes = Length(status.link.memory_bytes);
     summary_.wire_bytes = Length(status.link.bytes_sent + status.link.memory_bytes);
     if (const auto stats = engine_->link().call({{"op", "stats"}}, kControlTimeout)) {
@@ -685,6 +973,13 @@ class Move {
   }
 
   void end_receiver() {
+    if (!engine_) {
+      if (const Status stopped = platform_.stop_receiver(plan().host, id_); !stopped) {
+        log_warning("{}", stopped.error().to_string());
+      }
+      note_if_failed("clearing up after the receiver", clean_up_target("--keep"));
+      return;
+    }
     engine_->link().stop_relay();
     const auto finished = engine_->link().call({{"op", "finish"}}, kControlTimeout);
     engine_->stop();
@@ -704,6 +999,8 @@ class Move {
       left += (left.empty() ? "" : "; ") + doing + ": " + status.error().message;
       if (!status.error().hint.empty()) hint = status.error().hint;
     };
+    const bool partial = keep_partial();
+    stop_checkpoints();
     if (engine_) {
       engine_->leave_strict();
       engine_->stop_copying();
@@ -713,22 +1010,29 @@ class Move {
     // The mirrors first: from then on the guest is as it was.
     std::vector<std::string> stuck;
     for (const std::string& disk : attached_) {
-      if (const Status gone = source().detach_mirror(uuid(), disk); !gone) {
+      if (const Status gone = source().detach_mirror(uuid(), disk, partial); !gone) {
         log_warning("{}", gone.error().to_string());
         stuck.push_back(disk);
       }
     }
+    if (files_.resumed && attached_.empty() && !partial) {
+      collect("removing what is left of it in the guest's QEMU", source().detach_all(uuid()));
+    }
     if (exporting_) collect("ending QEMU's NBD export", source().stop_exports(uuid(), socket_path("export")));
-    if (memory_started_) collect("ending what is left of the guest on the target", end_target_guest());
+    if (memory_started_ || files_.resumed) {
+      collect("ending what is left of the guest on the target", end_target_guest());
+    }
     target_events_.reset();
     source_events_.reset();
     source_guard_.clear();
-    bool removed = !receiver_started_;
+    bool removed = !receiver_started_ && !files_.resumed;
     if (engine_) {
-      if (linked_) {
+      if (partial) {
+        removed = true;
+      } else if (linked_ && !engine_->status().link_down) {
         // The source runs, so even images that were to be kept are nobody's disks.
         removed =
-            engine_->link().call({{"op", "remove"}, {"force", true}}, kReserveTimeout).has_value();
+            engine_->link().call({{"op", "remove"}, {"force", true}}, kRemoveTimeout).has_value();
       }
       engine_->stop();
       engine_.reset();
@@ -739,9 +1043,16 @@ class Move {
     }
     // The receiver removes its images by itself when the link is gone; this is for one that was killed.
     if (!removed) collect("cleaning up on the target", clean_up_target("--force"));
+    if (partial) collect("ending the receiver", platform_.stop_receiver(plan().host, id_));
     if (!left.empty()) return fail(Code::Io, left, hint);
+    partial_ = partial;
     queue_->push(Undone_{});
     return {};
+  }
+
+  // What was copied may stay for a resume: the journal, the images and QEMU's bitmaps are enough.
+  [[nodiscard]] bool keep_partial() const {
+    return options_.keep_partial && engine_ && !attached_.empty() && !memory_started_;
   }
 
   // A guest that was being taken over and that libvirt has not cleared away, with its definition: the
@@ -777,7 +1088,7 @@ class Move {
     }
     const std::string paths =
         fmt::format("nothing was deleted: the source's images are {}, the target's are {}; the job's journal is {}",
-                    source_paths, target_paths, directory_);
+                    source_paths, target_paths, files_.journal);
     if (resume_tried_) {
       return Error{Code::Held, what,
                    fmt::format("the guest was told to run on {0}: look there (`virsh -c {1} domstate {2}`). If it "
@@ -792,21 +1103,24 @@ class Move {
                  false};
   }
 
-  Result<Summary> finish() {
+  MoveEnd finish() {
     meter_.enter(phase_of(state_));
     migrating_.reset();
+    stop_checkpoints();
     source_events_.reset();
     target_events_.reset();
+    const auto* undone = std::get_if<Undone>(&state_);
+    if (undone != nullptr && partial_) (void)journal_->put(kStateKey, "partial");
+    engine_.reset();  // its thread writes to the journal
     journal_.reset();
-    if (const auto* undone = std::get_if<Undone>(&state_)) {
-      if (undone->complete) platform_.remove_job_directory(directory_);
-      return fail(undone->reason);
+    if (undone != nullptr) {
+      Error error = undone->reason;
+      if (partial_) error.hint = fmt::format("what was copied is kept on {}: go on with `drover resume {}`, or give it "
+                                             "up with `drover cancel {}`", plan().host, id_, id_);
+      if (!undone->complete && error.hint.empty()) error.hint = "try again to clear up with `drover cancel " + id_ + "`";
+      return {fail(std::move(error)), undone->complete && !partial_};
     }
-    if (const auto* held = std::get_if<Held>(&state_)) {
-      engine_.reset();
-      return fail(held_error(held->reason.message));
-    }
-    platform_.remove_job_directory(directory_);
+    if (const auto* held = std::get_if<Held>(&state_)) return {fail(held_error(held->reason.message)), false};
     summary_.guest = plan().guest;
     summary_.host = plan().host;
     summary_.disks = plan().disks;
@@ -816,14 +1130,18 @@ class Move {
     Instant resumed = target_runs_at_.load();
     if (resumed == Instant()) resumed = resumed_at_;
     summary_.blackout = std::chrono::duration_cast<std::chrono::microseconds>(resumed - stopped);
+    // The one that saw it stop may have been another process.
+    if (stopped == Instant()) summary_.blackout = {};
     summary_.runner_peak_memory = platform_.peak_memory();
-    return summary_;
+    return {std::move(summary_), true};
   }
 
   void report_progress(bool now_please = false) {
     if (!now_please && !meter_.due()) return;
     if (engine_ && linked_) meter_.copy(engine_->status());
-    observer_.progress(meter_.progress(phase_of(state_)));
+    Progress progress = meter_.progress(phase_of(state_));
+    if (std::holds_alternative<Rejoining>(state_)) progress.waiting_for = "the guest's libvirt and QEMU";
+    observer_.progress(progress);
   }
 
   Platform& platform_;
@@ -831,9 +1149,8 @@ class Move {
   Observer& observer_;
   Cancel& cancel_;
   Prepared prepared_;
-  std::vector<std::unique_ptr<memmig::Hypervisor>> retired_;  // connections that broke
+  const JobFiles files_;
   const std::string id_;
-  const std::string directory_;
   const std::unique_ptr<EventQueue> queue_;
   State state_ = Reserving{};
   ProgressMeter meter_;
@@ -846,11 +1163,21 @@ class Move {
   bool exporting_ = false;
   bool memory_started_ = false;
   std::string journaled_state_;
+  bool barrier_journaled_ = false;
+  bool partial_ = false;  // what was copied was left for a resume
+  mirror::ReceiverRequest receiver_request_;
+  std::uint64_t generation_ = 1;  // of the bitmaps
+  int rejoins_ = 0;
+  Duration handover_pause_ = kFirstHandoverPause;
+  Instant handover_not_before_{};
+  std::mutex targets_mutex_;  // guards the next
+  std::optional<std::vector<mirror::TargetDisk>> targets_;  // not noted yet
   std::vector<std::string> attached_;
   // Before the engine: its thread uses it until it ends.
   std::atomic<bool> mirrors_may_go_{false};
   std::atomic<bool> mirror_lost_{false};  // while the guest still wrote
   std::unique_ptr<mirror::MirrorEngine> engine_;
+  std::unique_ptr<Checkpointer> checkpointer_;
   std::atomic<bool> user_paused_{false};
   std::atomic<Instant> source_stopped_at_{};
   std::atomic<Instant> target_runs_at_{};
@@ -865,35 +1192,10 @@ class Move {
 
 }  // namespace
 
-bool Plan::blocked() const {
-  return std::ranges::any_of(findings, [](const memmig::Finding& finding) {
-    return finding.severity == memmig::Severity::Blocker;
-  });
-}
-
-Result<Plan> plan_move(const MoveOptions& options, Cancel& cancel) {
-  const auto platform = real_platform();
-  DROVER_ASSIGN(Prepared prepared, prepare(*platform, options, cancel));
-  return std::move(prepared.plan);
-}
-
-Result<Summary> move(const MoveOptions& options, Observer& observer, Cancel& cancel) {
-  const auto platform = real_platform();
-  DROVER_ASSIGN(Prepared prepared, prepare(*platform, options, cancel));
-  observer.planned(prepared.plan);
-  if (prepared.plan.blocked()) {
-    return fail(Code::Blocked, "guest " + prepared.plan.guest + " can't be moved to " + options.host +
-                                   " as things are; nothing was changed",
-                "see what stops it above");
-  }
-  if (cancel.requested()) return fail(Code::Cancelled, "cancelled; nothing was changed");
-  return run_move(*platform, options, observer, cancel, std::move(prepared));
-}
-
-Result<Summary> run_move(Platform& platform, const MoveOptions& options, Observer& observer,
-                         Cancel& cancel, Prepared prepared) {
-  Move job(platform, options, observer, cancel, std::move(prepared));
-  return job.run();
+MoveEnd run_move(Platform& platform, const MoveOptions& options, Observer& observer, Cancel& cancel, Prepared prepared,
+                 const JobFiles& files, std::optional<Error> reason) {
+  Move job(platform, options, observer, cancel, std::move(prepared), files);
+  return job.run(std::move(reason));
 }
 
 }  // namespace drover::job

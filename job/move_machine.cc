@@ -22,9 +22,17 @@ Error cancelled() {
 
 Step stay(State state) { return {std::move(state), {}}; }
 Step undo(Error reason) { return {Undoing{std::move(reason)}, {Do::Undo}}; }
-Step abort_memory(Error reason) {
-  return {AbortingMemory{std::move(reason), false}, {Do::AbortMemory}};
+Step abort_memory(Error reason, bool go_on, bool link_down) {
+  return {AbortingMemory{std::move(reason), false, go_on, link_down}, {Do::AbortMemory}};
 }
+Step rejoin() { return {Rejoining{}, {Do::Rejoin}}; }
+
+Error link_down() {
+  return Error{Code::Unreachable, "the link to the target was lost", "is the network between the hosts up?", true};
+}
+
+// An action that failed because something is out of reach for now.
+bool passes(const Error& error) { return error.retryable || error.code == Code::Unreachable; }
 
 // The reason to give the move up, if the event is one.
 const Error* trouble_in(const Event& event) {
@@ -52,6 +60,19 @@ Step on(Attaching state, const Event& event) {
 
 Step on(Copying state, const Event& event) {
   if (std::holds_alternative<AllCopied>(event)) return {Synchronising{}, {Do::EnterStrict}};
+  if (std::holds_alternative<HandoverFailed>(event)) return rejoin();
+  if (const Error* reason = trouble_in(event)) return undo(*reason);
+  return stay(state);
+}
+
+Step on(Rejoining state, const Event& event) {
+  if (std::holds_alternative<HandoverFailed>(event)) state.again = true;
+  if (const auto* copied = std::get_if<AllCopied>(&event)) state.copied |= !copied->strict;
+  if (std::holds_alternative<Rejoined>(event)) {
+    if (state.again) return rejoin();
+    if (state.copied) return {Synchronising{}, {Do::EnterStrict}};
+    return stay(Copying{});
+  }
   if (const Error* reason = trouble_in(event)) return undo(*reason);
   return stay(state);
 }
@@ -63,6 +84,9 @@ Step on(Synchronising state, const Event& event) {
     memory.disks_equal = state.copied;
     return {memory, {Do::StartMemory}};
   }
+  // Strict mode is over; what could not be sent meanwhile is copied.
+  if (std::holds_alternative<LinkDown>(event)) return stay(Copying{});
+  if (std::holds_alternative<HandoverFailed>(event)) return rejoin();
   if (const Error* reason = trouble_in(event)) return undo(*reason);
   return stay(state);
 }
@@ -72,25 +96,30 @@ Step resume_if_ready(const MovingMemory& state) {
   return {Resuming{state.migrate_ended, false}, {Do::ResumeTarget}};
 }
 
-Step settle(Error reason, bool barrier_passed) {
-  return {Settling{std::move(reason), barrier_passed}, {Do::Settle}};
+Step settle(Error reason, bool barrier_passed, bool go_on) {
+  return {Settling{std::move(reason), barrier_passed, go_on}, {Do::Settle}};
 }
 
-// The guest's memory is on the target and its images here are complete and still: the way is forward.
-Step go_forward(bool barrier_passed) {
-  MovingMemory state;
-  state.disks_equal = state.source_stopped = state.target_suspended = state.migrate_ended = true;
-  state.barrier_passed = barrier_passed;
-  if (barrier_passed) return resume_if_ready(state);
-  return {state, {Do::PassBarrier}};
-}
-
+// libvirt's call failed: a fault that passes, or the link, is no reason to give the move up.
 Step memory_ended(MovingMemory state, const MigrateEnded& ended) {
-  if (!ended.status) return settle(ended.status.error(), state.barrier_passed);
+  if (!ended.status) {
+    const Error& error = ended.status.error();
+    return settle(error, state.barrier_passed, state.link_down || passes(error));
+  }
   state.migrate_ended = true;
   state.target_suspended = true;  // what the call's return says, should the event have been lost
   if (!std::exchange(state.source_stopped, true)) return {state, {Do::PassBarrier}};
   return resume_if_ready(state);
+}
+
+// The barrier could not be passed. The guest's memory is over there and the source is gone: again when the link is
+// up. Otherwise the source may still take over.
+Step barrier_failed(MovingMemory state, const Error& error) {
+  if (!state.migrate_ended) return abort_memory(error, passes(error), state.link_down);
+  if (!passes(error)) return stay(Held{error});
+  if (!state.link_down) return {state, {Do::PassBarrier}};
+  state.barrier_failed = true;
+  return stay(state);
 }
 
 Step on(MovingMemory state, const Event& event) {
@@ -111,24 +140,37 @@ Step on(MovingMemory state, const Event& event) {
           },
           [&](const MigrateEnded& ended) -> Step { return memory_ended(state, ended); },
           [&](const Settled&) { return stay(state); },
-          [&](const ActionFailed& failed) -> Step {
-            if (state.migrate_ended) return stay(Held{failed.error});
-            return abort_memory(failed.error);
+          [&](const ActionFailed& failed) -> Step { return barrier_failed(state, failed.error); },
+          [&](const LinkDown&) -> Step {
+            state.link_down = true;
+            // After the barrier the link has done its work.
+            if (state.barrier_passed || state.migrate_ended) return stay(state);
+            return abort_memory(link_down(), true, true);
+          },
+          [&](const LinkUp&) -> Step {
+            state.link_down = false;
+            if (std::exchange(state.barrier_failed, false)) return {state, {Do::PassBarrier}};
+            return stay(state);
+          },
+          [&](const HandoverFailed& failed) -> Step {
+            if (state.barrier_passed || state.migrate_ended) return stay(state);
+            return abort_memory(failed.error, true, state.link_down);
           },
           [&](const Trouble& trouble) -> Step {
             // After the barrier the link has done its work: what happens to it does not matter.
             if (state.barrier_passed) return stay(state);
             if (state.migrate_ended) return stay(Held{trouble.error});
-            return abort_memory(trouble.error);
+            return abort_memory(trouble.error, false, state.link_down);
           },
           [&](const CancelWished&) -> Step {
             // Too late once the source has stopped: it is a matter of milliseconds now.
             if (state.source_stopped) return stay(state);
-            return abort_memory(cancelled());
+            return abort_memory(cancelled(), false, state.link_down);
           },
           [&](const Begin&) { return stay(state); },
           [&](const Reserved&) { return stay(state); },
           [&](const Attached&) { return stay(state); },
+          [&](const Rejoined&) { return stay(state); },
           [&](const AllCopied& copied) -> Step {
             state.disks_equal |= copied.strict;
             return stay(state);
@@ -142,25 +184,59 @@ Step on(MovingMemory state, const Event& event) {
       event);
 }
 
+// The guest's memory is on the target and its images here are complete and still: the way is forward.
+Step go_forward(bool barrier_passed, bool link_down) {
+  MovingMemory state;
+  state.disks_equal = state.source_stopped = state.target_suspended = state.migrate_ended = true;
+  state.barrier_passed = barrier_passed;
+  state.link_down = link_down;
+  if (barrier_passed) return resume_if_ready(state);
+  return {state, {Do::PassBarrier}};
+}
+
 Step on(AbortingMemory state, const Event& event) {
   // It may have been under way when the trouble came.
   if (std::holds_alternative<BarrierPassed>(event)) state.barrier_passed = true;
+  if (std::holds_alternative<LinkDown>(event)) state.link_down = true;
+  if (std::holds_alternative<LinkUp>(event)) state.link_down = false;
+  if (std::holds_alternative<CancelWished>(event)) {
+    state.go_on = false;
+    state.reason = cancelled();
+  }
+  if (const auto* trouble = std::get_if<Trouble>(&event)) {
+    state.go_on = false;
+    state.reason = trouble->error;
+  }
   const auto* ended = std::get_if<MigrateEnded>(&event);
   if (ended == nullptr) return stay(state);
   // It may have been too late to take it back.
-  if (ended->status) return go_forward(state.barrier_passed);
-  return settle(state.reason, state.barrier_passed);
+  if (ended->status) return go_forward(state.barrier_passed, state.link_down);
+  return settle(state.reason, state.barrier_passed, state.go_on);
 }
 
 Step on(Settling state, const Event& event) {
   if (std::holds_alternative<BarrierPassed>(event)) state.barrier_passed = true;
+  if (std::holds_alternative<CancelWished>(event)) {
+    state.go_on = false;
+    state.reason = cancelled();
+  }
+  if (const auto* trouble = std::get_if<Trouble>(&event)) {
+    state.go_on = false;
+    state.reason = trouble->error;
+  }
+  if (std::holds_alternative<Begin>(event)) return {state, {Do::Settle}};
   if (const auto* settled = std::get_if<Settled>(&event)) {
-    if (settled->where == Whereabouts::Target) return go_forward(state.barrier_passed);
-    return undo(state.reason);
+    switch (settled->where) {
+      case Whereabouts::Source: return state.go_on ? rejoin() : undo(state.reason);
+      case Whereabouts::Target: return go_forward(state.barrier_passed, false);
+      case Whereabouts::TargetRuns:
+        if (state.go_on) return {Committing{}, {Do::Commit}};
+        return stay(Held{{Code::Held, "it is too late to undo the move: the guest runs on the target", "", false}});
+    }
   }
   if (const auto* failed = std::get_if<ActionFailed>(&event)) {
     Error error = failed->error;
-    error.message += "; it began with: " + state.reason.message;
+    if (!state.reason.message.empty()) error.message += "; it began with: " + state.reason.message;
     return stay(Held{std::move(error)});
   }
   return stay(state);
@@ -173,7 +249,7 @@ Step on(Resuming state, const Event& event) {
   if (std::holds_alternative<MigrateEnded>(event)) state.migrate_ended = true;
   if (const auto* failed = std::get_if<ActionFailed>(&event)) return stay(Held{failed->error});
   // The target was not resumed, then.
-  if (const auto* busy = std::get_if<SourceNotGuarded>(&event)) return settle(busy->error, true);
+  if (const auto* busy = std::get_if<SourceNotGuarded>(&event)) return settle(busy->error, true, true);
   if (state.target_runs && state.migrate_ended) return {Committing{}, {Do::Commit}};
   return stay(state);
 }
@@ -208,7 +284,7 @@ Step step(State state, const Event& event) {
 std::string_view event_name(const Event& event) {
   static constexpr std::array<std::string_view, std::variant_size_v<Event>> kNames = {
       "begin",           "reserved",     "attached",      "all-copied",  "strict-entered",
-      "source-stopped",  "target-suspended", "migrate-ended", "settled", "barrier-passed",
+      "source-stopped",  "target-suspended", "migrate-ended", "settled", "rejoined", "link-down", "link-up", "handover-failed", "barrier-passed",
       "target-runs", "source-not-guarded", "committed",       "undone",       "action-failed", "trouble",     "cancel-wished"};
   return kNames.at(event.index());
 }
@@ -217,6 +293,7 @@ std::string_view action_name(Do action) {
   switch (action) {
     case Do::Reserve: return "reserve";
     case Do::Attach: return "attach";
+    case Do::Rejoin: return "rejoin";
     case Do::EnterStrict: return "enter-strict";
     case Do::StartMemory: return "start-memory";
     case Do::AbortMemory: return "abort-memory";
@@ -231,7 +308,7 @@ std::string_view action_name(Do action) {
 
 std::string_view state_name(const State& state) {
   static constexpr std::array<std::string_view, std::variant_size_v<State>> kNames = {
-      "reserving",       "attaching", "copying",    "synchronising", "moving-memory",
+      "reserving",       "attaching", "copying", "rejoining",   "synchronising", "moving-memory",
       "aborting-memory", "settling",  "resuming",  "committing", "finished",      "undoing",
       "undone",          "held"};
   return kNames.at(state.index());
@@ -242,13 +319,14 @@ Phase phase_of(const State& state) {
                         [](const Reserving&) { return Phase::Reserve; },
                         [](const Attaching&) { return Phase::Attach; },
                         [](const Copying&) { return Phase::Copy; },
+                        [](const Rejoining&) { return Phase::Copy; },
                         [](const Synchronising&) { return Phase::Synchronised; },
                         [](const MovingMemory& memory) {
                           if (memory.source_stopped) return Phase::Barrier;
                           return memory.disks_equal ? Phase::Memory : Phase::Synchronised;
                         },
-                        [](const AbortingMemory&) { return Phase::Undo; },
-                        [](const Settling&) { return Phase::Undo; },
+                        [](const AbortingMemory& aborting) { return aborting.go_on ? Phase::Copy : Phase::Undo; },
+                        [](const Settling& settling) { return settling.go_on ? Phase::Copy : Phase::Undo; },
                         [](const Resuming&) { return Phase::Resume; },
                         [](const Committing&) { return Phase::Commit; },
                         [](const Finished&) { return Phase::Done; },

@@ -4,10 +4,16 @@
 // clock, no thread; the driver is job/move.cc.
 //
 //   Reserving -> Attaching -> Copying -> Synchronising -> MovingMemory -> Resuming -> Committing -> Finished
-//       |            |           |             |               |             |
-//       +------------+-----------+-------------+---------------+             |
+//       |            |          |  ^            |               |             |
+//       |            |          |  +--Rejoining-+---------------+             |
+//       +------------+----------+---------------+---------------+             |
 //                              v                               |             |
 //       (AbortingMemory -> Settling ->) Undoing -> Undone      +--> Held <---+
+//
+// A job that is resumed begins in Settling: where is the guest? Then it goes on from there.
+//
+// What passes (the link is down, QEMU let go of a mirror, the target did not keep up) is no reason to give the
+// move up: it goes back to Copying, by way of Rejoining where something has to be made anew.
 //
 // What can no longer change from where on:
 //  - until MovingMemory everything can be undone, and is, on any error and on the user's wish;
@@ -47,9 +53,16 @@ struct MigrateEnded {       // libvirt's call has returned
 enum class Whereabouts {
   Source,  // it runs there, or was shut off there: its images there are the truth
   Target,  // gone on the source, stands still on the target: the migration was complete all the same
+  TargetRuns,  // it was resumed there
 };
 struct Settled {
   Whereabouts where = Whereabouts::Source;
+};
+struct Rejoined {};         // receiver, link and mirrors are there again, what was missed is known
+struct LinkDown {};         // the link tries to come up again by itself
+struct LinkUp {};
+struct HandoverFailed {     // what the handover rests on is gone for now: strict mode, a mirror
+  Error error;
 };
 struct BarrierPassed {};
 struct TargetRuns {};
@@ -67,7 +80,7 @@ struct Trouble {          // link lost, disk error, mirror gone, guest gone
 struct CancelWished {};
 
 using Event = std::variant<Begin, Reserved, Attached, AllCopied, StrictEntered, SourceStopped,
-                           TargetSuspended, MigrateEnded, Settled, BarrierPassed, TargetRuns,
+                           TargetSuspended, MigrateEnded, Settled, Rejoined, LinkDown, LinkUp, HandoverFailed, BarrierPassed, TargetRuns,
                            SourceNotGuarded, Committed, Undone_, ActionFailed, Trouble, CancelWished>;
 std::string_view event_name(const Event& event);
 
@@ -75,6 +88,7 @@ std::string_view event_name(const Event& event);
 enum class Do {
   Reserve,
   Attach,
+  Rejoin,        // whatever is missing of receiver, link and mirrors, and what the mirrors missed
   EnterStrict,
   StartMemory,   // returns at once; MigrateEnded comes later. The engine lets the memory pass only while
                  // the disks are equal
@@ -93,6 +107,10 @@ struct Reserving {
 };
 struct Attaching {};
 struct Copying {};
+struct Rejoining {
+  bool copied = false;  // little was left, meanwhile
+  bool again = false;   // a mirror was lost again, meanwhile
+};
 struct Synchronising {
   bool copied = false;  // strictly
 };
@@ -102,14 +120,19 @@ struct MovingMemory {
   bool barrier_passed = false;
   bool target_suspended = false;
   bool migrate_ended = false;
+  bool link_down = false;
+  bool barrier_failed = false;  // for want of the link: again when it is up
 };
 struct AbortingMemory {
   Error reason;
   bool barrier_passed = false;
+  bool go_on = false;  // the move is not given up: it goes back to copying
+  bool link_down = false;
 };
 struct Settling {
   Error reason;
   bool barrier_passed = false;
+  bool go_on = false;
 };
 struct Resuming {
   bool migrate_ended = false;
@@ -128,7 +151,7 @@ struct Held {
   Error reason;
 };
 using State =
-    std::variant<Reserving, Attaching, Copying, Synchronising, MovingMemory, AbortingMemory, Settling,
+    std::variant<Reserving, Attaching, Copying, Rejoining, Synchronising, MovingMemory, AbortingMemory, Settling,
                  Resuming, Committing, Finished, Undoing, Undone, Held>;
 std::string_view state_name(const State& state);
 Phase phase_of(const State& state);

@@ -1,32 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "job/platform.h"
 
-#include <fcntl.h>
-#include <fmt/format.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <array>
-#include <cctype>
 #include <cerrno>
-#include <filesystem>
 #include <fstream>
 #include <map>
 #include <mutex>
 #include <thread>
 #include <utility>
 
-#include "base/check.h"
-#include "base/log.h"
 #include "memmig/image_lock.h"
 #include "memmig/libvirt_hypervisor.h"
 #include "mirror/session.h"
 
 namespace drover::job {
 namespace {
-
-constexpr const char* kLogDirectory = "/var/log/drover";
 
 class RealThread final : public Thread {
  public:
@@ -54,42 +43,10 @@ class RealPlatform final : public Platform {
   }
   std::unique_ptr<EventQueue> new_event_queue() override { return EventQueue::create(); }
 
-  std::string new_job_id(const std::string& guest) override {
-    std::string id;
-    for (const char c : guest) {
-      const bool plain = std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '-' || c == '_';
-      id += plain ? c : '-';
-    }
-    id.resize(std::min<std::size_t>(id.size(), 40));
-    std::array<unsigned char, 4> random{};
-    const int fd = ::open("/dev/urandom", O_RDONLY | O_CLOEXEC);
-    CHECK(fd >= 0 && ::read(fd, random.data(), random.size()) == 4, "the kernel has random bytes");
-    ::close(fd);
-    return fmt::format("{}-{:02x}{:02x}{:02x}{:02x}", id, random[0], random[1], random[2],
-                       random[3]);
-  }
-
   Result<mirror::LinkKey> new_key() override { return mirror::random_key(); }
 
-  Status make_job_directory(const std::string& directory, const std::string& id) override {
-    std::error_code error;
-    std::filesystem::create_directories(directory, error);
-    if (error) return fail_errno(error.value(), "creating the job's directory " + directory);
-    ::chmod(directory.c_str(), 0700);
-    std::filesystem::create_directories(kLogDirectory, error);
-    return log_to_file(fmt::format("{}/{}.log", kLogDirectory, id));
-  }
-
-  void remove_job_directory(const std::string& directory) override {
-    std::error_code ignored;
-    const std::filesystem::path path(directory);
-    std::filesystem::remove_all(path, ignored);
-    // Only if no other job is there.
-    ::rmdir(path.parent_path().c_str());
-  }
-
-  Result<std::unique_ptr<Journal>> open_journal(const std::string& directory) override {
-    return Journal::open(directory);
+  Result<std::unique_ptr<Journal>> open_journal(const std::string& directory, Journal::Make make) override {
+    return Journal::open(directory, make);
   }
 
   Result<std::unique_ptr<mirror::MirrorEngine>> create_engine(
@@ -124,9 +81,16 @@ class RealPlatform final : public Platform {
     return memmig::connect_libvirt({.uri = uri});
   }
 
-  Result<mirror::ReceiverInfo> start_receiver(const std::string& host,
-                                              const mirror::ReceiverRequest& request) override {
-    return mirror::start_receiver(ssh_to(host), request);
+  Result<mirror::ReceiverInfo> start_receiver(const std::string& host, const mirror::ReceiverRequest& request,
+                                              std::chrono::milliseconds timeout, int cancel_fd) override {
+    mirror::Ssh ssh = ssh_to(host);
+    ssh.timeout = timeout;
+    ssh.cancel_fd = cancel_fd;
+    return mirror::start_receiver(ssh, request);
+  }
+
+  Status stop_receiver(const std::string& host, const std::string& id) override {
+    return mirror::stop_receiver_there(ssh_to(host), id);
   }
 
   Result<ProcessResult> run_on_target(const std::string& host, const Command& command) override {

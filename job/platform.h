@@ -64,14 +64,8 @@ class Platform {
   virtual std::unique_ptr<EventQueue> new_event_queue() = 0;
 
   // --- this host ---
-  // "web1-1f3a5c7e": the guest's name, as far as it suits a file's, and something that no other job
-  // has.
-  virtual std::string new_job_id(const std::string& guest) = 0;
   virtual Result<mirror::LinkKey> new_key() = 0;
-  // Makes the job's directory (root's alone) and begins the job's log.
-  virtual Status make_job_directory(const std::string& directory, const std::string& id) = 0;
-  virtual void remove_job_directory(const std::string& directory) = 0;
-  virtual Result<std::unique_ptr<Journal>> open_journal(const std::string& directory) = 0;
+  virtual Result<std::unique_ptr<Journal>> open_journal(const std::string& directory, Journal::Make make) = 0;
   virtual Result<std::unique_ptr<mirror::MirrorEngine>> create_engine(
       const mirror::MirrorEngine::Options& options, mirror::MirrorEngine::Events events) = 0;
   virtual Result<std::unique_ptr<ImageGuard>> guard_image(const std::string& path) = 0;
@@ -84,8 +78,11 @@ class Platform {
   virtual Result<std::unique_ptr<memmig::Hypervisor>> connect_libvirt(const std::string& uri) = 0;
 
   // --- the target; `host` is an SSH destination ---
-  virtual Result<mirror::ReceiverInfo> start_receiver(const std::string& host,
-                                                      const mirror::ReceiverRequest& request) = 0;
+  // `cancel_fd` readable: gives up.
+  virtual Result<mirror::ReceiverInfo> start_receiver(const std::string& host, const mirror::ReceiverRequest& request,
+                                                      std::chrono::milliseconds timeout, int cancel_fd = -1) = 0;
+  // Has the receiver of a job end in order, if one is alive (mirror::stop_receiver_there()).
+  virtual Status stop_receiver(const std::string& host, const std::string& id) = 0;
   struct Command {
     std::vector<std::string> argv;
     std::string input;               // its standard input

@@ -112,4 +112,40 @@ Result<Prepared> prepare(Platform& platform, const MoveOptions& options, Cancel&
   return prepared;
 }
 
+Result<Prepared> prepare_again(Platform& platform, const MoveOptions& options, const Plan& plan) {
+  Prepared prepared;
+  std::string uri = options.target_uri;
+  if (uri.empty()) {
+    DROVER_ASSIGN(uri, memmig::libvirt_uri_of(options.host));
+  }
+  DROVER_ASSIGN(prepared.source, platform.connect_libvirt(options.source_uri));
+  auto target = platform.connect_libvirt(uri);
+  if (!target) {
+    Error error = target.error();
+    error.hint = "the job goes on when " + options.host + " is in reach: try again then";
+    return fail(std::move(error));
+  }
+  prepared.target = std::move(*target);
+  prepared.plan = plan;
+  auto guest = prepared.source->describe(plan.uuid);
+  if (guest) {
+    prepared.guest = std::move(*guest);
+    prepared.move_plan = make_plan(prepared.guest, options);
+    // What was decided then: the images are there by now.
+    for (memmig::PlannedDisk& disk : prepared.move_plan.disks) {
+      for (const DiskPlan& known : plan.disks) {
+        if (known.disk != disk.disk) continue;
+        disk.target_path = known.target_path;
+        disk.target_format = known.target_format;
+        disk.target_block_device = known.target_block_device;
+      }
+    }
+    return prepared;
+  }
+  if (guest.error().code != Code::NotFound) return fail(guest.error());
+  prepared.guest.name = plan.guest;
+  prepared.guest.uuid = plan.uuid;
+  return prepared;
+}
+
 }  // namespace drover::job

@@ -29,4 +29,7 @@ struct Prepared {
 // hosts can't be asked. Everything that would stop the move itself is a finding of the plan.
 Result<Prepared> prepare(Platform& platform, const MoveOptions& options, Cancel& cancel);
 
+// For a job that an earlier process has worked on: both hosts are asked about its guest, which may be on either.
+Result<Prepared> prepare_again(Platform& platform, const MoveOptions& options, const Plan& plan);
+
 }  // namespace drover::job

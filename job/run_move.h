@@ -4,14 +4,39 @@
 // job::move() (job/move.h) is this with the real world.
 #pragma once
 
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+
 #include "job/move.h"
 #include "job/platform.h"
 #include "job/prepare.h"
 
 namespace drover::job {
 
+// The job on disk, as the runner needs it (job/job_store.h).
+struct JobFiles {
+  std::string id;
+  std::string directory;                        // for messages
+  std::string journal;                          // its directory
+  bool resumed = false;                         // an earlier process has worked on it
+  std::function<void(std::string_view)> state;  // is told each new state's name; may be empty
+  // Bytes per second, zero: no limit; may be changed while the job runs.
+  std::shared_ptr<std::atomic<std::uint64_t>> bandwidth;
+};
+
+struct MoveEnd {
+  Result<Summary> result;
+  // Nothing of it is left to be done: its files may go. Otherwise it can be resumed, or cancelled.
+  bool over = true;
+};
+
+// `undo_because`: a resumed job is undone, if that is still possible.
 // Blocks until the job has ended; errors as job::move(). The plan has no blocker.
-Result<Summary> run_move(Platform& platform, const MoveOptions& options, Observer& observer,
-                         Cancel& cancel, Prepared prepared);
+MoveEnd run_move(Platform& platform, const MoveOptions& options, Observer& observer, Cancel& cancel, Prepared prepared,
+                 const JobFiles& files, std::optional<Error> undo_because = {});
 
 }  // namespace drover::job

@@ -57,6 +57,24 @@ class Engine final : public MirrorEngine {
   void leave_strict() override {
     on_loop([&] { core_.leave_strict(); });
   }
+  Status restore(std::size_t disk, const GroupRecord& record, bool unflushed_lost) override {
+    return on_loop([&] { return core_.restore(disk, record, unflushed_lost); });
+  }
+  void know_targets(const std::vector<TargetDisk>& target_disks) override {
+    on_loop([&] { core_.know_targets(target_disks); });
+  }
+  void mark_pending(std::size_t disk, const std::vector<Extent>& extents) override {
+    on_loop([&] { core_.mark_pending(disk, extents); });
+  }
+  Arbiter::Records take_records(std::size_t disk, GroupIndex first, std::size_t most) override {
+    return on_loop([&] { return core_.take_records(disk, first, most); });
+  }
+  std::vector<FlushId> flush_begin() override {
+    return on_loop([&] { return core_.flush_begin(); });
+  }
+  void flush_ended(const std::vector<FlushId>& ids, bool done) override {
+    on_loop([&] { core_.flush_ended(ids, done); });
+  }
   void set_bandwidth(Length per_second) override {
     on_loop([&] { core_.set_bandwidth(per_second); });
   }

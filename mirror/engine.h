@@ -78,8 +78,11 @@ class MirrorEngine {
     std::function<void(const Error&)> link_lost;
     // A disk could not be read here or written there: the job can't succeed.
     std::function<void(const std::string& disk, const Error&)> disk_failed;
-    // QEMU's mirror job let go of the disk.
+    // QEMU's mirror job let go of the disk. Another may connect.
     std::function<void(const std::string& disk, const Error&)> mirror_gone;
+    // The group's record (mirror/arbiter.h), to be stored before this returns: something is about to be sent to
+    // chunks of it for the first time. May be empty: nothing is resumed later.
+    std::function<void(std::size_t disk, GroupRecord record)> touching;
   };
 
   static Result<std::unique_ptr<MirrorEngine>> create(const Options& options, Events events);
@@ -96,6 +99,21 @@ class MirrorEngine {
   virtual void set_bandwidth(Length per_second) = 0;
   // No new reads of the source from now on; the mirrors still answer QEMU.
   virtual void stop_copying() = 0;
+
+  // --- to survive crashes; mirror/arbiter.h says in which order; disks by their place ---
+  // Before start(), for every record that was stored.
+  virtual Status restore(std::size_t disk, const GroupRecord& record, bool unflushed_lost) = 0;
+  // What the target's images are, when the link did not say it with link_up. Another instance or image than
+  // before: what was lost with it is to be copied again.
+  virtual void know_targets(const std::vector<TargetDisk>& target_disks) = 0;
+  // To be copied (again).
+  virtual void mark_pending(std::size_t disk, const std::vector<Extent>& extents) = 0;
+  // Groups from `first` on that have changed since their record was taken.
+  virtual Arbiter::Records take_records(std::size_t disk, GroupIndex first, std::size_t most) = 0;
+  // Around {"op":"flush"}: what was acknowledged before is on the target's stable storage once it is done.
+  virtual std::vector<FlushId> flush_begin() = 0;
+  virtual void flush_ended(const std::vector<FlushId>& ids, bool done) = 0;
+
   // Waits until every write that QEMU sent has been applied on the target and no chunk is left to copy.
   // Unreachable at once when the link is or goes down.
   virtual Status drain(std::chrono::milliseconds timeout) = 0;
@@ -119,6 +137,8 @@ class MirrorEngine {
   struct EngineStatus {
     std::vector<DiskStatus> disks;
     bool strict = false;
+    bool copied = false;  // the link is up and at most kHandoverRest is left
+    Length unflushed;     // acknowledged by the target since its last flush
     LinkCounters link;
     std::optional<LinkOutage> link_down;
   };

@@ -84,6 +84,11 @@ DiskMirror::Events EngineCore::mirror_events(OneDisk* disk) {
   };
   events.changed = [this] { loop_.post([this] { pump(); }); };
   events.now = [this] { return loop_.now(); };
+  if (events_.touching) {
+    events.touching = [this, disk, index = disks_.size()](GroupIndex group) {
+      events_.touching(index, {group, disk->mirror->take_record(group)});
+    };
+  }
   return events;
 }
 
@@ -260,7 +265,6 @@ bool EngineCore::start_copies(OneDisk& disk) {
 // After anything has happened: timers, and what others wait for.
 void EngineCore::settle() {
   arm_deadline();
-  bool scanned = started_;
   Length left;
   bool synchronised = true;
   bool idle = true;
@@ -269,7 +273,6 @@ void EngineCore::settle() {
       disk->data_known = true;
       disk->data = left_of(*disk);
     }
-    scanned = scanned && disk->mirror->scanned();
     left += left_of(*disk);
     synchronised = synchronised && disk->mirror->arbiter().synchronised();
     idle = idle && disk->mirror->idle();
@@ -281,9 +284,49 @@ void EngineCore::settle() {
   // A guest that discards makes chunks Pending again in strict mode; its memory waits for them, or
   // it could stop with more to copy than QEMU's export lives for.
   if (strict_ && link_ && !stopping_) link_->let_memory_pass(left.bytes() == 0);
-  const bool copied = scanned && !outage_ && left <= (strict_ ? Length() : MirrorEngine::kHandoverRest);
-  if (copied && !std::exchange(told_copied_, true) && !stopping_) events_.all_copied(strict_);
-  if (!copied) told_copied_ = false;
+  const bool done = copied(strict_ ? Length() : MirrorEngine::kHandoverRest);
+  if (done && !std::exchange(told_copied_, true) && !stopping_) events_.all_copied(strict_);
+  if (!done) told_copied_ = false;
+}
+
+// The link is up, the holes are known and at most `rest` is left.
+bool EngineCore::copied(Length rest) const {
+  Length left;
+  for (const auto& disk : disks_) {
+    if (!disk->mirror->scanned()) return false;
+    left += left_of(*disk);
+  }
+  return started_ && !outage_ && left <= rest;
+}
+
+Status EngineCore::restore(std::size_t disk, const GroupRecord& record, bool unflushed_lost) {
+  CHECK(!started_, "records are restored before copying begins");
+  return disks_.at(disk)->mirror->restore(record.group, record.bytes, unflushed_lost);
+}
+
+void EngineCore::mark_pending(std::size_t disk, const std::vector<Extent>& extents) {
+  for (const Extent& extent : extents) disks_.at(disk)->mirror->mark_pending(extent);
+  pump();
+}
+
+Arbiter::Records EngineCore::take_records(std::size_t disk, GroupIndex first, std::size_t most) {
+  return disks_.at(disk)->mirror->take_records(first, most);
+}
+
+std::vector<FlushId> EngineCore::flush_begin() {
+  std::vector<FlushId> ids;
+  for (const auto& disk : disks_) ids.push_back(disk->mirror->flush_begin());
+  return ids;
+}
+
+void EngineCore::flush_ended(const std::vector<FlushId>& ids, bool done) {
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    if (done) {
+      disks_.at(i)->mirror->flush_done(ids[i]);
+    } else {
+      disks_.at(i)->mirror->flush_failed(ids[i]);
+    }
+  }
 }
 
 void EngineCore::arm_deadline() {
@@ -322,6 +365,8 @@ MirrorEngine::EngineStatus EngineCore::status() const {
   status.strict = strict_;
   if (link_) status.link = link_->counters();
   status.link_down = outage_;
+  status.copied = copied(MirrorEngine::kHandoverRest);
+  for (const auto& disk : disks_) status.unflushed += disk->mirror->arbiter().unflushed();
   for (const auto& disk : disks_) {
     MirrorEngine::DiskStatus one;
     one.name = disk->name;

@@ -74,6 +74,11 @@ class EngineCore : private Answers {
   void set_bandwidth(Length per_second);
   void stop_copying();
   [[nodiscard]] MirrorEngine::EngineStatus status() const;
+  Status restore(std::size_t disk, const GroupRecord& record, bool unflushed_lost);
+  void mark_pending(std::size_t disk, const std::vector<Extent>& extents);
+  Arbiter::Records take_records(std::size_t disk, GroupIndex first, std::size_t most);
+  std::vector<FlushId> flush_begin();
+  void flush_ended(const std::vector<FlushId>& ids, bool done);
 
   // Calls `done` once, when every write that QEMU sent has been applied on the target and no chunk
   // is left to copy, or with why that can't be reached any more; not after stop_draining().
@@ -111,6 +116,7 @@ class EngineCore : private Answers {
   void arm_deadline();
   void deadline_passed();
   [[nodiscard]] Length left_of(const OneDisk& disk) const;
+  [[nodiscard]] bool copied(Length rest) const;
 
   const MirrorEngine::Options options_;
   const MirrorEngine::Events events_;

@@ -291,7 +291,7 @@ class InTheBackground : public AtATerminal {
   }
   [[nodiscard]] job::JobStore store() const { return job::JobStore({state(), state() + "-log"}); }
   // To the end of the job.
-  job::Event wait_for_the_end(const char* op = "watch") {
+  job::JobEvent wait_for_the_end(const char* op = "watch") {
     auto client =
         job::ControlClient::connect(temporary_.places().jobs() + "/" + id_ + "/control.sock");
     EXPECT_TRUE(client.has_value()) << client.error().to_string();
@@ -332,7 +332,7 @@ TEST_F(InTheBackground, CtrlCLeavesItRunningAndSaysHowToGoOn) {
   type('\x03');
   EXPECT_EQ(end(), kExitLeft);
   EXPECT_THAT(text_, HasSubstr("job " + id_ + " goes on: `drover watch " + id_ + "` shows it"));
-  const job::Event ended = wait_for_the_end("cancel");
+  const job::JobEvent ended = wait_for_the_end("cancel");
   ASSERT_TRUE(std::holds_alternative<Error>(ended));
   EXPECT_EQ(std::get<Error>(ended).code, Code::Cancelled);
   EXPECT_EQ(store().history()->entries.back().outcome, job::Outcome::Undone);

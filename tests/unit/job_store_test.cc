@@ -424,7 +424,7 @@ TEST_F(Store, ADamagedStatusIsSaidAndTheJobIsStillAJob) {
 
 template <class T>
 T back(const T& said) {
-  const Result<Event> event = parse_event(to_line(event_of(said)));
+  const Result<JobEvent> event = parse_event(to_line(event_of(said)));
   EXPECT_TRUE(event.has_value()) << event.error().to_string();
   return event ? std::get<T>(*event) : T{};
 }

@@ -102,7 +102,7 @@ TEST(MoveMachine, ACancelThatComesTooLateForLibvirtFinishesTheMove) {
 TEST(MoveMachine, ABarrierThatCannotBePassedAfterTheSourceIsGoneHoldsTheJobAndDeletesNothing) {
   Walk run;
   run.feed_all(kToMemory);
-  run.feed_all({SourceStopped{}, ActionFailed{kError}, migrated(), ActionFailed{kError}});
+  run.feed_all({SourceStopped{}, ActionFailed{kFatal}, migrated(), ActionFailed{kFatal}});
   EXPECT_TRUE(std::holds_alternative<Held>(run.state));
   EXPECT_FALSE(run.did(Do::Undo));
   EXPECT_FALSE(run.did(Do::Commit));

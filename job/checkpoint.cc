@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "job/checkpoint.h"
+
+#include <charconv>
+
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+
+#include "base/log.h"
+#include "mirror/session.h"
+
+namespace drover::job {
+
+using nlohmann::json;
+
+std::string record_key(std::size_t disk, mirror::GroupIndex group) {
+  return fmt::format("{}{}/{:012x}", kRecordPrefix, disk, group);
+}
+
+Result<std::pair<std::size_t, mirror::GroupIndex>> parse_record_key(std::string_view key) {
+  const auto broken = [&] { return fail(Code::Protocol, fmt::format("the journal has a record \"{}\"", key)); };
+  if (!key.starts_with(kRecordPrefix)) return broken();
+  key.remove_prefix(kRecordPrefix.size());
+  const std::size_t slash = key.find('/');
+  if (slash == std::string_view::npos) return broken();
+  std::size_t disk = 0;
+  mirror::GroupIndex group = 0;
+  const auto parsed = std::from_chars(key.data(), key.data() + slash, disk);
+  const auto rest = std::from_chars(key.data() + slash + 1, key.data() + key.size(), group, 16);
+  if (parsed.ptr != key.data() + slash || rest.ptr != key.data() + key.size() || slash == 0) return broken();
+  return std::pair(disk, group);
+}
+
+std::string encode_targets(const std::vector<mirror::TargetDisk>& targets) {
+  json list = json::array();
+  for (const mirror::TargetDisk& one : targets) {
+    list.push_back({{"path", one.path}, {"id", one.id}, {"instance", one.instance}});
+  }
+  return json{{"disks", list}}.dump();
+}
+
+Result<std::vector<mirror::TargetDisk>> decode_targets(std::string_view text) {
+  DROVER_ASSIGN(const json object, mirror::parse_object(std::string(text), "what the journal says of the target"));
+  const auto list = object.find("disks");
+  if (list == object.end() || !list->is_array()) return fail(Code::Protocol, "\"disks\" is not a list");
+  std::vector<mirror::TargetDisk> targets;
+  for (const json& one : *list) {
+    if (!one.is_object()) return fail(Code::Protocol, "a disk is not an object");
+    mirror::TargetDisk target;
+    DROVER_ASSIGN(target.path, mirror::get_string(one, "path"));
+    DROVER_ASSIGN(target.id, mirror::get_string(one, "id"));
+    DROVER_ASSIGN(target.instance, mirror::get_string(one, "instance"));
+    targets.push_back(std::move(target));
+  }
+  return targets;
+}
+
+Checkpointer::Checkpointer(Platform& platform, Job job)
+    : platform_(platform), job_(std::move(job)), generation_(job_.generation) {
+  flushed_ = rotated_ = platform_.now();
+  thread_ = platform_.start_thread([this] { run(); });
+}
+
+void Checkpointer::note_targets(std::vector<mirror::TargetDisk> targets) {
+  const std::lock_guard lock(mutex_);
+  targets_ = std::move(targets);
+}
+
+void Checkpointer::stop() {
+  stop_.store(true);
+  thread_.reset();
+}
+
+void Checkpointer::run() {
+  while (!stop_.load()) {
+    platform_.sleep(kLook);
+    if (!stop_.load()) look();
+  }
+}
+
+void Checkpointer::look() {
+  if (broken_) return;
+  const auto status = job_.engine.status();
+  const Instant time = platform_.now();
+  Status done;
+  if (!status.link_down && time >= rotated_ + kRotate) {
+    done = rotate();
+    rotated_ = platform_.now();
+  } else {
+    const bool much = status.unflushed >= kFlushBytes;
+    const bool old = status.unflushed > Length() && time >= flushed_ + kFlushInterval;
+    if (!status.link_down && (much || old)) done = flush();
+    if (const Status stored = store_records(Journal::Sync::No); !stored) done = stored;
+  }
+  if (!done) log_warning("noting what the target has: {}", done.error().to_string());
+}
+
+Status Checkpointer::flush() {
+  const std::vector<mirror::FlushId> ids = job_.engine.flush_begin();
+  const auto flushed = job_.engine.link().call({{"op", "flush"}}, kFlushTimeout);
+  job_.engine.flush_ended(ids, flushed.has_value());
+  flushed_ = platform_.now();
+  if (!flushed) return fail(flushed.error());
+  return {};
+}
+
+// A whole pass; then what the target is may be noted, too.
+Status Checkpointer::store_records(Journal::Sync sync) {
+  std::optional<std::vector<mirror::TargetDisk>> targets;
+  {
+    const std::lock_guard lock(mutex_);
+    targets = targets_;
+  }
+  Journal::Batch batch;
+  for (std::size_t disk = 0; disk < job_.disk_count; ++disk) {
+    std::optional<mirror::GroupIndex> next = 0;
+    while (next) {
+      mirror::Arbiter::Records records = job_.engine.take_records(disk, *next, kRecordsAtOnce);
+      for (const mirror::GroupRecord& one : records.records) batch.put(record_key(disk, one.group), one.bytes);
+      next = records.next;
+    }
+  }
+  if (targets) batch.put(kTargetsKey, encode_targets(*targets));
+  if (batch.changes().empty() && sync == Journal::Sync::No) return {};
+  if (const Status written = job_.journal.write(batch, sync); !written) {
+    broken_ = true;
+    return written;
+  }
+  const std::lock_guard lock(mutex_);
+  if (targets_ == targets) targets_.reset();
+  return {};
+}
+
+// The next generation of bitmaps records (QEMU has drained what was under way: it has arrived here); then all is
+// recorded and the older ones are not needed.
+Status Checkpointer::rotate() {
+  const std::uint64_t next = generation_.load() + 1;
+  if (!job_.disks.empty()) DROVER_TRY(job_.source.begin_bitmaps(job_.guest, job_.disks, next));
+  generation_.store(next);
+  const Status flushed = flush();
+  DROVER_TRY(store_records(Journal::Sync::Yes));
+  std::vector<std::string> names;
+  for (const memmig::BitmapSpec& disk : job_.disks) names.push_back(disk.disk);
+  if (!names.empty()) DROVER_TRY(job_.source.end_bitmaps(job_.guest, names, next));
+  return flushed;
+}
+
+}  // namespace drover::job

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Keeps a job resumable while it copies: a thread that has the target flush now and then, writes what the target has
+// to the journal, and changes QEMU's dirty bitmaps so that they hold little. mirror/arbiter.h says why its order is
+// safe.
+//
+//   Checkpointer checkpointer(platform, {engine, hypervisor, journal, guest, disks, generation});
+//   ...                                   // copying goes on
+//   checkpointer.stop();                  // before the handover; it may be started again
+//
+// What is sent again after a crash is at most what was acknowledged since the last record (kLook) and, when the
+// target's host was restarted, since the last flush (kFlushBytes, kFlushInterval), and what the guest wrote since
+// the bitmaps were changed (kRotate).
+//
+// Threads: stop() blocks until what is under way is done, up to kFlushTimeout when the target does not answer;
+// everything else may be called from any thread. Errors are logged: a job that can't be resumed goes on.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "job/journal.h"
+#include "job/platform.h"
+#include "memmig/hypervisor.h"
+#include "mirror/engine.h"
+
+namespace drover::job {
+
+// What is in the journal besides the job's state.
+std::string record_key(std::size_t disk, mirror::GroupIndex group);
+inline constexpr std::string_view kRecordPrefix = "chunks/";
+// Its disk and group. Protocol if it is no such key.
+Result<std::pair<std::size_t, mirror::GroupIndex>> parse_record_key(std::string_view key);
+inline constexpr std::string_view kTargetsKey = "targets";  // the target's images when the records were right
+std::string encode_targets(const std::vector<mirror::TargetDisk>& targets);
+Result<std::vector<mirror::TargetDisk>> decode_targets(std::string_view text);
+
+class Checkpointer {
+ public:
+  static constexpr std::chrono::milliseconds kLook{100};
+  static constexpr Length kFlushBytes = Length(std::uint64_t{48} << 20);
+  static constexpr std::chrono::milliseconds kFlushInterval{2000};
+  static constexpr std::chrono::milliseconds kRotate{5000};
+  static constexpr std::chrono::seconds kFlushTimeout{30};
+  static constexpr std::size_t kRecordsAtOnce = 4;  // the engine's thread is held up for each
+
+  struct Job {
+    mirror::MirrorEngine& engine;
+    memmig::Hypervisor& source;
+    Journal& journal;
+    std::string guest;                      // UUID
+    std::vector<memmig::BitmapSpec> disks;  // those with bitmaps
+    std::size_t disk_count = 0;             // of the engine
+    std::uint64_t generation = 1;           // of the bitmaps that record now
+  };
+  Checkpointer(Platform& platform, Job job);
+  ~Checkpointer() { stop(); }
+  Checkpointer(const Checkpointer&) = delete;
+  Checkpointer& operator=(const Checkpointer&) = delete;
+
+  // The target's images are these now: noted once the records tell what that means.
+  void note_targets(std::vector<mirror::TargetDisk> targets);
+  void stop();
+  [[nodiscard]] std::uint64_t generation() const { return generation_.load(); }
+
+ private:
+  void run();
+  void look();
+  Status flush();
+  Status store_records(Journal::Sync sync);
+  Status rotate();
+
+  Platform& platform_;
+  const Job job_;
+  std::atomic<std::uint64_t> generation_;
+  std::atomic<bool> stop_{false};
+  std::mutex mutex_;  // guards the next
+  std::optional<std::vector<mirror::TargetDisk>> targets_;
+  Instant flushed_{};
+  Instant rotated_{};
+  // A journal that could not be written is not written again: what it says stays right together with the bitmaps that
+  // are kept from then on.
+  bool broken_ = false;
+  std::unique_ptr<Thread> thread_;  // last: it uses the others
+};
+
+}  // namespace drover::job
