@@ -2,6 +2,7 @@
 """Fixtures for tests on two hosts.
 
 lab      the two hosts, shared by all tests (a new one is made after a test that left something behind)
+small    another, for outages.py; seen: its row in the table of outages
 guest    a small running guest on hosta: raw 256 MiB (64 MiB data) + qcow2 128 MiB (32 MiB data)
 drover   the path of the program under test; skips the test when it is not built
 
@@ -14,14 +15,15 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from lab import Disk, Guest, Lab, why_not  # noqa: E402
-from moves import Move  # noqa: E402
+from moves import Running  # noqa: E402
+from outages import Seen  # noqa: E402
 
 
 
@@ -67,7 +69,8 @@ def _shared_lab() -> Iterator[_Shared]:
 def lab(_shared_lab: _Shared, request: pytest.FixtureRequest) -> Iterator[Lab]:
     lab = _shared_lab.get()
     yield lab
-    for running in list(Move.running):  # its test has failed before its end
+    for running in list(Running.running):  # its test has failed before its end
+        running.interrupt(signal.SIGCONT)
         running.interrupt(signal.SIGTERM)
         running.end()
     ignore: list[str] = []
@@ -98,6 +101,19 @@ def guest(lab: Lab) -> Guest:
 
 
 @pytest.fixture
+def small(lab: Lab) -> Guest:
+    """A guest whose move takes about 10 s at outages.SLOW: 5 s to copy, the last 1.6 s of them synchronised."""
+    return lab.guest("web1", [Disk("256M", data="64M"), Disk("128M", "qcow2", data="32M")], memory="256M", rate=200,
+                     options="w.mem=48M w.memrate=100")
+
+
+@pytest.fixture
+def seen(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Seen:
+    """The test's row in the table of outages, which is printed at the end."""
+    return Seen(request.node.name.removeprefix("test_").replace("_", " "), record_property)
+
+
+@pytest.fixture
 def drover(lab: Lab) -> Path:
     if not lab.drover.exists():
         pytest.skip(f"{lab.drover} is not built")
@@ -115,3 +131,15 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             report.sections.append((f"console of {guest.name}", guest.console()[-4000:]))
         except Exception as e:  # the report matters more than this addition to it
             report.sections.append((f"console of {guest.name}", str(e)))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The rows that tests have made with the fixture `seen`, as a table for ARCHITECTURE.md."""
+    rows = [value for reports in terminalreporter.stats.values() for report in reports
+            if getattr(report, "when", "") == "call" for name, value in report.user_properties if name == "outage"]
+    if not rows:
+        return
+    terminalreporter.section("outages")
+    columns = list(rows[0])
+    for line in [columns, ["---"] * len(columns)] + [[str(row[c]) for c in columns] for row in rows]:
+        terminalreporter.write_line("| " + " | ".join(line) + " |")

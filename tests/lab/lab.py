@@ -21,7 +21,8 @@ Host      run(cmd) popen(cmd)    a command inside the host; the process object i
   virsh(...)  libvirt()  qmp(domain, command, ...)
   path("/x")                     where the machine sees the host's /x
   mount_fs("xfs", "1G", "/mnt/a")   a small filesystem of its own;   loop_disk("1G")   a block device
-  du(path)  restart_libvirtd()  ip  name  pid
+  power_cut("/mnt/a")            what was not synced there is gone;   new_boot_id()
+  du(path)  restart_libvirtd()  machine_pid(4711)  ip  name  pid
 Disk      one disk of a guest: size, format, data, cache ... (see the class)
 Guest     status()               the witness's last report, wherever the guest runs
   command("full-verify")         and every other command of witness/witness.c; returns its answer
@@ -41,6 +42,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import fnmatch
 import hashlib
 import json
@@ -52,6 +54,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -68,6 +71,7 @@ WORK = Path(os.environ.get("DROVER_LAB_DIR", "/var/tmp/drover-lab"))
 
 IMAGES = "/var/lib/libvirt/images"
 JOBS = "/var/lib/drover"
+HISTORY = f"{JOBS}/history.jsonl"  # is meant to stay
 BOOT = "/var/lib/libvirt/boot"
 HOST_ENV = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -329,6 +333,14 @@ Subsystem sftp internal-sftp
 """
 
 
+@dataclasses.dataclass(frozen=True)
+class _Mounted:
+    """A filesystem of mount_fs()."""
+    kind: str
+    image: Path
+    options: str
+
+
 class Host:
     """One host of the lab. Made by Lab."""
 
@@ -344,6 +356,7 @@ class Host:
         self._connection_lock = threading.Lock()
         self._watched = False  # its events are recorded
         self._clean: dict[str, Any] = {}
+        self._filesystems: dict[str, _Mounted] = {}  # by where they are mounted
 
     def __repr__(self) -> str:
         return f"<Host {self.name}>"
@@ -440,16 +453,45 @@ class Host:
         with open(image, "wb") as f:
             f.truncate(parse_size(size))
         _tool([f"mkfs.{kind}", "-q", str(image)])
-        device = self._loop(image)
         self.run(["mkdir", "-p", where])
-        self.run(["mount", "-t", kind, *(["-o", options] if options else []), device, where])
-        _tool(["losetup", "-d", device])  # in use: the kernel detaches it with the last unmount
+        self._mount_image(_Mounted(kind, image, options), where)
         self.run(["chmod", "711", where])
         self._clean.setdefault("mounts", set()).add(where)
+
+    def _mount_image(self, fs: "_Mounted", where: str) -> None:
+        device = self._loop(fs.image)
+        self.run(["mount", "-t", fs.kind, *(["-o", fs.options] if fs.options else []), device, where])
+        _tool(["losetup", "-d", device])  # in use: the kernel detaches it with the last unmount
+        self._filesystems[where] = fs
 
     def umount(self, where: str) -> None:
         self.run(["umount", where])
         self._clean.get("mounts", set()).discard(where)
+        self._filesystems.pop(where, None)
+
+    def power_cut(self, where: str) -> None:
+        """What a power cut does to a filesystem of mount_fs(): what was not synced is lost, and its
+        journal is replayed. Nobody may have a file open in it any more."""
+        fs_ioc_shutdown = 0x8004587D  # _IOR('X', 125, __u32): ext4 and XFS
+        folder = os.open(self.path(where), os.O_RDONLY)
+        try:
+            fcntl.ioctl(folder, fs_ioc_shutdown, struct.pack("I", 2))  # 2: not even the journal's end is written
+        finally:
+            os.close(folder)
+        fs = self._filesystems[where]
+        self.run(["umount", where])
+        self._mount_image(fs, where)
+
+    BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+    def new_boot_id(self) -> None:
+        """What runs in the host from now on believes that the host was restarted."""
+        self.path("/run/boot_id").write_text(f"{uuid.uuid4()}\n")
+        self.run(["mount", "--bind", "/run/boot_id", self.BOOT_ID])
+        self._clean["mounts"].add(self.BOOT_ID)
+
+    def old_boot_id(self) -> None:
+        self.umount(self.BOOT_ID)
 
     def loop_disk(self, size: Union[str, int]) -> str:
         """A block device of that size; returns its path, the same inside the host and outside."""
@@ -575,6 +617,15 @@ class Host:
                 found[int(entry)] = line or f"[{Path(f'/proc/{entry}/comm').read_text().strip()}]"
         return found
 
+    def machine_pid(self, inside: int) -> int:
+        """The machine's id of the process that the host knows by this one."""
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                    if line.startswith("NSpid:") and int(line.split()[-1]) == inside:
+                        return pid
+        raise LabError(f"{self.name}: there is no process {inside}")
+
     def _mounts(self) -> set[str]:
         return {line.split()[4] for line in self.path("/proc/1/mountinfo").read_text().splitlines()}
 
@@ -626,7 +677,7 @@ class Host:
                 folders[:] = [f for f in folders if os.lstat(os.path.join(folder, f)).st_dev == device]
                 for name in names:
                     inside = os.path.join(folder, name)[len(str(self.path(""))):]
-                    if inside not in disks:
+                    if inside not in disks and inside != HISTORY:
                         found.append(f"file: {inside}")
         found.extend(f"mount: {m}" for m in sorted(self._mounts() - self._clean["mounts"]))
         own = re.compile(r"/var/lib/libvirt/qemu/(domain-\d+-|lab-)|/run/libvirt/")

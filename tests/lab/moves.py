@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import threading
-from pathlib import Path
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Optional
 
 from lab import Guest, Host, Lab, LabError, wait_for
 
@@ -33,18 +34,16 @@ class Outcome:
         return "\n".join(json.dumps(e) for e in self.events[-5:]) + "\n" + self.stderr
 
 
-class Move:
-    """A `drover move` under way: `events` grows as it reports."""
+class Running:
+    """A drover command with --json under way: `events` grows as it reports."""
 
-    running: list["Move"] = []  # what a failed test leaves to conftest.py
+    running: list["Running"] = []  # what a failed test leaves to conftest.py
 
-    def __init__(self, lab: Lab, guest: Guest, *options: str, host: Optional[Host] = None) -> None:
-        self.lab, self.guest = lab, guest
-        self.source = guest.host
-        self.target = host or lab.other(self.source)
-        self.process = self.source.popen(
-            ["drover", "move", guest.name, self.target.name, "--json", *options],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+    def __init__(self, host: Host, *words: str) -> None:
+        self.host = host
+        self.words = words
+        self.process = host.popen(["drover", *words, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                  stdin=subprocess.DEVNULL, text=True)
         self.events: list[dict[str, Any]] = []
         self._stderr = ""
         self._changed = threading.Condition()
@@ -52,7 +51,7 @@ class Move:
         self._readers = [threading.Thread(target=self._read_events), threading.Thread(target=self._read_errors)]
         for reader in self._readers:
             reader.start()
-        Move.running.append(self)
+        Running.running.append(self)
 
     def _read_events(self) -> None:
         assert self.process.stdout
@@ -79,11 +78,24 @@ class Move:
 
             self._changed.wait_for(there, timeout)
             if not found:
-                raise LabError(f"the move never got there: {self.events[-3:]} {self._stderr}")
+                raise LabError(f"drover {' '.join(self.words)} never got there: {self.events[-3:]} {self._stderr}")
             return found[0]
 
     def wait_for_phase(self, phase: str) -> dict[str, Any]:
         return self.wait_for(lambda e: e.get("phase") == phase)
+
+    def wait_for_copied(self, share: float) -> dict[str, Any]:
+        """The target has acknowledged so much of the disks' data."""
+        return self.wait_for(lambda e: e.get("phase") == "copy" and e.get("data_bytes", 0) > 0 and
+                             e["copied_bytes"] >= share * e["data_bytes"])
+
+    @property
+    def job(self) -> str:
+        return str(self.wait_for(lambda e: e["event"] == "started")["job"])
+
+    def hurry(self) -> None:
+        """Lifts the limit that made a phase long enough to do something in it."""
+        self.host.run(["drover", "set", self.job, "--bandwidth", "none"])
 
     def interrupt(self, sig: int) -> None:
         self.process.send_signal(sig)
@@ -94,15 +106,35 @@ class Move:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-            raise LabError(f"the move did not end within {timeout:g} s: {self.events[-3:]}")
+            raise LabError(f"drover {' '.join(self.words)} did not end within {timeout:g} s: {self.events[-3:]}")
         finally:
-            Move.running.remove(self)
+            Running.running.remove(self)
             for reader in self._readers:
                 reader.join()
             for pipe in (self.process.stdout, self.process.stderr):
                 assert pipe
                 pipe.close()
         return Outcome(self.process.returncode, self.events, self._stderr)
+
+
+class Move(Running):
+    """A `drover move`."""
+
+    def __init__(self, lab: Lab, guest: Guest, *options: str, host: Optional[Host] = None) -> None:
+        self.lab, self.guest = lab, guest
+        self.source = guest.host
+        self.target = host or lab.other(self.source)
+        super().__init__(self.source, "move", guest.name, self.target.name, *options)
+
+
+def jobs(host: Host) -> list[dict[str, Any]]:
+    """`drover jobs --json`."""
+    return [json.loads(line) for line in host.run(["drover", "jobs", "--json"]).stdout.splitlines()]
+
+
+def only_job(host: Host) -> dict[str, Any]:
+    [job] = jobs(host)
+    return job
 
 
 def move(lab: Lab, guest: Guest, *options: str) -> Outcome:
@@ -167,3 +199,23 @@ def assert_unharmed(guest: Guest) -> dict[str, Any]:
     status = guest.status()
     assert status["io_errors"] == 0, status
     return verdict
+
+
+def worst_write_ms(guest: Guest) -> float:
+    """The longest that a write of the guest took since `reset`."""
+    latency = guest.command("status")["latency"]["since_reset"]
+    print(f"guest writes: {latency}")
+    return float(latency["max_us"]) / 1000
+
+
+def kill_all(host: Host, what: str) -> None:
+    """kill -9 to the host's processes whose command line has this in it; there must be one."""
+    pids = [pid for pid, line in host.processes().items() if what in line]
+    assert pids, f"no {what} on {host.name}"
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def receivers(host: Host) -> list[int]:
+    """The machine's ids of the host's receivers."""
+    return [pid for pid, line in host.processes().items() if "drover receive" in line]

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 
 from lab import IMAGES, Disk, Guest, Lab, wait_for
-from moves import HOLD, Move, Outcome, assert_unharmed, move, move_comparing_at_barrier, move_ok
+from moves import HOLD, Move, Outcome, assert_unharmed, kill_all, move, move_comparing_at_barrier, move_ok
 
 pytestmark = pytest.mark.usefixtures("drover")
 
@@ -148,18 +148,11 @@ def test_a_lost_link_ends_the_move_cleanly(lab: Lab, guest: Guest, phase: str) -
     assert_unharmed(guest)
 
 
-def kill_receiver(lab: Lab) -> None:
-    pids = [pid for pid, line in lab.b.processes().items() if "drover receive" in line]
-    assert pids
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-
-
 @pytest.mark.parametrize("phase", ["copy", "memory"])
 def test_a_receiver_that_is_killed_ends_the_move_cleanly(lab: Lab, guest: Guest, phase: str) -> None:
     running = Move(lab, guest, "--bandwidth", "20M")
     running.wait_for(lambda e: e.get("phase") == phase and e.get("copied_bytes", 0) > 0)
-    kill_receiver(lab)
+    kill_all(lab.b, "drover receive")
     outcome = running.end()
     assert outcome.exit_code not in (0, 130), outcome.text()
     assert guest.host is lab.a
@@ -178,7 +171,7 @@ def test_a_receiver_that_is_killed_after_the_barrier_no_longer_matters(lab: Lab,
     # The memory passes through the receiver, too, and may be still on its way.
     wait_for("the memory", lambda: any(e.name == "MIGRATION" and e.data.get("status") == "completed" and
                                        e.host == "hosta" for e in lab.events.since(mark)))
-    kill_receiver(lab)
+    kill_all(lab.b, "drover receive")
     held.unlink()
     outcome = running.end()
     assert outcome.exit_code == 0, outcome.text()

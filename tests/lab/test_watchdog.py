@@ -9,7 +9,7 @@ from typing import Any, Iterator
 import pytest
 
 from lab import Disk, Guest, Lab, wait_for
-from moves import Move, assert_unharmed
+from moves import Move, assert_unharmed, worst_write_ms
 
 pytestmark = pytest.mark.usefixtures("drover")
 
@@ -44,12 +44,6 @@ def guard(move: Move) -> int:
         except OSError:
             continue
     raise AssertionError("drover has no watchdog")
-
-
-def worst_write_ms(guest: Guest) -> float:
-    latency = guest.command("status")["latency"]["since_reset"]
-    print(f"guest writes: {latency}")
-    return float(latency["max_us"]) / 1000
 
 
 def for_a_while(guest: Guest) -> None:

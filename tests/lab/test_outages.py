@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a move gets over by itself: a link that is down, agents and libvirtds that die or stand still, a target that
+restarts. Each case ends with a guest that has lost nothing, clean hosts and another move. What needs a person is in
+test_resume.py.
+
+DROVER_LAB_LONG=1 adds the cases that take minutes. A table of all cases is printed at the end."""
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from lab import Disk, Guest, Host, Lab, wait_for
+from moves import HOLD, Move, assert_unharmed, kill_all, receivers
+from outages import (MIB, PHASES, Seen, begin, guest_moves_or_resumed, link_down, long, moved, outage_of,
+                     share_sent_again, undone)
+
+pytestmark = pytest.mark.usefixtures("drover")
+
+STALL_MS = 1000  # what no guest's write may take, however slow the machine is
+STRICT_STALL_MS = 6000  # in the handover a write waits for the target: mirror/arbiter.h, max_strict_wait
+# Of what was on its way when something broke, nobody knows whether it arrived: at most 8 chunks a disk.
+ON_ITS_WAY = 16 * MIB
+
+
+def bound(phase: str) -> int:
+    return STALL_MS if phase == "copy" else STRICT_STALL_MS
+
+
+# --------------------------------------------------------------------------------------------- the link
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_link_down_5_s(lab: Lab, small: Guest, seen: Seen, phase: str) -> None:
+    running = begin(lab, small, phase)
+    seen.outage_begins(small)
+    link_down(lab, 5)
+    assert seen.outage_over(small) < bound(phase)
+    running.hurry()
+    moved(lab, small, seen, running.end())
+
+
+@pytest.mark.parametrize("seconds", [45, pytest.param(180, marks=long)])
+def test_link_down_in_the_middle_of_a_copy(lab: Lab, seen: Seen, seconds: int) -> None:
+    """Issue 3, done when 1."""
+    guest = lab.guest("web1", [Disk("1G", data="768M")], memory="256M", rate=200)
+    lab.set_rate("1gbit")
+    running = Move(lab, guest, "--bandwidth", "100M")
+    running.wait_for_copied(0.5)
+    seen.outage_begins(guest)
+    link_down(lab, seconds)
+    assert seen.outage_over(guest) < STALL_MS
+    outcome = running.end()
+    moved(lab, guest, seen, outcome)
+    assert share_sent_again(outcome) <= 0.02
+
+
+@long
+@pytest.mark.parametrize("seconds", [45, 180])
+@pytest.mark.parametrize("phase", ["synchronised", "memory"])
+def test_link_down_for_long(lab: Lab, small: Guest, seen: Seen, phase: str, seconds: int) -> None:
+    running = begin(lab, small, phase)
+    seen.outage_begins(small)
+    link_down(lab, seconds)
+    assert seen.outage_over(small) < STRICT_STALL_MS
+    moved(lab, small, seen, running.end())
+
+
+@pytest.mark.parametrize("seconds", [5, pytest.param(45, marks=long), pytest.param(180, marks=long)])
+def test_link_down_at_the_barrier(lab: Lab, small: Guest, seen: Seen, seconds: int) -> None:
+    running = Move(lab, small, "--hold-barrier", HOLD)
+    held = lab.a.path(HOLD)
+    wait_for("the barrier", held.exists, 120)
+    job = running.job
+    lab.set_link(lab.b, False)
+    held.unlink()
+    outage_of(seconds)
+    lab.set_link(lab.b, True)
+    outcome, how = guest_moves_or_resumed(lab, running, job)
+    moved(lab, small, seen, outcome, how)
+
+
+def test_a_fast_writer_over_a_slow_link(lab: Lab, seen: Seen) -> None:
+    """Issue 3, done when 5."""
+    guest = lab.guest("web1", [Disk("512M", data="256M")], memory="256M", rate="max", options="w.fsync=0")
+    before = guest.wait_report()["rate"]
+    lab.set_rate("200mbit")
+    seen.outage_begins(guest)
+    start = time.monotonic()
+    outcome = Move(lab, guest).end()
+    took = time.monotonic() - start
+    assert outcome.exit_code == 0, outcome.text()
+    handover = sum(p["ms"] for p in outcome.summary["phases"] if p["phase"] in ("synchronised", "memory")) / 1000
+    print(f"{before:.0f} writes/s before; moved in {took:.1f} s, {handover:.1f} s of them handover, slowed by "
+          f"{outcome.summary['slowdown_percent']} %")
+    lab.set_rate(None)
+    moved(lab, guest, seen, outcome, f"moved in {took:.0f} s, slowed by {outcome.summary['slowdown_percent']} % for "
+          f"{handover:.1f} s")
+
+
+# ------------------------------------------------------------------------------------------ the receiver
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_receiver_killed(lab: Lab, small: Guest, seen: Seen, phase: str) -> None:
+    running = begin(lab, small, phase)
+    seen.outage_begins(small)
+    kill_all(lab.b, "drover receive")
+    wait_for("another receiver", lambda: receivers(lab.b) or running.process.poll() is not None, 60)
+    assert seen.outage_over(small) < bound(phase)
+    running.hurry()
+    moved(lab, small, seen, running.end())
+
+
+def test_receiver_killed_in_the_middle_of_a_copy(lab: Lab, seen: Seen) -> None:
+    """Issue 3, done when 3: what had arrived is not sent again."""
+    guest = lab.guest("web1", [Disk("512M", data="384M")], memory="256M", rate=200)
+    running = Move(lab, guest, "--bandwidth", "60M")
+    running.wait_for_copied(0.5)
+    seen.outage_begins(guest)
+    kill_all(lab.b, "drover receive")
+    outcome = running.end()
+    assert seen.outage_over(guest) < STALL_MS
+    moved(lab, guest, seen, outcome)
+    assert outcome.summary["sent_again_bytes"] <= 0.05 * outcome.summary["data_bytes"] + ON_ITS_WAY
+
+
+def test_receiver_killed_at_the_barrier(lab: Lab, small: Guest, seen: Seen) -> None:
+    """What it had is on stable storage: it no longer matters."""
+    mark = lab.events.mark()
+    running = Move(lab, small, "--hold-barrier", HOLD)
+    held = lab.a.path(HOLD)
+    wait_for("the barrier", held.exists, 120)
+    # The memory passes through the receiver, too, and may be still on its way.
+    wait_for("the memory", lambda: any(e.name == "MIGRATION" and e.data.get("status") == "completed" and
+                                       e.host == "hosta" for e in lab.events.since(mark)))
+    kill_all(lab.b, "drover receive")
+    held.unlink()
+    moved(lab, small, seen, running.end())
+
+
+def test_target_restarted_and_its_unsynced_data_lost(lab: Lab, seen: Seen) -> None:
+    guest = lab.guest("web1", [Disk("256M", data="192M")], memory="256M", rate=200)
+    lab.b.mount_fs("ext4", "512M", "/mnt/target")
+    try:
+        there = "/mnt/target/web1.raw"
+        home = guest.disks()["vda"]
+        running = Move(lab, guest, "--bandwidth", "30M", "--disk", f"vda={there}")
+        running.wait_for_copied(0.5)
+        seen.outage_begins(guest)
+        lab.set_link(lab.b, False)  # so that no other receiver is started in the middle of it
+        kill_all(lab.b, "drover receive")
+        wait_for("the receiver's end", lambda: not receivers(lab.b))
+        lab.b.power_cut("/mnt/target")
+        lab.b.new_boot_id()
+        lab.set_link(lab.b, True)
+        outcome = running.end()
+        assert outcome.exit_code == 0, outcome.text()
+        assert guest.host is lab.b
+        seen.outage_over(guest)
+        seen.ended(guest, outcome)
+        assert_unharmed(guest)
+        assert lab.leftovers() == []
+        back = Move(lab, guest, "--disk", f"vda={home}").end()
+        assert back.exit_code == 0, back.text()
+        assert_unharmed(guest)
+    finally:
+        lab.b.old_boot_id()
+        lab.b.umount("/mnt/target")
+
+
+@pytest.mark.parametrize("phase", ["copy", "memory"])
+def test_receiver_stopped_for_10_s(lab: Lab, small: Guest, seen: Seen, phase: str) -> None:
+    running = begin(lab, small, phase)
+    [pid] = receivers(lab.b)
+    seen.outage_begins(small)
+    os.kill(pid, signal.SIGSTOP)
+    outage_of(10)
+    os.kill(pid, signal.SIGCONT)
+    assert seen.outage_over(small) < bound(phase)
+    running.hurry()
+    moved(lab, small, seen, running.end())
+
+
+@pytest.mark.parametrize("phase", ["copy", "memory"])
+def test_runner_stopped_for_10_s(lab: Lab, small: Guest, seen: Seen, phase: str) -> None:
+    running = begin(lab, small, phase)
+    job = running.job
+    seen.outage_begins(small)
+    running.interrupt(signal.SIGSTOP)
+    outage_of(10)
+    running.interrupt(signal.SIGCONT)
+    assert seen.outage_over(small) < bound(phase)
+    if phase == "copy":
+        running.hurry()
+    outcome, how = guest_moves_or_resumed(lab, running, job)
+    moved(lab, small, seen, outcome, how)
+
+
+# ------------------------------------------------------------------------------------- libvirt and QEMU
+
+
+def kill_libvirtd(host: Host) -> None:
+    host.stop_libvirtd(signal.SIGKILL)
+    host.start_libvirtd()
+
+
+@pytest.mark.parametrize("phase", ["copy", "memory"])
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_libvirtd_killed(lab: Lab, small: Guest, seen: Seen, side: str, phase: str) -> None:
+    running = begin(lab, small, phase)
+    job = running.job
+    seen.outage_begins(small)
+    kill_libvirtd(lab.a if side == "source" else lab.b)
+    assert seen.outage_over(small) < bound(phase)
+    outcome, how = guest_moves_or_resumed(lab, running, job)
+    moved(lab, small, seen, outcome, how)
+
+
+def test_target_qemu_killed_in_memory(lab: Lab, small: Guest, seen: Seen) -> None:
+    running = begin(lab, small, "memory")
+    job = running.job
+    wait_for("the incoming guest", lambda: any("guest=web1," in line for line in lab.b.processes().values()))
+    seen.outage_begins(small)
+    kill_all(lab.b, "guest=web1,")
+    outcome, how = guest_moves_or_resumed(lab, running, job)
+    assert seen.outage_over(small) < STRICT_STALL_MS
+    if outcome.exit_code == 0:
+        moved(lab, small, seen, outcome, how)
+    else:
+        undone(lab, small, seen, outcome, outcome.exit_code)
