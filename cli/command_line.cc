@@ -138,7 +138,6 @@ struct Written {
   std::optional<std::string> max_downtime;
   std::optional<std::string> connections;
   std::optional<std::string> link_timeout;
-  std::optional<std::string> max_slowdown;
   std::string hold_barrier;
   std::string config;
   std::string job;
@@ -146,7 +145,6 @@ struct Written {
   bool detach = false;
   bool keep_source = false;
   bool keep_partial = false;
-  bool verify = false;
   bool dry_run = false;
   bool json = false;
   bool verbose = false;
@@ -218,17 +216,9 @@ void add_move(CLI::App& app, Written& written, const job::MoveOptions& defaults)
   value(app, "--link-timeout", written.link_timeout, "T",
         with_default("undo the move when the link was gone for so long",
                      format_link_timeout(defaults.link_timeout)));
-  value(app, "--max-slowdown", written.max_slowdown, "PERCENT",
-        with_default(
-            "how much the guest may be slowed in the handover when it\nwrites faster than "
-            "the link, 0 to 99",
-            defaults.max_slowdown ? std::to_string(*defaults.max_slowdown) : "as far as it takes"));
   flag(app, "--keep-partial", written.keep_partial,
        with_default("on a failure keep the target's images for drover resume",
                     defaults.keep_partial ? "yes" : "no"));
-  flag(app, "--verify", written.verify,
-       with_default("read each chunk back from the target and compare",
-                    defaults.verify ? "yes" : "no"));
   flag(app, "--detach", written.detach,
        "run in the background: closing the terminal and Ctrl-C leave it\nrunning");
   app.add_option("--hold-barrier", written.hold_barrier, "")->group("");  // test switch
@@ -320,17 +310,8 @@ Status apply(const Written& written, job::MoveOptions& options) {
     DROVER_TRY(take("--link-timeout", *written.link_timeout, parse_link_timeout,
                     [&](std::chrono::milliseconds time) { options.link_timeout = time; }));
   }
-  if (written.max_slowdown) {
-    DROVER_TRY(take(
-        "--max-slowdown", *written.max_slowdown,
-        [](const auto& t) {
-          return parse_count(t, {0, kMostSlowdown});
-        },
-        [&](std::uint64_t percent) { options.max_slowdown = static_cast<unsigned>(percent); }));
-  }
   if (written.keep_source) options.keep_source = true;
   if (written.keep_partial) options.keep_partial = true;
-  if (written.verify) options.verify = true;
   options.hold_barrier_file = written.hold_barrier;
   return {};
 }

@@ -92,12 +92,6 @@ constexpr auto kKeys = std::to_array<Key>({
        DROVER_ASSIGN(options.max_downtime, parse_max_downtime(text));
        return {};
      }},
-    {"max-slowdown",
-     [](const toml::node& node, job::MoveOptions& options) -> Status {
-       DROVER_ASSIGN(const auto percent, number_of(node, {0, kMostSlowdown}));
-       options.max_slowdown = static_cast<unsigned>(percent);
-       return {};
-     }},
     {"port",
      [](const toml::node& node, job::MoveOptions& options) -> Status {
        DROVER_ASSIGN(const auto port, number_of(node, {0, kMostPort}));
@@ -109,8 +103,6 @@ constexpr auto kKeys = std::to_array<Key>({
        DROVER_ASSIGN(options.source_uri, text_of(node, "source-uri = \"qemu:///system\""));
        return {};
      }},
-    {"verify", [](const toml::node& node,
-                  job::MoveOptions& options) { return take_bool(node, options.verify); }},
 });
 
 std::string known_keys() {

@@ -45,7 +45,6 @@ std::vector<std::string_view> config_keys();
 // The limits of options that are numbers and times, for the command line and the file.
 inline constexpr unsigned kMostConnections = 16;  // as the link (mirror/link.h)
 inline constexpr unsigned kMostPort = 65535;
-inline constexpr unsigned kMostSlowdown = 99;  // per cent
 Result<std::chrono::milliseconds> parse_max_downtime(std::string_view text);
 // "none" is no limit: zero.
 Result<std::chrono::milliseconds> parse_link_timeout(std::string_view text);

@@ -140,7 +140,6 @@ std::vector<Part> parts(const ProgressView& view, std::string disks) {
   add(2, format_rate(progress.rate));
   add(1, time_left(progress));
   if (progress.phase == job::Phase::Copy && progress.disks.size() > 1) add(4, std::move(disks));
-  if (progress.slowdown > 0) add(1, fmt::format("guest slowed by {}%", progress.slowdown));
   if (progress.sent_again > Length(0)) {
     add(5, format_length(progress.sent_again) + " sent again");
   }
@@ -267,10 +266,6 @@ std::string render_summary(const job::Summary& summary, const Style& style) {
                                     plural(summary.reconnects, "reconnect")));
   }
   out += row("mirrored", plural(summary.mirrored_writes, "guest write"));
-  if (summary.slowdown > 0) {
-    out += row("slowed",
-               fmt::format("the guest's writes, by up to {}%, for the handover", summary.slowdown));
-  }
   std::string times;
   for (const auto& [phase, time] : summary.phase_times) {
     times += fmt::format("{}{} {}", times.empty() ? "" : ", ", job::phase_name(phase),

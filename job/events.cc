@@ -164,7 +164,6 @@ Result<DiskProgress> disk_progress(const json& object) {
   return disk;
 }
 
-constexpr std::uint64_t kMaxPercent = 100;
 
 // What a Progress and a Summary count alike.
 template <class Counted>
@@ -174,8 +173,6 @@ Status read_counts(const json& object, Counted& out) {
   DROVER_ASSIGN(out.mirrored_writes, optional_number(object, "mirrored_writes"));
   DROVER_ASSIGN(out.sent_again, length(object, "sent_again_bytes"));
   DROVER_ASSIGN(out.reconnects, optional_number(object, "reconnects"));
-  DROVER_ASSIGN(const auto slowdown, optional_number(object, "slowdown_percent", kMaxPercent));
-  out.slowdown = static_cast<unsigned>(slowdown);
   return {};
 }
 
@@ -295,7 +292,6 @@ OrderedJson event_of(const Progress& progress) {
           {"wire_bytes", progress.wire_bytes.bytes()},
           {"sent_again_bytes", progress.sent_again.bytes()},
           {"reconnects", progress.reconnects},
-          {"slowdown_percent", progress.slowdown},
           {"memory_total_bytes", progress.memory_total.bytes()},
           {"memory_remaining_bytes", progress.memory_remaining.bytes()},
           {"waiting_for", text_or_null(progress.waiting_for)},
@@ -321,7 +317,6 @@ OrderedJson event_of(const Summary& summary) {
           {"mirrored_writes", summary.mirrored_writes},
           {"sent_again_bytes", summary.sent_again.bytes()},
           {"reconnects", summary.reconnects},
-          {"slowdown_percent", summary.slowdown},
           {"phases", phases},
           {"disks", disk_plans(summary.disks)},
           {"deleted", summary.deleted},

@@ -207,8 +207,6 @@ json options_to_json(const MoveOptions& options) {
           {"connections", options.connections},
           {"keep_partial", options.keep_partial},
           {"link_timeout_ms", static_cast<std::uint64_t>(options.link_timeout.count())},
-          {"max_slowdown", options.max_slowdown ? json(*options.max_slowdown) : json(nullptr)},
-          {"verify", options.verify},
           {"hold_barrier_file", options.hold_barrier_file}};
 }
 
@@ -236,13 +234,6 @@ Result<MoveOptions> options_from_json(const json& object) {
   DROVER_ASSIGN(const auto timeout,
                 mirror::get_unsigned(object, "link_timeout_ms", kMostMilliseconds));
   out.link_timeout = milliseconds(timeout);
-  const auto slowdown = object.find("max_slowdown");
-  if (slowdown == object.end()) return broken("\"max_slowdown\" is missing");
-  if (!slowdown->is_null()) {
-    DROVER_ASSIGN(const auto percent, mirror::get_unsigned(object, "max_slowdown", 99));
-    out.max_slowdown = static_cast<unsigned>(percent);
-  }
-  DROVER_ASSIGN(out.verify, required_bool(object, "verify"));
   DROVER_ASSIGN(out.hold_barrier_file, mirror::get_string(object, "hold_barrier_file"));
   return out;
 }

@@ -44,10 +44,6 @@ struct MoveOptions {
   unsigned connections = 2;    // data connections of the link
   bool keep_partial = false;   // after a cancel or a failure the target's images stay for a resume
   std::chrono::milliseconds link_timeout{0};  // without a link for so long it is undone; 0: never
-  // Per cent by which a guest that writes faster than the link may be slowed in the handover, 0 to 99;
-  // absent: as far as it takes.
-  std::optional<unsigned> max_slowdown;
-  bool verify = false;         // each chunk is read back from the target and compared
   // Test switch: at the barrier, when both sides are equal and still, this file is created and the job
   // waits until it is gone.
   std::string hold_barrier_file;
@@ -116,7 +112,6 @@ struct Progress {
   std::chrono::milliseconds waiting{0};  // for how long (job/broadcast.h fills it in)
   Length sent_again;            // of what the target had acknowledged or been sent before
   std::uint64_t reconnects = 0;
-  unsigned slowdown = 0;        // per cent by which the guest's writes are slowed now, on purpose
 };
 
 struct Summary {
@@ -136,7 +131,6 @@ struct Summary {
   std::vector<std::string> notes;    // what the user should know
   Length sent_again;                 // as in Progress
   std::uint64_t reconnects = 0;
-  unsigned slowdown = 0;             // the most there was
   Length runner_peak_memory;         // resident, of the two agents
   Length receiver_peak_memory;
 };

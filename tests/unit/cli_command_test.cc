@@ -54,8 +54,7 @@ TEST(CommandLine, MoveWithoutOptionsIsTheDefaults) {
   EXPECT_EQ(move.options.hold_barrier_file, "");
   EXPECT_FALSE(move.options.keep_source || move.dry_run || move.json || move.verbose);
   EXPECT_EQ(move.options.link_timeout, milliseconds(0));
-  EXPECT_FALSE(move.options.max_slowdown.has_value());
-  EXPECT_FALSE(move.options.keep_partial || move.options.verify || move.detach);
+  EXPECT_FALSE(move.options.keep_partial || move.detach);
 }
 
 TEST(CommandLine, MoveTakesEachOption) {
@@ -72,9 +71,8 @@ TEST(CommandLine, MoveTakesEachOption) {
                               "--connections",  "4",
                               "--hold-barrier", "/run/hold",
                               "--link-timeout", "10min",
-                              "--max-slowdown", "30",
-                              "--keep-partial", "--verify",
-                              "--detach",       "--keep-source",
+                              "--keep-partial", "--detach",
+                              "--keep-source",
                               "--dry-run",      "--json",
                               "--verbose"});
   ASSERT_TRUE(command.has_value()) << command.error().to_string();
@@ -91,8 +89,7 @@ TEST(CommandLine, MoveTakesEachOption) {
   EXPECT_EQ(move.options.hold_barrier_file, "/run/hold");
   EXPECT_TRUE(move.options.keep_source && move.dry_run && move.json && move.verbose);
   EXPECT_EQ(move.options.link_timeout, milliseconds(600'000));
-  EXPECT_EQ(move.options.max_slowdown, 30U);
-  EXPECT_TRUE(move.options.keep_partial && move.options.verify && move.detach);
+  EXPECT_TRUE(move.options.keep_partial && move.detach);
 }
 
 TEST(CommandLine, CheckTakesWhatThePlanDependsOn) {
@@ -126,8 +123,6 @@ TEST(CommandLine, TheCommandsAboutJobs) {
   EXPECT_EQ(error_of({"set", "web1"}), "--bandwidth is required");
   EXPECT_EQ(error_of({"set", "web1", "--bandwidth", "fast"}),
             "--bandwidth: 'fast' is not a rate: no number at its start");
-  EXPECT_EQ(error_of({"move", "web1", "hostb", "--max-slowdown", "100"}),
-            "--max-slowdown: '100' is out of range");
   EXPECT_EQ(error_of({"move", "web1", "hostb", "--link-timeout", "10ms"}),
             "--link-timeout: '10ms' is out of range");
   const auto none = parse({"move", "web1", "hostb", "--link-timeout", "none"});
@@ -248,8 +243,6 @@ TEST(Config, SetsDefaults) {
                                      "keep-partial = true\n"
                                      "keep-source = true\n"
                                      "link-timeout = \"3min\"\n"
-                                     "max-slowdown = 0\n"
-                                     "verify = true\n"
                                      "max-downtime = \"0.3s\"\n"
                                      "port = 49200\n"
                                      "source-uri = \"qemu+unix:///system\"\n"},
@@ -261,9 +254,8 @@ TEST(Config, SetsDefaults) {
   EXPECT_EQ(options.max_downtime, milliseconds(300));
   EXPECT_EQ(options.target_port, 49200);
   EXPECT_EQ(options.source_uri, "qemu+unix:///system");
-  EXPECT_TRUE(options.keep_partial && options.verify);
+  EXPECT_TRUE(options.keep_partial);
   EXPECT_EQ(options.link_timeout, milliseconds(180'000));
-  EXPECT_EQ(options.max_slowdown, 0U);
 }
 
 TEST(Config, SaysFileLineAndKey) {

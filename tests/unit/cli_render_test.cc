@@ -163,25 +163,19 @@ TEST(RenderProgress, SaysForHowLongItWaitsAndWhatThatCost) {
   progress.waiting_for.clear();
   progress.sent_again = 3_MiB;
   progress.reconnects = 2;
-  progress.slowdown = 40;
-  EXPECT_THAT(line(progress, 200), HasSubstr("guest slowed by 40%"));
   EXPECT_THAT(line(progress, 200), HasSubstr("3.0 MiB sent again  2 reconnects"));
   const auto json = nlohmann::json::parse(json_progress(view_of(progress)));
   EXPECT_EQ(json.at("sent_again_bytes"), 3 << 20);
   EXPECT_EQ(json.at("reconnects"), 2);
-  EXPECT_EQ(json.at("slowdown_percent"), 40);
 }
 
-TEST(RenderSummary, SaysWhatOutagesAndAHandoverUnderLoadCost) {
+TEST(RenderSummary, SaysWhatOutagesCost) {
   job::Summary summary = sample_summary();
   EXPECT_THAT(render_summary(summary, kPlain), Not(HasSubstr("again")));
   summary.sent_again = 3_MiB;
   summary.reconnects = 1;
-  summary.slowdown = 40;
   const std::string text = render_summary(summary, kPlain);
   EXPECT_THAT(text, HasSubstr("\n  again     3.0 MiB sent again, 1 reconnect\n"));
-  EXPECT_THAT(text,
-              HasSubstr("\n  slowed    the guest's writes, by up to 40%, for the handover\n"));
 }
 
 TEST(RenderProgress, KnowsThatItDoesNotKnow) {

@@ -56,8 +56,6 @@ TEST_F(Store, AJobIsReadBackAsItWasWritten) {
   record.options.disk_paths = {{"vda", "/srv/nvme/web1.raw"}};
   record.options.bandwidth = 100_MiB;
   record.options.link_timeout = std::chrono::minutes(3);
-  record.options.max_slowdown = 30;
-  record.options.verify = true;
   record.options.keep_partial = true;
   record.state = {{"bitmap", "drover-web1"}};
   std::string id;
@@ -75,8 +73,7 @@ TEST_F(Store, AJobIsReadBackAsItWasWritten) {
   EXPECT_EQ(got.options.disk_paths, record.options.disk_paths);
   EXPECT_EQ(got.options.bandwidth, record.options.bandwidth);
   EXPECT_EQ(got.options.link_timeout, record.options.link_timeout);
-  EXPECT_EQ(got.options.max_slowdown, record.options.max_slowdown);
-  EXPECT_TRUE(got.options.verify && got.options.keep_partial);
+  EXPECT_TRUE(got.options.keep_partial);
   EXPECT_EQ(got.plan.uuid, record.plan.uuid);
   ASSERT_EQ(got.plan.disks.size(), 2U);
   EXPECT_TRUE(got.plan.disks[0].delete_source);
@@ -442,7 +439,6 @@ TEST(Events, AreReadBack) {
   progress.waiting = std::chrono::seconds(7);
   progress.sent_again = 3_MiB;
   progress.reconnects = 2;
-  progress.slowdown = 40;
   EXPECT_EQ(to_line(event_of(back(progress))), to_line(event_of(progress)));
   const Summary summary = sample_summary();
   EXPECT_EQ(to_line(event_of(back(summary))), to_line(event_of(summary)));
@@ -456,7 +452,6 @@ TEST(Events, ThatAreNoneAreRefused) {
   for (const char* line : {"", "x", "[]", "{}", R"({"event":"dance"})", R"({"event":"progress"})",
                            R"({"event":"progress","phase":"copy","disks":{}})",
                            R"({"event":"progress","phase":"copy","copied_bytes":-1})",
-                           R"({"event":"progress","phase":"copy","slowdown_percent":101})",
                            R"({"event":"summary","guest":"a","host":"b","phases":[1]})",
                            R"({"event":"plan","guest":"a","uuid":"b","host":"c","disks":[{}]})",
                            R"({"event":"note","text":1})", R"({"event":"error"})"}) {
