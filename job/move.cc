@@ -59,7 +59,9 @@ constexpr auto kRemoveTimeout = 20s;
 constexpr auto kSshTimeout = 30s;
 constexpr auto kLocateTimeout = 6s;       // of one look for the receiver while the link is down
 constexpr int kMostRejoins = 20;          // in a row without a handover that began
+constexpr int kMostHandovers = 10;        // that failed after the memory began to move
 constexpr std::string_view kStateKey = "state";
+constexpr std::string_view kBarrierKey = "barrier";  // of the present handover: it was passed
 constexpr std::string_view kQemuKey = "qemu";  // the process whose bitmaps these are
 
 class Move {
@@ -87,7 +89,9 @@ class Move {
     if (Status ready = open_journal(); !ready) return {fail(ready.error()), !files_.resumed};
     if (files_.resumed) {
       const bool undo = reason.has_value();
-      state_ = Settling{undo ? *reason : Error{}, barrier_journaled_, !undo};
+      const Error broken_off{Code::Cancelled, "the handover was broken off after the target had let go of its images",
+                             "start the move again", true};
+      state_ = Settling{undo ? *reason : broken_off, barrier_journaled_, !undo};
     }
     if (prepared_.io_at != Instant()) (void)pace_.look(prepared_.io_at, prepared_.io, Length());
     queue_->push(Begin{});
@@ -185,7 +189,7 @@ class Move {
     if (!journal) return fail(journal.error());
     journal_ = std::move(*journal);
     DROVER_ASSIGN(const auto state, journal_->get(kStateKey));
-    DROVER_ASSIGN(const auto barrier, journal_->get("barrier"));
+    DROVER_ASSIGN(const auto barrier, journal_->get(kBarrierKey));
     if (state) journaled_state_ = *state;
     barrier_journaled_ = barrier.has_value();
     log_info("the journal says: {}{}", journaled_state_, barrier_journaled_ ? ", the barrier was passed" : "");
@@ -426,6 +430,9 @@ class Move {
     handover_not_before_ = platform_.now() + handover_pause_;
     handover_pause_ = std::min<Duration>(2 * handover_pause_, kLongestHandoverPause);
     engine_->leave_strict();
+    if (std::exchange(handover_begun_, false) && ++failed_handovers_ >= kMostHandovers) {
+      return fail(Code::Io, fmt::format("the handover failed {} times", failed_handovers_), "see the log of the job");
+    }
     if (memory_started_) {
       engine_->link().stop_relay();
       target_events_.reset();
@@ -701,7 +708,10 @@ class Move {
                                             .mode = 0600,
                                             .uid = static_cast<int>(guest.qemu_uid),
                                             .gid = static_cast<int>(guest.qemu_gid)}));
-    memory_started_ = true;
+    memory_started_ = handover_begun_ = true;
+    Journal::Batch none;
+    none.remove(kBarrierKey);
+    DROVER_TRY(journal_->write(none, Journal::Sync::Yes));
     migrating_ = platform_.start_thread([this, migrate] {
       MigrateEnded ended;
       ended.status = source().migrate(migrate, [this](const memmig::MigrationProgress& progress) {
@@ -816,7 +826,7 @@ class Move {
     log_info("barrier: drained in {} us, flushed and released in {} us",
              std::chrono::duration_cast<std::chrono::microseconds>(drained - start).count(),
              std::chrono::duration_cast<std::chrono::microseconds>(platform_.now() - drained).count());
-    DROVER_TRY(journal_->put_unsynced("barrier", "passed"));
+    DROVER_TRY(journal_->put_unsynced(kBarrierKey, "passed"));
     if (!options_.hold_barrier_file.empty()) hold_barrier();
     queue_->push(BarrierPassed{});
     return {};
@@ -1138,9 +1148,15 @@ class Move {
 
   void report_progress(bool now_please = false) {
     if (!now_please && !meter_.due()) return;
-    if (engine_ && linked_) meter_.copy(engine_->status());
+    std::optional<std::string> down;  // why the link is
+    if (engine_ && linked_) {
+      const auto status = engine_->status();
+      meter_.copy(status);
+      if (status.link_down && !status.link_down->final) down = status.link_down->why.message;
+    }
     Progress progress = meter_.progress(phase_of(state_));
     if (std::holds_alternative<Rejoining>(state_)) progress.waiting_for = "the guest's libvirt and QEMU";
+    if (down) progress.waiting_for = "the link to " + plan().host + " (" + *down + ")";
     observer_.progress(progress);
   }
 
@@ -1168,6 +1184,8 @@ class Move {
   mirror::ReceiverRequest receiver_request_;
   std::uint64_t generation_ = 1;  // of the bitmaps
   int rejoins_ = 0;
+  bool handover_begun_ = false;
+  int failed_handovers_ = 0;
   Duration handover_pause_ = kFirstHandoverPause;
   Instant handover_not_before_{};
   std::mutex targets_mutex_;  // guards the next

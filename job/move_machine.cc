@@ -227,7 +227,9 @@ Step on(Settling state, const Event& event) {
   if (std::holds_alternative<Begin>(event)) return {state, {Do::Settle}};
   if (const auto* settled = std::get_if<Settled>(&event)) {
     switch (settled->where) {
-      case Whereabouts::Source: return state.go_on ? rejoin() : undo(state.reason);
+      case Whereabouts::Source:
+        // Behind the barrier the target has let go of its images: they can't be written to again.
+        return state.go_on && !state.barrier_passed ? rejoin() : undo(state.reason);
       case Whereabouts::Target: return go_forward(state.barrier_passed, false);
       case Whereabouts::TargetRuns:
         if (state.go_on) return {Committing{}, {Do::Commit}};

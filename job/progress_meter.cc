@@ -25,6 +25,8 @@ void ProgressMeter::copy(const mirror::MirrorEngine::EngineStatus& status) {
   progress_.disks.resize(status.disks.size());
   progress_.data = progress_.copied = Length();
   progress_.mirrored_writes = 0;
+  progress_.sent_again = Length();
+  progress_.reconnects = status.link.reconnects;
   for (std::size_t i = 0; i < status.disks.size(); ++i) {
     const auto& disk = status.disks[i];
     DiskProgress& shown = progress_.disks[i];
@@ -37,6 +39,7 @@ void ProgressMeter::copy(const mirror::MirrorEngine::EngineStatus& status) {
     progress_.data += shown.data;
     progress_.copied += shown.copied;
     progress_.mirrored_writes += disk.counters.guest_writes;
+    progress_.sent_again += disk.counters.sent_again;
   }
   progress_.wire_bytes = Length(status.link.bytes_sent + status.link.memory_bytes);
   const Instant time = now_();

@@ -271,6 +271,22 @@ void examine_hosts(const Facts& facts, Findings& out) {
   }
 }
 
+// QEMU before 8.2.1 ends with a failed assertion (nbd_blockdev_client_closed) when a client leaves its export of a disk
+// that has an iothread, as a drover that is killed does. Seen with 7.2.22.
+void examine_exports(const Facts& facts, Findings& out) {
+  constexpr std::uint64_t kFixed = 8002001;
+  if (facts.source.hypervisor_version == 0 || facts.source.hypervisor_version >= kFixed) return;
+  for (const PlannedDisk& planned : facts.plan.disks) {
+    const GuestDisk* const disk = facts.guest.disk(planned.disk);
+    if (disk == nullptr || !disk->iothread || planned.source_plain) continue;
+    out.blocker("export-with-iothread",
+                fmt::format("disk {} is a {} image and has an iothread, and QEMU here is {}", planned.disk,
+                            planned.source_format, version_text(facts.source.hypervisor_version)),
+                "that QEMU dies, and the guest with it, if drover is killed while it reads such a disk",
+                "take the iothread out of the disk's definition, or move the guest switched off", planned.disk);
+  }
+}
+
 void examine_target(const Facts& facts, Findings& out) {
   const GuestInfo& guest = facts.guest;
   const HostFacts& target = facts.target;
@@ -699,6 +715,7 @@ std::vector<Finding> examine(const Facts& facts) {
   Findings out;
   examine_guest(facts.guest, facts.plan, out);
   examine_hosts(facts, out);
+  examine_exports(facts, out);
   examine_target(facts, out);
   examine_needed_files(facts, out);
   examine_target_disks(facts, out);

@@ -12,6 +12,7 @@ namespace drover::job {
 namespace {
 
 const Error kError{Code::Unreachable, "the link broke", "", true};
+const Error kFatal{Code::Protocol, "the digests differ", "", false};
 MigrateEnded migrated() { return MigrateEnded{}; }
 MigrateEnded migrate_failed() { return MigrateEnded{tl::unexpected<Error>(kError)}; }
 const Settled kOnSource{Whereabouts::Source};
@@ -126,9 +127,84 @@ TEST(MoveMachine, AMigrationThatFailedAfterHavingBeenDoneGoesForward) {
 TEST(MoveMachine, ABarrierInVainIsUndoneWhenTheSourceRunsAgain) {
   Walk run;
   run.feed_all(kToMemory);
-  run.feed_all({SourceStopped{}, migrate_failed(), BarrierPassed{}, kOnSource, Undone_{}});
+  run.feed_all({SourceStopped{}, MigrateEnded{tl::unexpected<Error>(kFatal)}, BarrierPassed{}, kOnSource, Undone_{}});
   EXPECT_TRUE(std::holds_alternative<Undone>(run.state));
   EXPECT_FALSE(run.did(Do::ResumeTarget));
+}
+
+TEST(MoveMachine, AnOutageBeforeTheSourceHasStoppedLeadsBackToCopying) {
+  Walk run;
+  run.feed_all(kToMemory);
+  run.feed_all({LinkDown{}, migrate_failed(), kOnSource, LinkUp{}, Rejoined{}});
+  EXPECT_TRUE(std::holds_alternative<Copying>(run.state)) << state_name(run.state);
+  EXPECT_TRUE(run.did(Do::AbortMemory));
+  EXPECT_TRUE(run.did(Do::Rejoin));
+  EXPECT_FALSE(run.did(Do::Undo));
+  run.feed_all({AllCopied{false}, StrictEntered{}, AllCopied{true}, SourceStopped{}, BarrierPassed{}, TargetSuspended{},
+                TargetRuns{}, migrated(), Committed{}});
+  EXPECT_TRUE(std::holds_alternative<Finished>(run.state)) << state_name(run.state);
+}
+
+TEST(MoveMachine, ABarrierThatTheOutageBrokeIsPassedWhenTheLinkIsUpAgain) {
+  Walk run;
+  run.feed_all(kToMemory);
+  run.feed_all({SourceStopped{}, migrated(), LinkDown{}, ActionFailed{kError}});
+  EXPECT_TRUE(std::holds_alternative<MovingMemory>(run.state)) << state_name(run.state);
+  EXPECT_FALSE(run.did(Do::AbortMemory));
+  run.feed_all({LinkUp{}, BarrierPassed{}, TargetRuns{}, Committed{}});
+  EXPECT_TRUE(std::holds_alternative<Finished>(run.state)) << state_name(run.state);
+  EXPECT_EQ(std::ranges::count(run.done, Do::PassBarrier), 2);
+}
+
+TEST(MoveMachine, AnOutageInStrictModeLeadsBackToCopying) {
+  Walk run;
+  run.feed_all({Begin{}, Reserved{}, Attached{}, AllCopied{false}, LinkDown{}});
+  EXPECT_TRUE(std::holds_alternative<Copying>(run.state));
+  run.feed_all({StrictEntered{}});  // of the attempt that the outage ended
+  EXPECT_FALSE(run.did(Do::StartMemory));
+}
+
+TEST(MoveMachine, AMirrorThatIsLostIsAttachedAgain) {
+  for (const bool twice : {false, true}) {
+    Walk run;
+    run.feed_all({Begin{}, Reserved{}, Attached{}, HandoverFailed{kError}});
+    EXPECT_TRUE(run.did(Do::Rejoin));
+    if (twice) run.feed_all({HandoverFailed{kError}, Rejoined{}});
+    run.feed_all({AllCopied{false}, Rejoined{}});
+    EXPECT_EQ(std::ranges::count(run.done, Do::Rejoin), twice ? 2 : 1);
+    EXPECT_TRUE(std::holds_alternative<Synchronising>(run.state)) << state_name(run.state);
+  }
+}
+
+TEST(MoveMachine, ACancelWhileTheMemoryIsTakenBackUndoesTheMove) {
+  Walk run;
+  run.feed_all(kToMemory);
+  run.feed_all({LinkDown{}, CancelWished{}, migrate_failed(), kOnSource, Undone_{}});
+  ASSERT_TRUE(std::holds_alternative<Undone>(run.state));
+  EXPECT_EQ(std::get<Undone>(run.state).reason.code, Code::Cancelled);
+}
+
+TEST(MoveMachine, AResumedJobGoesOnFromWhereTheGuestIs) {
+  const auto resumed = [](bool barrier_passed, Whereabouts where) {
+    Walk run;
+    run.state = Settling{{}, barrier_passed, true};
+    run.feed_all({Begin{}, Settled{where}});
+    EXPECT_EQ(run.done.front(), Do::Settle);
+    return run;
+  };
+  EXPECT_EQ(resumed(false, Whereabouts::Source).done.back(), Do::Rejoin);
+  EXPECT_EQ(resumed(true, Whereabouts::Target).done.back(), Do::ResumeTarget);
+  EXPECT_EQ(resumed(false, Whereabouts::Target).done.back(), Do::PassBarrier);
+  EXPECT_EQ(resumed(true, Whereabouts::TargetRuns).done.back(), Do::Commit);
+}
+
+TEST(MoveMachine, AResumedJobThatIsToBeUndoneIsNotWhenTheGuestRunsOnTheTarget) {
+  Walk run;
+  run.state = Settling{kFatal, true, false};
+  run.feed_all({Begin{}, Settled{Whereabouts::TargetRuns}});
+  EXPECT_TRUE(std::holds_alternative<Held>(run.state));
+  EXPECT_FALSE(run.did(Do::Undo));
+  EXPECT_FALSE(run.did(Do::Commit));
 }
 
 TEST(MoveMachine, TroubleThatComesWhileTheBarrierIsBeingPassedDoesNotHoldTheJob) {
@@ -144,8 +220,9 @@ TEST(MoveMachine, ASourceThatCannotBeGuardedIsLookedAt) {
     run.feed_all(kToMemory);
     run.feed_all({SourceStopped{}, BarrierPassed{}, TargetSuspended{}, SourceNotGuarded{kError}});
     if (runs) {
+      // The target has let go of its images: they can't be written to again.
       run.feed_all({migrate_failed(), kOnSource, Undone_{}});
-      EXPECT_TRUE(std::holds_alternative<Undone>(run.state));
+      EXPECT_TRUE(std::holds_alternative<Undone>(run.state)) << state_name(run.state);
     } else {
       run.feed_all({kOnTarget, TargetRuns{}, migrated(), Committed{}});
       EXPECT_TRUE(std::holds_alternative<Finished>(run.state)) << state_name(run.state);
@@ -198,7 +275,9 @@ TEST(MoveMachine, NoOrderOfEventsBreaksTheInvariants) {
                                       SourceStopped{},  TargetSuspended{}, migrated(),
                                       migrate_failed(), BarrierPassed{},
                                       TargetRuns{},     Committed{},     Undone_{},
-                                      random.one_in(2) ? kOnSource : kOnTarget};
+                                      random.one_in(2) ? kOnSource : kOnTarget,
+                                      Rejoined{},       LinkDown{},      LinkUp{},
+                                      HandoverFailed{kError}};
       Event event = all[random.below(all.size())];
       if (random.one_in(60)) event = Trouble{kError};
       if (random.one_in(60)) event = ActionFailed{kError};
@@ -215,6 +294,7 @@ TEST(MoveMachine, NoOrderOfEventsBreaksTheInvariants) {
       run.feed(event);
       for (std::size_t k = before; k < run.done.size(); ++k) {
         ASSERT_FALSE(over) << "seed " << seed << ": something is done after the end";
+        if (run.done[k] == Do::StartMemory) barrier = false;  // each handover has its own
         if (run.done[k] == Do::ResumeTarget) {
           ASSERT_TRUE(barrier) << "seed " << seed << ": invariant 5";
         }
@@ -227,8 +307,8 @@ TEST(MoveMachine, NoOrderOfEventsBreaksTheInvariants) {
       }
     }
     for (const Do action : std::set<Do>(run.done.begin(), run.done.end())) {
-      // Tried again once it is certain that the way is forward.
-      if (action == Do::PassBarrier || action == Do::Settle || action == Do::ResumeTarget) continue;
+      // Only what can't be taken back is done once.
+      if (action != Do::Reserve && action != Do::Attach && action != Do::Undo && action != Do::Commit) continue;
       ASSERT_EQ(std::ranges::count(run.done, action), 1)
           << "seed " << seed << ": " << action_name(action) << " twice";
     }

@@ -418,6 +418,11 @@ TEST_F(Preflight, AnotherVersionOfDrover) {
   there.drover_version = "0.9";
   expect_blocker("drover-version", "hostb has drover 0.9, this host has 1.0");
 }
+TEST_F(Preflight, ImageThatOnlyQemuReadsWithAnIothread) {
+  disk(1).iothread = true;
+  source.hypervisor_version = 7002022;
+  expect_blocker("export-with-iothread", "QEMU here is 7.2.22", "vdb");
+}
 TEST_F(Preflight, OldLibvirt) {
   target.libvirt_version = 7000000;
   expect_blocker("libvirt-too-old", "hostb has libvirt 7.0.0");
