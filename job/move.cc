@@ -186,12 +186,22 @@ class Move {
       return {};
     }
     auto journal = platform_.open_journal(files_.journal, Journal::Make::Never);
+    if (!journal && journal.error().code == Code::Protocol) {
+      // What it said must not be believed: nothing is known but what both hosts say. All is copied again.
+      log_warning("{}", journal.error().to_string());
+      observer_.note("the job's journal is damaged: what the target has is not known, and all is copied again");
+      may_have_resumed_ = true;
+      DROVER_ASSIGN(journal_, platform_.open_journal(files_.journal + ".new", Journal::Make::IfMissing));
+      return {};
+    }
     if (!journal) return fail(journal.error());
     journal_ = std::move(*journal);
     DROVER_ASSIGN(const auto state, journal_->get(kStateKey));
     DROVER_ASSIGN(const auto barrier, journal_->get(kBarrierKey));
     if (state) journaled_state_ = *state;
     barrier_journaled_ = barrier.has_value();
+    may_have_resumed_ = journaled_state_ == "resuming" || journaled_state_ == "committing" ||
+                        journaled_state_ == "committed";
     log_info("the journal says: {}{}", journaled_state_, barrier_journaled_ ? ", the barrier was passed" : "");
     return {};
   }
@@ -777,6 +787,11 @@ class Move {
         queue_->push(Settled{Whereabouts::TargetRuns});
         return {};
       }
+      // Behind the resume there is no way back: what stands still there may have run.
+      if (may_have_resumed_ && barrier_journaled_ && target_state && *target_state == GuestState::Paused) {
+        queue_->push(Settled{Whereabouts::Target});
+        return {};
+      }
       if (source_state && target_state) {
         const bool source_off = *source_state == GuestState::ShutOff;
         const bool target_off = *target_state == GuestState::ShutOff;
@@ -785,7 +800,8 @@ class Move {
           return {};
         }
       }
-      if (source_state && *source_state == GuestState::Paused && !patient) take_back(target_state);
+      const bool may_take_back = !may_have_resumed_ || (target_state && *target_state == GuestState::ShutOff);
+      if (source_state && *source_state == GuestState::Paused && !patient && may_take_back) take_back(target_state);
       platform_.sleep(100ms);  // libvirt has no event for "this is how I leave it"
     }
     return fail(Code::Held, "the handover failed, and where the guest is now is not known (" + known + ")");
@@ -1053,7 +1069,12 @@ class Move {
     }
     // The receiver removes its images by itself when the link is gone; this is for one that was killed.
     if (!removed) collect("cleaning up on the target", clean_up_target("--force"));
-    if (partial) collect("ending the receiver", platform_.stop_receiver(plan().host, id_));
+    // One that is out of reach ends by itself, and leaves its images.
+    if (partial) {
+      if (const Status ended = platform_.stop_receiver(plan().host, id_); !ended) {
+        log_warning("ending the receiver: {}", ended.error().to_string());
+      }
+    }
     if (!left.empty()) return fail(Code::Io, left, hint);
     partial_ = partial;
     queue_->push(Undone_{});
@@ -1180,6 +1201,7 @@ class Move {
   bool memory_started_ = false;
   std::string journaled_state_;
   bool barrier_journaled_ = false;
+  bool may_have_resumed_ = false;  // an earlier process may have resumed the target
   bool partial_ = false;  // what was copied was left for a resume
   mirror::ReceiverRequest receiver_request_;
   std::uint64_t generation_ = 1;  // of the bitmaps
