@@ -519,20 +519,25 @@ Status Job::finish(const Ending& ending) {
 
 // --- JobStore ---
 
-Result<std::unique_ptr<Job>> JobStore::create(JobRecord record) const {
-  DROVER_ASSIGN(const UniqueFd state, lock_state(places_));
+Status JobStore::check_no_job(const Plan& plan) const {
   DROVER_ASSIGN(const std::vector<JobView> others, list());
   for (const JobView& other : others) {
-    if (!other.record || other.record->plan.uuid != record.plan.uuid) continue;
+    if (!other.record || other.record->plan.uuid != plan.uuid) continue;
     return fail(
         Code::AlreadyExists,
-        fmt::format("guest {} has a job already: {}", record.plan.guest, other.id),
+        fmt::format("guest {} has a job already: {}", plan.guest, other.id),
         other.alive
             ? fmt::format("`drover watch {0}` shows it, `drover cancel {0}` undoes it", other.id)
             : fmt::format("its process has ended: `drover resume {0}` goes on with it, "
                           "`drover cancel {0}` undoes it",
                           other.id));
   }
+  return {};
+}
+
+Result<std::unique_ptr<Job>> JobStore::create(JobRecord record) const {
+  DROVER_ASSIGN(const UniqueFd state, lock_state(places_));
+  DROVER_TRY(check_no_job(record.plan));
   if (record.id.empty()) record.id = new_job_id(record.plan.guest);
   DROVER_TRY(mirror::check_session_id(record.id));
   record.created = std::chrono::system_clock::now();

@@ -197,7 +197,9 @@ class JobStore {
   explicit JobStore(JobPlaces places = {}) : places_(std::move(places)) {}
   [[nodiscard]] const JobPlaces& places() const { return places_; }
 
-  // Makes the job's directory and takes its lock. AlreadyExists if the guest has a job already.
+  // AlreadyExists, with what can be done, if the guest has a job already.
+  Status check_no_job(const Plan& plan) const;
+  // Makes the job's directory and takes its lock. Errors: check_no_job().
   Result<std::unique_ptr<Job>> create(JobRecord record) const;
   // Takes the lock of a job that nobody works on.
   Result<std::unique_ptr<Job>> open(const std::string& id) const;

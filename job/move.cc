@@ -304,7 +304,7 @@ class Move {
   // --- attach: exports, readers, mirrors ---
 
   [[nodiscard]] std::string socket_path(const std::string& name) const {
-    return prepared_.guest.private_directory + "/drover-" + name + ".sock";
+    return endpoint_socket(prepared_.guest, name);
   }
 
   Status attach() {
@@ -1231,6 +1231,10 @@ class Move {
 };
 
 }  // namespace
+
+std::string endpoint_socket(const memmig::GuestInfo& guest, std::string_view name) {
+  return fmt::format("{}/drover-{}.sock", guest.private_directory, name);
+}
 
 MoveEnd run_move(Platform& platform, const MoveOptions& options, Observer& observer, Cancel& cancel, Prepared prepared,
                  const JobFiles& files, std::optional<Error> reason) {

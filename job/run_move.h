@@ -34,6 +34,9 @@ struct MoveEnd {
   bool over = true;
 };
 
+// Where QEMU reaches the job's endpoint of that name: a disk's, or its exports'.
+std::string endpoint_socket(const memmig::GuestInfo& guest, std::string_view name);
+
 // `undo_because`: a resumed job is undone, if that is still possible.
 // Blocks until the job has ended; errors as job::move(). The plan has no blocker.
 MoveEnd run_move(Platform& platform, const MoveOptions& options, Observer& observer, Cancel& cancel, Prepared prepared,

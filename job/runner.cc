@@ -6,6 +6,7 @@
 #include <utility>
 
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include "base/log.h"
 #include "job/broadcast.h"
@@ -15,6 +16,7 @@
 #include "job/platform.h"
 #include "job/prepare.h"
 #include "job/run_move.h"
+#include "mirror/receiver_record.h"
 
 namespace drover::job {
 namespace {
@@ -59,6 +61,15 @@ Result<Summary> run_job(Platform& platform, Job& job, bool resumed, Observer& ob
   return std::move(end.result);
 }
 
+// What a process that was killed has left. Nobody listens there: the job's lock is ours.
+void remove_sockets(const Prepared& prepared, const std::string& id) {
+  mirror::remove_memory_socket(id);
+  if (prepared.guest.private_directory.empty()) return;
+  for (const DiskPlan& disk : prepared.plan.disks) {
+    ::unlink(endpoint_socket(prepared.guest, disk.disk).c_str());
+  }
+}
+
 }  // namespace
 
 bool Plan::blocked() const {
@@ -77,6 +88,8 @@ Result<Plan> plan_move(const MoveOptions& options, Cancel& cancel) {
 Result<Summary> move(const MoveOptions& options, Observer& observer, Cancel& cancel) {
   const auto platform = real_platform();
   DROVER_ASSIGN(Prepared prepared, prepare(*platform, options, cancel));
+  // First: what that job has made is what else would stop this one.
+  DROVER_TRY(JobStore().check_no_job(prepared.plan));
   if (prepared.plan.blocked()) {
     observer.planned(prepared.plan);
     return fail(Code::Blocked, "guest " + prepared.plan.guest + " can't be moved to " + options.host +
@@ -92,6 +105,7 @@ Result<Summary> resume(const std::string& id, Observer& observer, Cancel& cancel
   const auto platform = real_platform();
   DROVER_ASSIGN(const auto job, JobStore().open(id));
   DROVER_ASSIGN(Prepared prepared, prepare_again(*platform, job->record().options, job->record().plan));
+  remove_sockets(prepared, id);
   return run_job(*platform, *job, true, observer, cancel, std::move(prepared), std::nullopt);
 }
 
@@ -99,6 +113,7 @@ Status cancel(const std::string& id, Observer& observer, Cancel& cancel) {
   const auto platform = real_platform();
   DROVER_ASSIGN(const auto job, JobStore().open(id));
   DROVER_ASSIGN(Prepared prepared, prepare_again(*platform, job->record().options, job->record().plan));
+  remove_sockets(prepared, id);
   const Error wish{Code::Cancelled, "the move was cancelled; the guest runs on where it was", "", false};
   const auto ended = run_job(*platform, *job, true, observer, cancel, std::move(prepared), wish);
   if (ended) return fail(Code::Held, "it was too late to cancel: the move is finished");

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mirror/bootstrap.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -179,23 +182,54 @@ Status read_place(const nlohmann::json& json, ReceiverInfo& info) {
   return {};
 }
 
+constexpr const char* kSharedParent = "/run";
+constexpr const char* kSharedPrefix = "drover-ssh-";
+
+// Empty if another process has it, or it is gone.
+UniqueFd lock_directory(const std::string& path) {
+  UniqueFd fd(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
+  if (!fd || ::flock(fd.get(), LOCK_EX | LOCK_NB) != 0) return {};
+  struct stat found {};
+  if (::fstat(fd.get(), &found) != 0 || found.st_nlink == 0) return {};
+  return fd;
+}
+
+// Ends the connections whose control sockets are in the directory, which goes.
+void end_shared(const Ssh& ssh, const std::string& directory) {
+  std::error_code ignored;
+  for (const auto& entry : std::filesystem::directory_iterator(directory, ignored)) {
+    std::vector<std::string> command = ssh_program(ssh);
+    command.insert(command.end(),
+                   {"-o", "ControlPath=" + entry.path().string(), "-O", "exit", "--", ssh.host});
+    (void)run_process(command);  // it may have ended
+  }
+  std::filesystem::remove_all(directory, ignored);
+}
+
+// What processes left that were killed.
+void end_abandoned(const Ssh& ssh) {
+  std::error_code ignored;
+  for (const auto& entry : std::filesystem::directory_iterator(kSharedParent, ignored)) {
+    if (!entry.path().filename().string().starts_with(kSharedPrefix)) continue;
+    if (const UniqueFd lock = lock_directory(entry.path())) end_shared(ssh, entry.path());
+  }
+}
+
 }  // namespace
 
 SharedSsh::SharedSsh(Ssh ssh) : ssh_(std::move(ssh)) {
-  std::string directory = "/run/drover-ssh-XXXXXX";
+  end_abandoned(ssh_);
+  std::string directory = std::string(kSharedParent) + "/" + kSharedPrefix + "XXXXXX";
   if (::mkdtemp(directory.data()) == nullptr) return;
+  UniqueFd lock = lock_directory(directory);
+  if (!lock) return;  // taken for one that was abandoned, and removed
+  lock_ = std::move(lock);
   directory_ = directory;
   ssh_.control_path = directory_ + "/%C";
 }
 
 SharedSsh::~SharedSsh() {
-  if (directory_.empty()) return;
-  std::vector<std::string> command = ssh_program(ssh_);
-  command.insert(command.end(),
-                 {"-o", "ControlPath=" + ssh_.control_path, "-O", "exit", "--", ssh_.host});
-  (void)run_process(command);  // there may be none
-  std::error_code ignored;
-  std::filesystem::remove_all(directory_, ignored);
+  if (!directory_.empty()) end_shared(ssh_, directory_);
 }
 
 Result<ProcessResult> run_on_target(const Ssh& ssh, const std::vector<std::string>& argv,

@@ -22,6 +22,7 @@
 
 #include "base/result.h"
 #include "base/subprocess.h"
+#include "base/unique_fd.h"
 #include "mirror/tls.h"
 
 namespace drover::mirror {
@@ -37,7 +38,7 @@ struct Ssh {
 
 // Several commands over one SSH connection (ssh's ControlMaster): the first opens it, the others
 // save the handshake. It is closed when this object goes, or by ssh itself a minute after its last
-// use.
+// use. One whose process was killed is ended by the next SharedSsh on this host.
 class SharedSsh {
  public:
   explicit SharedSsh(Ssh ssh);
@@ -49,6 +50,7 @@ class SharedSsh {
  private:
   Ssh ssh_;
   std::string directory_;  // empty: none could be made, every command connects by itself
+  UniqueFd lock_;          // of the directory, as long as we live
 };
 
 // Runs argv on the target (each argument arrives as it is, whatever characters it has) with `input`

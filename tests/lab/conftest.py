@@ -122,15 +122,22 @@ def drover(lab: Lab) -> Path:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """A failed test shows what its guest printed."""
+    """A failed test shows what its guest printed, and what the jobs logged."""
     outcome: Any = yield
     report = outcome.get_result()
-    guest = getattr(item, "funcargs", {}).get("guest")
-    if report.when == "call" and report.failed and isinstance(guest, Guest):
-        try:
-            report.sections.append((f"console of {guest.name}", guest.console()[-4000:]))
-        except Exception as e:  # the report matters more than this addition to it
-            report.sections.append((f"console of {guest.name}", str(e)))
+    if report.when != "call" or not report.failed:
+        return
+    for used in getattr(item, "funcargs", {}).values():
+        try:  # the report matters more than this addition to it
+            if isinstance(used, Guest):
+                report.sections.append((f"console of {used.name}", used.console()[-4000:]))
+            elif isinstance(used, Lab):
+                for host in used.hosts:
+                    for log in [*host.path("/var/log/drover").glob("*.log"),
+                                *host.path("/var/lib/drover/jobs").glob("*/receiver/log")]:
+                        report.sections.append((f"{host.name}: {log.name}", log.read_text(errors="replace")[-8000:]))
+        except Exception as e:
+            report.sections.append(("more", str(e)))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

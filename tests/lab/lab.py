@@ -683,6 +683,7 @@ class Host:
         own = re.compile(r"/var/lib/libvirt/qemu/(domain-\d+-|lab-)|/run/libvirt/")
         found.extend(f"listening: {s}" for s in sorted(self._listening() - self._clean["listening"])
                      if not own.search(s) or "drover" in s)
+        found.extend(f"file: /run/{p.name}" for p in self.path("/run").glob("drover-*"))
         for folder in ("/var/lib/libvirt/qemu", "/run/libvirt/qemu"):
             found.extend(f"file: {folder}/{p.relative_to(self.path(folder))}" for p in self.path(folder).rglob("*drover*"))
         return found

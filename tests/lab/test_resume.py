@@ -10,7 +10,7 @@ import pytest
 
 from lab import Disk, Guest, Lab, wait_for
 from moves import HOLD, Move, Outcome, Running, assert_unharmed, jobs, only_job
-from outages import (MIB, PHASES, SLOW, Seen, begin, is_dead, moved, resume, undone, wait_gone)
+from outages import (MIB, PHASES, SLOW, Seen, begin, is_dead, long, moved, resume, undone, wait_gone)
 
 pytestmark = pytest.mark.usefixtures("drover")
 
@@ -43,10 +43,11 @@ def test_runner_killed(lab: Lab, small: Guest, seen: Seen, phase: str) -> None:
     assert jobs(lab.a) == []
 
 
-def test_runner_killed_in_the_middle_of_a_copy(lab: Lab, seen: Seen) -> None:
-    """Issue 3, done when 3: what is on the target is not sent again."""
-    guest = lab.guest("web1", [Disk("512M", data="384M")], memory="256M", rate=200)
-    running = Move(lab, guest, "--bandwidth", "60M")
+@pytest.mark.parametrize("size, rate", [(512, 10), pytest.param(4096, 200, marks=long)])
+def test_runner_killed_in_the_middle_of_a_copy(lab: Lab, seen: Seen, size: int, rate: int) -> None:
+    """Issue 3, done when 3: what is on the target is not sent again, but for what the guest wrote lately."""
+    guest = lab.guest("web1", [Disk(f"{size}M", data=f"{size}M")], memory="256M", rate=rate)
+    running = Move(lab, guest, "--bandwidth", "100M")
     running.wait_for_copied(0.5)
     job = running.job
     seen.outage_begins(guest)
@@ -54,9 +55,9 @@ def test_runner_killed_in_the_middle_of_a_copy(lab: Lab, seen: Seen) -> None:
     outcome = resume(lab.a, job)
     seen.outage_over(guest)
     moved(lab, guest, seen, outcome, "resumed")
-    assert outcome.summary["sent_again_bytes"] <= 0.05 * 384 * MIB + 16 * MIB
+    assert outcome.summary["sent_again_bytes"] <= 0.05 * size * MIB
     # What was there already is not in what the second one read.
-    print(f"read by the second runner: {outcome.summary['data_bytes'] / MIB:.0f} MiB")
+    print(f"read by the second runner: {outcome.summary['data_bytes'] / MIB:.0f} of {size} MiB")
 
 
 def test_runner_killed_at_the_barrier(lab: Lab, small: Guest, seen: Seen) -> None:
@@ -69,7 +70,11 @@ def test_runner_killed_at_the_barrier(lab: Lab, small: Guest, seen: Seen) -> Non
     job = running.job
     kill_runner(running)
     held.unlink()
-    moved(lab, small, seen, resume(lab.a, job), "resumed")
+    outcome = resume(lab.a, job)
+    if outcome.exit_code == 0:
+        moved(lab, small, seen, outcome, "resumed")
+    else:  # libvirt has resumed the source when its client was gone: the move begins anew
+        undone(lab, small, seen, outcome, outcome.exit_code)
 
 
 def test_runner_killed_once_the_target_runs(lab: Lab, small: Guest, seen: Seen) -> None:
@@ -240,7 +245,7 @@ def test_a_second_move_of_the_same_guest_is_refused(lab: Lab, small: Guest, seen
     running = begin(lab, small, "copy")
     job = running.job
     again = Move(lab, small).end()
-    assert again.exit_code != 0, again.text()
+    assert again.exit_code == IN_THE_WAY, again.text()
     assert job in again.text(), again.text()
     running.hurry()
     moved(lab, small, seen, running.end())
