@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "job/checkpoint.h"
 
+#include <algorithm>
 #include <charconv>
 
 #include <fmt/format.h>
@@ -131,12 +132,30 @@ Status Checkpointer::store_records(Journal::Sync sync) {
   return {};
 }
 
+// Every disk's mirror runs, here and in QEMU.
+Result<bool> Checkpointer::mirrored() {
+  const auto status = job_.engine.status();
+  DROVER_ASSIGN(const memmig::Attached attached, job_.source.attached(job_.guest));
+  for (const memmig::BitmapSpec& disk : job_.disks) {
+    const auto here = std::ranges::find(status.disks, disk.disk, &mirror::MirrorEngine::DiskStatus::name);
+    const memmig::Attached::Mirror* const there = attached.mirror(disk.disk);
+    if (here == status.disks.end() || !here->connected || there == nullptr || !there->alive()) return false;
+  }
+  return true;
+}
+
 // The next generation of bitmaps records (QEMU has drained what was under way: it has arrived here); then all is
-// recorded and the older ones are not needed.
+// recorded and the older ones are not needed. Unless a mirror has ended: then the older ones are all that knows what
+// was written after that. This process may have stood still for long, and not have heard of it yet; so it is asked
+// for once the next generation records: what a mirror missed until then shows.
 Status Checkpointer::rotate() {
+  DROVER_ASSIGN(const bool before, mirrored());
+  if (!before) return {};
   const std::uint64_t next = generation_.load() + 1;
   if (!job_.disks.empty()) DROVER_TRY(job_.source.begin_bitmaps(job_.guest, job_.disks, next));
   generation_.store(next);
+  DROVER_ASSIGN(const bool after, mirrored());
+  if (!after) return {};
   const Status flushed = flush();
   DROVER_TRY(store_records(Journal::Sync::Yes));
   std::vector<std::string> names;

@@ -73,6 +73,7 @@ class Checkpointer {
   void look();
   Status flush();
   Status store_records(Journal::Sync sync);
+  [[nodiscard]] Result<bool> mirrored();
   Status rotate();
 
   Platform& platform_;

@@ -127,7 +127,7 @@ class MirrorEngine {
     Length left;    // to be copied or on its way, now
     DiskMirror::Counters counters;
     std::uint64_t expired = 0;  // writes that were not forwarded, or given up: copied again
-    bool connected = false;     // QEMU's mirror
+    bool connected = false;     // QEMU's mirror; what ended before this was asked is seen
   };
   struct LinkOutage {
     Instant since;

@@ -375,7 +375,7 @@ MirrorEngine::EngineStatus EngineCore::status() const {
     one.left = left_of(*disk);
     one.counters = disk->mirror->counters();
     one.expired = disk->mirror->arbiter().summary().expired;
-    one.connected = disk->connected;
+    one.connected = disk->connected && disk->server && disk->server->client_is_there();
     status.disks.push_back(std::move(one));
   }
   return status;

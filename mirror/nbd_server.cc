@@ -184,6 +184,9 @@ class Core : public std::enable_shared_from_this<Core> {
   void close();
   void complete(std::uint64_t id, int errno_value);
   void buffers_available();
+  [[nodiscard]] bool client_is_there() const {
+    return current_ && !peer_is_gone(current_->socket.get());
+  }
 
  private:
   // Keeps the core and a connection from being freed while one of their functions is on the stack
@@ -530,6 +533,7 @@ class Server final : public NbdServer {
   Server& operator=(const Server&) = delete;
   ~Server() override { core_->close(); }
   void complete(std::uint64_t id, int errno_value) override { core_->complete(id, errno_value); }
+  [[nodiscard]] bool client_is_there() const override { return core_->client_is_there(); }
   void buffers_available() override { core_->buffers_available(); }
 
  private:

@@ -110,6 +110,10 @@ class NbdServer {
   // ignored. May hand on further requests before it returns.
   virtual void complete(std::uint64_t id, int errno_value) = 0;
 
+  // A client is connected, and neither it nor anybody here (endpoint_watchdog.h) has ended the connection
+  // by now, whether that was noticed or not.
+  [[nodiscard]] virtual bool client_is_there() const = 0;
+
   // Tells the server that the pool may have buffers again; call it (on the loop's thread) after
   // BufferPool::on_available, which belongs to the pool's owner:
   //   pool.on_available([&] { loop.post([&] { server->buffers_available(); copier.resume(); }); });
