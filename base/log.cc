@@ -2,6 +2,7 @@
 #include "base/log.h"
 
 #include <memory>
+#include <utility>
 
 #include <spdlog/sinks/basic_file_sink.h>
 #include <spdlog/sinks/stdout_sinks.h>
@@ -19,6 +20,11 @@ std::shared_ptr<spdlog::logger>& logger() {
     made->set_level(spdlog::level::warn);
     return made;
   }();
+  return instance;
+}
+
+std::function<void(LogLevel, std::string_view)>& sink() {
+  static std::function<void(LogLevel, std::string_view)> instance;
   return instance;
 }
 
@@ -53,7 +59,10 @@ Status log_to_file(const std::string& path) {
 
 void set_log_level(LogLevel level) { logger()->set_level(spdlog_level(level)); }
 
+void log_to(std::function<void(LogLevel, std::string_view)> other) { sink() = std::move(other); }
+
 void log_line(LogLevel level, std::string_view text) {
+  if (sink()) return sink()(level, text);
   logger()->log(spdlog_level(level), spdlog::string_view_t(text.data(), text.size()));
 }
 

@@ -6,6 +6,7 @@
 //   log_info("disk {}: {} chunks to copy", disk, count);
 #pragma once
 
+#include <functional>
 #include <string>
 #include <string_view>
 
@@ -20,6 +21,8 @@ enum class LogLevel { Debug, Info, Warning, Error };
 // Sends all further lines to `path` (appended, created with mode 0600). Without it, lines at
 // Warning and above go to standard error.
 Status log_to_file(const std::string& path);
+// Hands all further lines, of any level, to `sink` instead; it is called on any thread. For simulations.
+void log_to(std::function<void(LogLevel, std::string_view)> sink);
 void set_log_level(LogLevel level);
 void log_line(LogLevel level, std::string_view text);
 

@@ -56,6 +56,23 @@ Result<std::vector<mirror::TargetDisk>> decode_targets(std::string_view text) {
   return targets;
 }
 
+Status store_records(mirror::MirrorEngine& engine, Journal& journal, std::size_t disks,
+                     const std::optional<std::vector<mirror::TargetDisk>>& targets, Journal::Sync sync) {
+  constexpr std::size_t kAtOnce = 4;  // the engine's thread is held up for each
+  Journal::Batch batch;
+  for (std::size_t disk = 0; disk < disks; ++disk) {
+    std::optional<mirror::GroupIndex> next = 0;
+    while (next) {
+      mirror::Arbiter::Records records = engine.take_records(disk, *next, kAtOnce);
+      for (const mirror::GroupRecord& one : records.records) batch.put(record_key(disk, one.group), one.bytes);
+      next = records.next;
+    }
+  }
+  if (targets) batch.put(kTargetsKey, encode_targets(*targets));
+  if (batch.changes().empty() && sync == Journal::Sync::No) return {};
+  return journal.write(batch, sync);
+}
+
 Checkpointer::Checkpointer(Platform& platform, Job job)
     : platform_(platform), job_(std::move(job)), generation_(job_.generation) {
   flushed_ = rotated_ = platform_.now();
@@ -112,18 +129,8 @@ Status Checkpointer::store_records(Journal::Sync sync) {
     const std::lock_guard lock(mutex_);
     targets = targets_;
   }
-  Journal::Batch batch;
-  for (std::size_t disk = 0; disk < job_.disk_count; ++disk) {
-    std::optional<mirror::GroupIndex> next = 0;
-    while (next) {
-      mirror::Arbiter::Records records = job_.engine.take_records(disk, *next, kRecordsAtOnce);
-      for (const mirror::GroupRecord& one : records.records) batch.put(record_key(disk, one.group), one.bytes);
-      next = records.next;
-    }
-  }
-  if (targets) batch.put(kTargetsKey, encode_targets(*targets));
-  if (batch.changes().empty() && sync == Journal::Sync::No) return {};
-  if (const Status written = job_.journal.write(batch, sync); !written) {
+  const Status written = job::store_records(job_.engine, job_.journal, job_.disk_count, targets, sync);
+  if (!written) {
     broken_ = true;
     return written;
   }

@@ -40,6 +40,10 @@ inline constexpr std::string_view kTargetsKey = "targets";  // the target's imag
 std::string encode_targets(const std::vector<mirror::TargetDisk>& targets);
 Result<std::vector<mirror::TargetDisk>> decode_targets(std::string_view text);
 
+// Stores what has changed of all records, and with it `targets`, if there are any.
+Status store_records(mirror::MirrorEngine& engine, Journal& journal, std::size_t disks,
+                     const std::optional<std::vector<mirror::TargetDisk>>& targets, Journal::Sync sync);
+
 class Checkpointer {
  public:
   static constexpr std::chrono::milliseconds kLook{100};
@@ -47,7 +51,6 @@ class Checkpointer {
   static constexpr std::chrono::milliseconds kFlushInterval{2000};
   static constexpr std::chrono::milliseconds kRotate{5000};
   static constexpr std::chrono::seconds kFlushTimeout{30};
-  static constexpr std::size_t kRecordsAtOnce = 4;  // the engine's thread is held up for each
 
   struct Job {
     mirror::MirrorEngine& engine;

@@ -254,7 +254,10 @@ class Move {
 
   mirror::MirrorEngine::Events engine_events() {
     mirror::MirrorEngine::Events events;
-    events.all_copied = [this](bool strict) { queue_->push(AllCopied{strict}); };
+    // That a handover may begin is looked at (look_for_handover()), so that one that failed just now has its pause.
+    events.all_copied = [this](bool strict) {
+      if (strict) queue_->push(AllCopied{true});
+    };
     events.link_lost = [this](const Error& error) { queue_->push(Trouble{error}); };
     events.link_down = [this](const Error& error) {
       log_warning("the link is down: {}", error.to_string());
@@ -268,6 +271,7 @@ class Move {
     };
     events.strict_ended = [this](const Error& error) { queue_->push(HandoverFailed{error}); };
     events.disk_failed = [this](const std::string& disk, const Error& error) {
+      disk_failed_.store(true);
       queue_->push(Trouble{Error{error.code, "disk " + disk + ": " + error.message, error.hint,
                                  error.retryable}});
     };
@@ -288,6 +292,7 @@ class Move {
   // On the link's thread. Its receiver may have been killed, or its host restarted: SSH knows. But first, and in
   // between, the place where it was.
   Result<mirror::LinkAddress> locate(mirror::LinkAddress& last, unsigned attempt, int cancel_fd) {
+    if (undoing_.load()) return fail(Code::Cancelled, "the move is being undone");
     if (attempt < 2 || attempt % 2 == 1) return last;
     mirror::ReceiverRequest request = receiver_request_;
     request.resume = true;
@@ -412,6 +417,11 @@ class Move {
     if (++rejoins_ > kMostRejoins) {
       return fail(Code::Io, "the mirrors of the guest's disks break again and again");
     }
+    // Whether it was passed may not be known; if so the target's images are released, and take nothing more.
+    if (barrier_asked_) {
+      return fail(Code::Unreachable, "the handover failed when the target's images had been released",
+                  "start the move again");
+    }
     stop_checkpoints();
     DROVER_TRY(libvirt_is_back(source()));
     if (engine_) {
@@ -460,6 +470,7 @@ class Move {
   }
 
   Status copy_what_was_missed() {
+    if (files_.mutation.forget_missed) return {};
     const auto& disks = prepared_.move_plan.disks;
     for (std::size_t i = 0; i < disks.size(); ++i) {
       if (!disks[i].mirror) continue;
@@ -488,21 +499,26 @@ class Move {
     }));
     DROVER_TRY(add_disks());
     DROVER_ASSIGN(const auto targets, ask_targets());
-    const bool known = restore_records(targets);
-    DROVER_TRY(attach_mirrors());
-    DROVER_TRY(know_qemu());
-    DROVER_TRY(know_targets());
-    if (bitmaps) {
-      DROVER_TRY(copy_what_was_missed());
-    } else {
-      observer_.note(known ? "the guest's QEMU was restarted meanwhile: what was written since is not known, and "
-                             "all of its disks is copied again"
-                           : "nothing is known of what the target has: all is copied again");
-      const auto& disks = prepared_.move_plan.disks;
-      for (std::size_t i = 0; i < disks.size(); ++i) {
-        engine_->mark_pending(i, {Extent{Offset(0), disks[i].virtual_size}});
-      }
+    if (targets.size() != prepared_.move_plan.disks.size()) {
+      return fail(Code::NotFound, "the target's images are gone: an undo had removed them", "start the move again");
     }
+    // Records that were not synced went with this host, if it was that which ended QEMU: then no record does not
+    // mean that nothing was sent.
+    const bool known = (bitmaps || files_.mutation.trust_records) && restore_records(targets);
+    if (!known) {
+      observer_.note(bitmaps ? "nothing is known of what the target has: all is copied again"
+                             : "the guest's QEMU was restarted meanwhile: what was written since is not known, and "
+                               "all of its disks is copied again");
+      engine_->restore_nothing();
+    }
+    DROVER_TRY(attach_mirrors());
+    DROVER_TRY(know_targets());
+    if (bitmaps) DROVER_TRY(copy_what_was_missed());
+    // Before the journal takes this QEMU's bitmaps for all that was missed, its records say what they don't.
+    if (!known) {
+      DROVER_TRY(store_records(*engine_, *journal_, prepared_.move_plan.disks.size(), std::nullopt, Journal::Sync::Yes));
+    }
+    DROVER_TRY(know_qemu());
     engine_->start();
     return {};
   }
@@ -563,6 +579,7 @@ class Move {
       case GuestEvent::Kind::CpusStopped: source_stopped_at_.store(event.received); break;
       case GuestEvent::Kind::Quiesced:
         mirrors_may_go_.store(true);  // QEMU ends them when it goes
+        source_went_on_.store(false);
         queue_->push(SourceStopped{});
         break;
       case GuestEvent::Kind::Suspended:
@@ -570,8 +587,10 @@ class Move {
         break;
       case GuestEvent::Kind::Resumed:
         if (event.detail == "unpaused") user_paused_.store(false);
+        source_went_on_.store(true);
         break;
       case GuestEvent::Kind::Stopped:
+        if (event.detail == "shutdown") source_went_on_.store(true);
         if (event.detail != "migrated") {
           trouble(Code::Cancelled, "the guest stopped during the move (" + event.detail + ")");
         }
@@ -670,6 +689,7 @@ class Move {
                   "start the move again when it runs");
     }
     prepared_.guest = std::move(guest);
+    user_paused_.store(false);  // should the event that said so have been lost
     return {};
   }
 
@@ -769,6 +789,10 @@ class Move {
   // resumed.
   Status settle() {
     migrating_.reset();
+    if (files_.mutation.blind_settle) {
+      queue_->push(Settled{Whereabouts::Source});
+      return {};
+    }
     const Instant start = platform_.now();
     std::string known;
     while (platform_.now() < start + kSettleTimeout) {
@@ -796,7 +820,9 @@ class Move {
         const bool source_off = *source_state == GuestState::ShutOff;
         const bool target_off = *target_state == GuestState::ShutOff;
         if (source_off && (target_off || *target_state == GuestState::Paused)) {
-          queue_->push(Settled{target_off ? Whereabouts::Source : Whereabouts::Target});
+          // One that went on here before it was shut off has left what waits on the target behind.
+          const bool here = target_off || source_went_on();
+          queue_->push(Settled{here ? Whereabouts::Source : Whereabouts::Target});
           return {};
         }
       }
@@ -805,6 +831,19 @@ class Move {
       platform_.sleep(100ms);  // libvirt has no event for "this is how I leave it"
     }
     return fail(Code::Held, "the handover failed, and where the guest is now is not known (" + known + ")");
+  }
+
+  // libvirt may have let it run when it took the migration for failed. Its events tell so, or writes since
+  // the barrier, should the events be late or lost.
+  [[nodiscard]] bool source_went_on() const {
+    if (source_went_on_.load()) return true;
+    return writes_at_barrier_ && engine_ && *writes_at_barrier_ != mirrored_writes();
+  }
+
+  [[nodiscard]] std::uint64_t mirrored_writes() const {
+    std::uint64_t writes = 0;
+    for (const auto& disk : engine_->status().disks) writes += disk.counters.guest_writes;
+    return writes;
   }
 
   [[nodiscard]] bool settled_on_source(GuestState state) const {
@@ -831,14 +870,21 @@ class Move {
       return fail(Code::Held, "the guest's memory is on the target, but not all of its disks, and the process that "
                               "copied them has ended");
     }
-    if (mirror_lost_.load()) {
+    if (mirror_lost_.load() && !files_.mutation.forget_lost_mirror) {
       return fail(Code::Io, "QEMU let go of a disk's mirror before the guest stopped: the target misses writes");
     }
     mirrors_may_go_.store(true);
     const Instant start = platform_.now();
-    DROVER_TRY(engine_->drain(kDrainTimeout));
+    if (!files_.mutation.skip_drain && !files_.mutation.skip_barrier) {
+      Status drained = engine_->drain(kDrainTimeout);
+      // A disk that can't be read or written won't be by asking again.
+      if (!drained && disk_failed_.load()) return fail(Code::Held, drained.error().message);
+      DROVER_TRY(std::move(drained));
+    }
     const Instant drained = platform_.now();
-    DROVER_TRY(engine_->link().barrier(kBarrierTimeout));
+    writes_at_barrier_ = mirrored_writes();
+    barrier_asked_ = true;
+    if (!files_.mutation.skip_barrier) DROVER_TRY(engine_->link().barrier(kBarrierTimeout));
     log_info("barrier: drained in {} us, flushed and released in {} us",
              std::chrono::duration_cast<std::chrono::microseconds>(drained - start).count(),
              std::chrono::duration_cast<std::chrono::microseconds>(platform_.now() - drained).count());
@@ -863,6 +909,7 @@ class Move {
   // All of the source's images or none: a guard that is held keeps the source from resuming, which it may
   // have to if this fails.
   Status guard_source() {
+    if (files_.mutation.no_guard) return {};
     std::vector<std::unique_ptr<ImageGuard>> guard;
     for (const DiskPlan& disk : plan().disks) {
       DROVER_ASSIGN(auto lock, platform_.guard_image(disk.source_path));
@@ -880,6 +927,11 @@ class Move {
     resume_tried_ = true;
     const Instant deadline = platform_.now() + kCommitPatience;
     Status resumed = target().resume(uuid());
+    if (!resumed && files_.mutation.resume_once) {
+      source_guard_.clear();
+      queue_->push(SourceNotGuarded{resumed.error()});
+      return {};
+    }
     while (!resumed) {
       log_warning("resuming the target: {}", resumed.error().to_string());
       // Its answer may have been lost, or libvirt be restarting there.
@@ -903,10 +955,10 @@ class Move {
 
   Status commit() {
     migrating_.reset();
-    DROVER_TRY(source_is_gone());
+    if (!files_.mutation.commit_unseen) DROVER_TRY(source_is_gone());
     DROVER_ASSIGN(const GuestState state, patient_state_on(prepared_.target));
     // Invariant 4: it must have been seen running there, now or by its event.
-    if (state != GuestState::Running && target_runs_at_.load() == Instant()) {
+    if (!files_.mutation.commit_unseen && state != GuestState::Running && target_runs_at_.load() == Instant()) {
       return fail(Code::Held, "the guest was resumed on the target but is " +
                                   std::string(memmig::state_name(state)) + " there");
     }
@@ -914,7 +966,7 @@ class Move {
       summary_.notes.push_back("the guest is " + std::string(memmig::state_name(state)) +
                                " on the target by now");
     }
-    DROVER_TRY(journal_->put(kStateKey, "committed"));
+    if (!files_.mutation.delete_before_journal) DROVER_TRY(journal_->put(kStateKey, "committed"));
     read_counters();
     if (prepared_.guest.autostart) {
       note_if_failed("setting autostart on the target", target().set_autostart(uuid(), true));
@@ -924,7 +976,7 @@ class Move {
       summary_.notes.push_back("the guest's definition and disks were kept on this host, as asked: "
                                "do not start both");
     } else {
-      note_if_failed("removing the guest's definition here", source().undefine(uuid()));
+      note_if_failed("removing the guest's definition here", undefine_source());
       source_guard_.clear();
       for (const DiskPlan& disk : plan().disks) delete_source(disk);
     }
@@ -945,6 +997,18 @@ class Move {
       }
       log_warning("asking {}: {}", host->uri(), state.error().to_string());
       platform_.sleep(500ms);
+    }
+  }
+
+  // A definition that stays could be started without its disks.
+  Status undefine_source() {
+    const Instant deadline = platform_.now() + kCommitPatience;
+    while (true) {
+      const Status undefined = source().undefine(uuid());
+      if (undefined || platform_.now() > deadline) return undefined;
+      log_warning("undefining the source: {}", undefined.error().to_string());
+      platform_.sleep(500ms);
+      (void)state_on(prepared_.source);  // connects again if need be
     }
   }
 
@@ -1026,6 +1090,7 @@ class Move {
       if (!status.error().hint.empty()) hint = status.error().hint;
     };
     const bool partial = keep_partial();
+    undoing_.store(true);
     stop_checkpoints();
     if (engine_) {
       engine_->leave_strict();
@@ -1035,6 +1100,7 @@ class Move {
     mirrors_may_go_.store(true);
     // The mirrors first: from then on the guest is as it was.
     std::vector<std::string> stuck;
+    if (files_.mutation.undo_keeps_mirrors) attached_.clear();
     for (const std::string& disk : attached_) {
       if (const Status gone = source().detach_mirror(uuid(), disk, partial); !gone) {
         log_warning("{}", gone.error().to_string());
@@ -1087,9 +1153,9 @@ class Move {
   }
 
   // A guest that was being taken over and that libvirt has not cleared away, with its definition: the
-  // pre-flight saw to it that there was none before. A libvirt that has lost us clears it away itself.
+  // pre-flight saw to it that there was none before. One that was complete when libvirt lost us it does not
+  // clear away (docs/handover.md).
   Status end_target_guest() {
-    if (!target().alive()) return {};
     DROVER_ASSIGN(const GuestState state, state_on(prepared_.target));
     if (state != GuestState::ShutOff) DROVER_TRY(target().destroy(uuid()));
     return target().undefine(uuid());
@@ -1218,10 +1284,15 @@ class Move {
   std::atomic<bool> mirror_lost_{false};  // while the guest still wrote
   std::unique_ptr<mirror::MirrorEngine> engine_;
   std::unique_ptr<Checkpointer> checkpointer_;
+  std::atomic<bool> disk_failed_{false};
+  std::atomic<bool> undoing_{false};  // no receiver is started any more
   std::atomic<bool> user_paused_{false};
+  std::atomic<bool> source_went_on_{false};  // since it stopped for the handover
   std::atomic<Instant> source_stopped_at_{};
   std::atomic<Instant> target_runs_at_{};
+  std::optional<std::uint64_t> writes_at_barrier_;
   Instant resumed_at_{};
+  bool barrier_asked_ = false;
   bool resume_tried_ = false;
   int refusals_ = 0;
   std::vector<std::unique_ptr<ImageGuard>> source_guard_;

@@ -67,10 +67,8 @@ Step on(Copying state, const Event& event) {
 
 Step on(Rejoining state, const Event& event) {
   if (std::holds_alternative<HandoverFailed>(event)) state.again = true;
-  if (const auto* copied = std::get_if<AllCopied>(&event)) state.copied |= !copied->strict;
   if (std::holds_alternative<Rejoined>(event)) {
     if (state.again) return rejoin();
-    if (state.copied) return {Synchronising{}, {Do::EnterStrict}};
     return stay(Copying{});
   }
   if (const Error* reason = trouble_in(event)) return undo(*reason);

@@ -108,7 +108,6 @@ struct Reserving {
 struct Attaching {};
 struct Copying {};
 struct Rejoining {
-  bool copied = false;  // little was left, meanwhile
   bool again = false;   // a mirror was lost again, meanwhile
 };
 struct Synchronising {

@@ -17,6 +17,21 @@
 
 namespace drover::job {
 
+// For the test that the simulation notices each missing rule; see tests/sim.
+struct MoveMutation {
+  bool skip_drain = false;         // the barrier does not wait for what is on its way
+  bool skip_barrier = false;       // the target is resumed without the proof
+  bool forget_lost_mirror = false; // a mirror that ended early does not matter
+  bool no_guard = false;           // the source's images are not guarded
+  bool blind_settle = false;       // after a failed migration the guest is taken to be here
+  bool resume_once = false;        // a resume whose answer was lost is taken for refused
+  bool commit_unseen = false;      // nobody looks whether the target runs and the source is gone
+  bool delete_before_journal = false;
+  bool forget_missed = false;      // what was written without a mirror is not looked up in the bitmaps
+  bool trust_records = false;      // the journal is believed although QEMU was restarted
+  bool undo_keeps_mirrors = false; // an undo leaves the mirrors to end by themselves
+};
+
 // The job on disk, as the runner needs it (job/job_store.h).
 struct JobFiles {
   std::string id;
@@ -26,6 +41,7 @@ struct JobFiles {
   std::function<void(std::string_view)> state;  // is told each new state's name; may be empty
   // Bytes per second, zero: no limit; may be changed while the job runs.
   std::shared_ptr<std::atomic<std::uint64_t>> bandwidth;
+  MoveMutation mutation;
 };
 
 struct MoveEnd {

@@ -101,7 +101,8 @@ void Arbiter::guest_write(WriteId id, WriteKind kind, Extent extent, Instant now
   const bool fresh_id = writes_.emplace(id, Write()).second;
   CHECK(fresh_id, "a write's id is new");
   // In strict mode a write waits when too much is on its way.
-  const bool wait_for_target = strict_ && kind != WriteKind::Discard &&
+  const bool may_wait = strict_ || options_.mutation.wait_outside_strict;
+  const bool wait_for_target = may_wait && kind != WriteKind::Discard &&
                                bytes_on_the_way_ + extent.length > options_.strict_window;
   begin_part(id);  // held until all parts are taken
   if (wait_for_target) waiting_.push_back(id);
@@ -585,10 +586,7 @@ Status Arbiter::restore(GroupIndex group, std::string_view bytes, bool unflushed
   const ChunkIndex end = std::min(chunks_, first + kGroupChunks);
   auto chunks = decode_group({group, options_.disk_size, options_.chunk_size}, bytes);
   if (!chunks) {
-    pending_.add_range(first, end);
-    sent_.insert_range(first, end);
-    touched_.insert_range(first / kSpan, (end + kSpan - 1) / kSpan);
-    changed(first);
+    know_nothing(first, end);
     return fail(std::move(chunks.error()));
   }
   for (std::uint64_t i = 0; i < chunks->size(); ++i) {
@@ -606,6 +604,21 @@ Status Arbiter::restore(GroupIndex group, std::string_view bytes, bool unflushed
     unflushed_.add(first + i, chunk.unflushed);
   }
   return {};
+}
+
+void Arbiter::restore_nothing() {
+  CHECK(pieces_.empty() && copies_.empty(), "an arbiter is restored before anything happens");
+  for (ChunkIndex first = 0; first < chunks_; first += kGroupChunks) {
+    know_nothing(first, std::min(chunks_, first + kGroupChunks));
+  }
+}
+
+// The chunks of one group.
+void Arbiter::know_nothing(ChunkIndex first, ChunkIndex end) {
+  pending_.add_range(first, end);
+  sent_.insert_range(first, end);
+  touched_.insert_range(first / kSpan, (end + kSpan - 1) / kSpan);
+  changed(first);
 }
 
 // --- what is known ---

@@ -165,6 +165,7 @@ class Arbiter {
       bool forget_on_the_way = false;        // synchronised() does not count what is on its way
       bool keep_copied_on_loss = false;      // a lost lane leaves what was in flight as Copied
       bool wrong_lane = false;               // a write travels on another lane than its chunk
+      bool wait_outside_strict = false;  // writes wait for the target at any time
       bool forget_joined_mask = false;       // a Pending chunk's mask is replaced, not joined
       bool forget_redo_mask = false;     // of the writes to redo, only the last one's blocks count
       bool forget_ticket_mask = false;   // a lost copy's blocks do not come back
@@ -228,6 +229,8 @@ class Arbiter {
   // `unflushed_lost`: the target is not the instance any more that acknowledged it. Protocol: the
   // record is damaged; then all of the group is Pending, and anything may have been sent to it.
   Status restore(GroupIndex group, std::string_view bytes, bool unflushed_lost);
+  // The same as if every group's record was damaged.
+  void restore_nothing();
 
   // Passed: every write that arrived before fence_begin() is acknowledged by the target, or
   // Pending.
@@ -315,6 +318,7 @@ class Arbiter {
   [[nodiscard]] std::size_t blocks_in(ChunkIndex chunk) const;
   [[nodiscard]] BlockMask blocks_of(const Piece& piece) const;
   [[nodiscard]] Length bytes_of(ChunkIndex chunk, const BlockMask& blocks) const;
+  void know_nothing(ChunkIndex first, ChunkIndex end);
   void changed(ChunkIndex chunk) { changed_.insert(chunk / kGroupChunks); }
   void changed(const BlockSet& chunks);
   void dirty(ChunkIndex chunk, const BlockMask& blocks);

@@ -60,7 +60,7 @@ void DiskMirror::scan_from(Offset at) {
 
 void DiskMirror::on_extents(Offset at, Result<std::vector<blockcopy::MappedExtent>> result) {
   scanning_ = false;
-  if (stopped_) return;
+  if (stopped_) return events_.changed();
   // Not knowing the holes costs time, not correctness: everything is read then.
   if (!result || result->empty()) return events_.changed();
   for (const blockcopy::MappedExtent& run : *result) {
@@ -112,6 +112,7 @@ void DiskMirror::read(const CopyTicket& ticket, Buffer buffer) {
 
 void DiskMirror::on_read(Read& read) {
   --reads_;
+  if (stopped_) events_.changed();  // whatever becomes of it, somebody may be waiting for its end
   const CopyTicket& ticket = read.ticket;
   if (!read.status) {
     arbiter_.copy_abandoned(ticket.id, actions_);
@@ -206,7 +207,9 @@ void DiskMirror::carry_out() {
       case Action::Kind::Touch:
         if (events_.touching) events_.touching(action.group);
         break;
-      case Action::Kind::Abandon: lanes_.abandon(action.lane, piece_token(action.piece)); break;
+      case Action::Kind::Abandon:
+        lanes_.abandon(action.lane, options_.disk, piece_token(action.piece));
+        break;
     }
   }
   actions_.clear();

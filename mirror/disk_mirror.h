@@ -42,7 +42,8 @@ class DiskMirror {
   struct Events {
     std::function<void(std::uint64_t id)> acknowledge;  // answer QEMU's request: done
     std::function<void(const Error&)> failed;           // the disk can't be copied: read or write error
-    std::function<void()> changed;  // the holes are known: start_copy() may succeed now
+    // The holes are known: start_copy() may succeed now. After stop(): it may be idle() now.
+    std::function<void()> changed;
     std::function<Instant()> now;
     // Something is about to be sent to chunks of the group to which nothing was sent before:
     // take_record() it and store that before returning. May be empty: without a journal. (Called
@@ -90,6 +91,7 @@ class DiskMirror {
   Status restore(GroupIndex group, std::string_view bytes, bool unflushed_lost) {  // before start()
     return arbiter_.restore(group, bytes, unflushed_lost);
   }
+  void restore_nothing() { arbiter_.restore_nothing(); }
 
   struct Counters {
     std::uint64_t guest_writes = 0;     // requests that QEMU mirrored

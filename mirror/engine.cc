@@ -60,6 +60,9 @@ class Engine final : public MirrorEngine {
   Status restore(std::size_t disk, const GroupRecord& record, bool unflushed_lost) override {
     return on_loop([&] { return core_.restore(disk, record, unflushed_lost); });
   }
+  void restore_nothing() override {
+    on_loop([&] { core_.restore_nothing(); });
+  }
   void know_targets(const std::vector<TargetDisk>& target_disks) override {
     on_loop([&] { core_.know_targets(target_disks); });
   }

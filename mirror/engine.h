@@ -53,6 +53,8 @@ class MirrorEngine {
   struct Options {
     Length chunk_size = kMaxChunk;
     Length bandwidth;  // of the copy, per second; zero: no limit
+    Length handover_rest = kHandoverRest;
+    Arbiter::Options arbiter;  // bounds and mutations; disk, chunks and lanes are filled in
     // Starts the watchdog (endpoint_watchdog.h) that keeps the guest from waiting for a process that
     // stands still; empty: none.
     std::vector<std::string> watchdog_command;
@@ -65,7 +67,7 @@ class MirrorEngine {
     bool target_initially_zero = true;
   };
   struct Events {
-    // Not strict: at most kHandoverRest is left to copy, the handover may begin. Strict: nothing is left
+    // Not strict: at most handover_rest is left to copy, the handover may begin. Strict: nothing is left
     // on any disk. Again each time that becomes true.
     std::function<void(bool strict)> all_copied;
     // Strict mode ended because the target does not take what the guest waits for.
@@ -103,6 +105,8 @@ class MirrorEngine {
   // --- to survive crashes; mirror/arbiter.h says in which order; disks by their place ---
   // Before start(), for every record that was stored.
   virtual Status restore(std::size_t disk, const GroupRecord& record, bool unflushed_lost) = 0;
+  // Instead, where the records can't be trusted: the target may have anything, all of it is to be copied.
+  virtual void restore_nothing() = 0;
   // What the target's images are, when the link did not say it with link_up. Another instance or image than
   // before: what was lost with it is to be copied again.
   virtual void know_targets(const std::vector<TargetDisk>& target_disks) = 0;
@@ -137,7 +141,7 @@ class MirrorEngine {
   struct EngineStatus {
     std::vector<DiskStatus> disks;
     bool strict = false;
-    bool copied = false;  // the link is up and at most kHandoverRest is left
+    bool copied = false;  // the link is up and at most handover_rest is left
     Length unflushed;     // acknowledged by the target since its last flush
     LinkCounters link;
     std::optional<LinkOutage> link_down;

@@ -57,6 +57,7 @@ Status EngineCore::add_disk(Disk disk, const Listen& listen) {
   }
   DiskMirror::Options options;
   options.disk = index;
+  options.arbiter = options_.arbiter;
   options.arbiter.disk_size = disk.size;
   options.arbiter.chunk_size = options_.chunk_size;
   options.arbiter.lanes = lanes_;
@@ -284,7 +285,7 @@ void EngineCore::settle() {
   // A guest that discards makes chunks Pending again in strict mode; its memory waits for them, or
   // it could stop with more to copy than QEMU's export lives for.
   if (strict_ && link_ && !stopping_) link_->let_memory_pass(left.bytes() == 0);
-  const bool done = copied(strict_ ? Length() : MirrorEngine::kHandoverRest);
+  const bool done = copied(strict_ ? Length() : options_.handover_rest);
   if (done && !std::exchange(told_copied_, true) && !stopping_) events_.all_copied(strict_);
   if (!done) told_copied_ = false;
 }
@@ -302,6 +303,11 @@ bool EngineCore::copied(Length rest) const {
 Status EngineCore::restore(std::size_t disk, const GroupRecord& record, bool unflushed_lost) {
   CHECK(!started_, "records are restored before copying begins");
   return disks_.at(disk)->mirror->restore(record.group, record.bytes, unflushed_lost);
+}
+
+void EngineCore::restore_nothing() {
+  CHECK(!started_, "records are restored before copying begins");
+  for (const auto& disk : disks_) disk->mirror->restore_nothing();
 }
 
 void EngineCore::mark_pending(std::size_t disk, const std::vector<Extent>& extents) {
@@ -365,7 +371,7 @@ MirrorEngine::EngineStatus EngineCore::status() const {
   status.strict = strict_;
   if (link_) status.link = link_->counters();
   status.link_down = outage_;
-  status.copied = copied(MirrorEngine::kHandoverRest);
+  status.copied = copied(options_.handover_rest);
   for (const auto& disk : disks_) status.unflushed += disk->mirror->arbiter().unflushed();
   for (const auto& disk : disks_) {
     MirrorEngine::DiskStatus one;

@@ -32,11 +32,12 @@
 
 namespace drover::mirror {
 
-// Of a chunk each.
+// Of a chunk each; writes may be given longer ones.
 struct EngineBuffers {
-  explicit EngineBuffers(Length chunk_size)
+  explicit EngineBuffers(Length chunk_size) : EngineBuffers(chunk_size, chunk_size) {}
+  EngineBuffers(Length chunk_size, Length write_size)
       : copies(chunk_size, MirrorEngine::kCopyBuffers),
-        writes(chunk_size, MirrorEngine::kWriteBuffers) {}
+        writes(write_size, MirrorEngine::kWriteBuffers) {}
   BufferPool copies;
   BufferPool writes;
 };
@@ -71,10 +72,12 @@ class EngineCore : private Answers {
   void know_targets(const std::vector<TargetDisk>& target_disks);
   Status enter_strict();
   void leave_strict();
+  [[nodiscard]] bool strict() const { return strict_; }
   void set_bandwidth(Length per_second);
   void stop_copying();
   [[nodiscard]] MirrorEngine::EngineStatus status() const;
   Status restore(std::size_t disk, const GroupRecord& record, bool unflushed_lost);
+  void restore_nothing();
   void mark_pending(std::size_t disk, const std::vector<Extent>& extents);
   Arbiter::Records take_records(std::size_t disk, GroupIndex first, std::size_t most);
   std::vector<FlushId> flush_begin();

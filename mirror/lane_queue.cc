@@ -35,9 +35,11 @@ std::optional<OutFrame> LaneQueue::pop() {
   return frame;
 }
 
-bool LaneQueue::abandon(std::uint64_t token) {
+bool LaneQueue::abandon(std::uint16_t disk, std::uint64_t token) {
   for (std::deque<OutFrame>* queue : {&urgent_, &bulk_}) {
-    const auto found = std::ranges::find(*queue, token, &OutFrame::token);
+    const auto found = std::ranges::find_if(*queue, [&](const OutFrame& frame) {
+      return frame.disk == disk && frame.token == token;
+    });
     if (found == queue->end()) continue;
     queue->erase(found);
     return true;

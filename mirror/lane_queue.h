@@ -24,7 +24,7 @@ class LaneQueue {
   // The next to send.
   std::optional<OutFrame> pop();
   // Takes a waiting frame out. False: no such frame waits.
-  bool abandon(std::uint64_t token);
+  bool abandon(std::uint16_t disk, std::uint64_t token);
   void clear();
   [[nodiscard]] bool empty() const { return urgent_.empty() && bulk_.empty(); }
 

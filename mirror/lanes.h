@@ -36,7 +36,8 @@ class Lanes {
   // queues (buffers, Arbiter::Options::max_forwarded). Frames are dropped while the link is down.
   virtual void send(std::uint32_t lane, OutFrame frame) = 0;
   // Drops a queued frame that was not begun yet; no answer will come for it. False: too late.
-  virtual bool abandon(std::uint32_t lane, std::uint64_t token) = 0;
+  // Tokens are names of one disk's.
+  virtual bool abandon(std::uint32_t lane, std::uint16_t disk, std::uint64_t token) = 0;
 };
 
 // An image on the target, as its receiver names it.

@@ -251,9 +251,9 @@ class LaneSender {
     if (wake) waker_.wake();
   }
 
-  bool abandon(std::uint64_t token) {
+  bool abandon(std::uint16_t disk, std::uint64_t token) {
     const std::lock_guard lock(mutex_);
-    const bool dropped = queue_.abandon(token);
+    const bool dropped = queue_.abandon(disk, token);
     if (dropped) tell_if_idle();
     return dropped;
   }
@@ -902,10 +902,10 @@ class LinkImpl final : public Link {
     if (Connections* const active = delivery_->active())
       active->lanes[lane]->send(std::move(frame));
   }
-  bool abandon(std::uint32_t lane, std::uint64_t token) override {
+  bool abandon(std::uint32_t lane, std::uint16_t disk, std::uint64_t token) override {
     CHECK(lane < options_.lanes, "there is such a lane");
     Connections* const active = delivery_->active();
-    return active != nullptr && active->lanes[lane]->abandon(token);
+    return active != nullptr && active->lanes[lane]->abandon(disk, token);
   }
 
   Result<nlohmann::json> call(const nlohmann::json& request,

@@ -353,7 +353,7 @@ class TestSource final : public Answers {
   }
   bool abandon(std::uint32_t lane, std::uint64_t token) {
     bool dropped = false;
-    on_engine([&] { dropped = link_->abandon(lane, token); });
+    on_engine([&] { dropped = link_->abandon(lane, 0, token); });
     if (dropped) {
       const std::lock_guard lock(mutex_);
       --sent_;

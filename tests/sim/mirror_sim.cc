@@ -191,7 +191,7 @@ class SimLanes final : public mirror::Lanes {
     return static_cast<std::uint32_t>(lanes_.size());
   }
   void send(std::uint32_t lane, mirror::OutFrame frame) override;
-  bool abandon(std::uint32_t lane, std::uint64_t token) override;
+  bool abandon(std::uint32_t lane, std::uint16_t disk, std::uint64_t token) override;
   void lose(LaneIndex lane);
   // The guest's writes that were given to the lanes and are neither answered, nor dropped, nor
   // lost.
@@ -354,8 +354,8 @@ void SimLanes::send(std::uint32_t lane, mirror::OutFrame frame) {
   lanes_[lane].queue->push(std::move(frame));
 }
 
-bool SimLanes::abandon(std::uint32_t lane, std::uint64_t token) {
-  const bool dropped = lanes_[lane].queue->abandon(token);
+bool SimLanes::abandon(std::uint32_t lane, std::uint16_t disk, std::uint64_t token) {
+  const bool dropped = lanes_[lane].queue->abandon(disk, token);
   if (dropped) pieces_.erase(token);
   return dropped;
 }

@@ -72,6 +72,8 @@ INSTANTIATE_TEST_SUITE_P(
              [](MirrorSimOptions& o) { o.mutation.drop_expired = true; }},
         Rule{"WhatALostLaneCarriedIsCopiedAgain",
              [](MirrorSimOptions& o) { o.mutation.keep_copied_on_loss = true; }},
+        Rule{"AWriteWaitsForTheTargetInStrictModeOnly",
+             [](MirrorSimOptions& o) { o.mutation.wait_outside_strict = true; }},
         Rule{"AChunkAlwaysTravelsOnTheSameLane",
              [](MirrorSimOptions& o) { o.mutation.wrong_lane = true; }},
         Rule{"AMaskIsJoinedNotReplaced",

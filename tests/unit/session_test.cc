@@ -195,7 +195,7 @@ TEST(LaneQueueTest, FramesOfAChunkKeepTheirOrder) {
         ++waiting;
       } else if (what < 7 && next > 1) {
         const std::uint64_t token = 1 + random.below(next - 1);
-        if (queue.abandon(token)) {
+        if (queue.abandon(0, token) || queue.abandon(1, token)) {
           forget(token);
           --waiting;
         }
@@ -221,6 +221,19 @@ TEST(LaneQueueTest, AWriteOvertakesCopiesOfOtherChunks) {
   std::vector<std::uint64_t> order;
   while (auto frame = queue.pop()) order.push_back(frame->token);
   EXPECT_EQ(order, (std::vector<std::uint64_t>{10, 0, 1, 2, 3, 11}));
+}
+
+// Each disk names its frames by itself, and disks share lanes.
+TEST(LaneQueueTest, WhatOneDiskAbandonsIsNoFrameOfAnothers) {
+  LaneQueue queue(1_MiB);
+  queue.push({.disk = 0, .extent = {Offset(0), 4_KiB}, .token = 3});
+  queue.push({.disk = 1, .extent = {Offset(0), 4_KiB}, .token = 3});
+  EXPECT_FALSE(queue.abandon(2, 3));
+  EXPECT_TRUE(queue.abandon(1, 3));
+  const auto left = queue.pop();
+  ASSERT_TRUE(left);
+  EXPECT_EQ(left->disk, 0);
+  EXPECT_FALSE(queue.pop());
 }
 
 TEST(LaneQueueTest, ABusyGuestDoesNotStopTheCopy) {
