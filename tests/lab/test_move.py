@@ -121,46 +121,23 @@ def test_ctrl_c_undoes_everything(lab: Lab, phase: str) -> None:
     assert_unharmed(guest)
 
 
-def clear_up_as_told(lab: Lab, outcome: Outcome) -> None:
-    """What could not be undone while the target was out of reach: the message names the command."""
-    command = re.search(r"`(drover receive --cleanup [^`]+)` on hostb", outcome.text())
-    if command:
-        p = lab.b.run(command[1], check=False)
-        assert p.returncode in (0, 3), p  # 3: it has cleared up itself meanwhile
-
-
 @pytest.mark.leaves("hostb: process: sshd: *")  # the other end of a connection that was cut, until TCP notices
 @pytest.mark.parametrize("phase", ["copy", "memory"])
-def test_a_lost_link_ends_the_move_cleanly(lab: Lab, guest: Guest, phase: str) -> None:
-    running = Move(lab, guest, "--bandwidth", "20M")
+def test_a_link_that_is_lost_for_too_long_ends_the_move_cleanly(lab: Lab, guest: Guest, phase: str) -> None:
+    running = Move(lab, guest, "--bandwidth", "20M", "--link-timeout", "2s")
     running.wait_for(lambda e: e.get("phase") == phase and e.get("copied_bytes", 0) > 0)
     lab.set_link(lab.b, False)
     outcome = running.end()
     lab.set_link(lab.b, True)
     assert outcome.exit_code not in (0, 130), outcome.text()
     assert guest.host is lab.a
-    clear_up_as_told(lab, outcome)
+    # The target was out of reach: what is there is cleared up later.
+    lab.a.run(["drover", "cancel", guest.name])
     for path in guest.disks().values():
         assert not lab.b.path(path).exists(), f"{path} was left on the target"
     assert_unharmed(guest)
-    lab.a.run("rm -rf /var/lib/drover/jobs")  # of the job that could not be undone in full
     move_ok(lab, guest)
     assert_unharmed(guest)
-
-
-@pytest.mark.parametrize("phase", ["copy", "memory"])
-def test_a_receiver_that_is_killed_ends_the_move_cleanly(lab: Lab, guest: Guest, phase: str) -> None:
-    running = Move(lab, guest, "--bandwidth", "20M")
-    running.wait_for(lambda e: e.get("phase") == phase and e.get("copied_bytes", 0) > 0)
-    kill_all(lab.b, "drover receive")
-    outcome = running.end()
-    assert outcome.exit_code not in (0, 130), outcome.text()
-    assert guest.host is lab.a
-    for path in guest.disks().values():
-        assert not lab.b.path(path).exists(), f"{path} was left on the target"
-    assert lab.leftovers() == []
-    assert_unharmed(guest)
-    move_ok(lab, guest)
 
 
 def test_a_receiver_that_is_killed_after_the_barrier_no_longer_matters(lab: Lab, guest: Guest) -> None:
@@ -183,14 +160,13 @@ def test_a_receiver_that_is_killed_after_the_barrier_no_longer_matters(lab: Lab,
 
 @pytest.mark.parametrize("phase", ["copy", "memory"])
 def test_somebody_cancels_the_mirror(lab: Lab, guest: Guest, phase: str) -> None:
-    """From then on the target misses the guest's writes."""
+    """From then on the target misses the guest's writes: another is attached, and those are copied."""
     running = Move(lab, guest, "--bandwidth", "20M")
     running.wait_for_phase(phase)
     lab.a.qmp(guest.name, "block-job-cancel", device="drover-vda")
     outcome = running.end()
-    assert outcome.exit_code == 1, outcome.text()
-    assert "mirror of disk vda" in outcome.error["message"], outcome.error
-    assert guest.host is lab.a
+    assert outcome.exit_code == 0, outcome.text()
+    assert guest.host is lab.b
     assert lab.leftovers() == []
     assert_unharmed(guest)
     move_ok(lab, guest)
@@ -228,14 +204,14 @@ def test_a_guest_that_cannot_be_resumed_is_held_and_nothing_is_deleted(lab: Lab,
         assert lab.a.path(path).exists() and lab.b.path(path).exists()
     assert lab.b.virsh("domstate", guest.name).strip() == "paused"
     assert lab.a.virsh("domstate", guest.name).strip() == "shut off"
-    # A person decides.
+    # A person sees to it, and the job goes on.
     lab.b.virsh("resume", guest.name)
+    resumed = lab.a.run(["drover", "resume", guest.name], check=False)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert guest.host is lab.b
+    for path in before.values():
+        assert not lab.a.path(path).exists()
     assert_unharmed(guest)
-    job = os.listdir(lab.b.path("/var/lib/drover/jobs"))[0]
-    assert lab.b.run(["drover", "receive", "--cleanup", job], check=False).returncode == 6
-    lab.b.run(["drover", "receive", "--cleanup", job, "--keep"])
-    lab.a.virsh("undefine", guest.name)
-    lab.a.run(["rm", "-r", *before.values(), "/var/lib/drover/jobs"])
     assert lab.leftovers() == []
 
 
