@@ -123,9 +123,8 @@ Error libvirt_error(std::string_view doing) {
     case VIR_ERR_XML_DETAIL:
     case VIR_ERR_INVALID_ARG: error.code = Code::InvalidArgument; break;
     case VIR_ERR_NO_MEMORY: error.code = Code::NoSpace; break;
-    case VIR_ERR_OPERATION_FAILED:
-    case VIR_ERR_SYSTEM_ERROR: error.code = Code::Io; break;
-    default: error.code = Code::Internal; break;
+    // Also what libvirt calls an internal error (a QEMU that died, for one): it is no bug of drover.
+    default: error.code = Code::Io; break;
   }
   if (connection_is_gone(*last)) {
     error.code = Code::Unreachable;

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 
 from lab import IMAGES, Disk, Guest, Lab, wait_for
-from moves import HOLD, Move, Outcome, assert_unharmed, kill_all, move, move_comparing_at_barrier, move_ok
+from moves import HOLD, Move, assert_unharmed, kill_all, move, move_comparing_at_barrier, move_ok
 
 pytestmark = pytest.mark.usefixtures("drover")
 

@@ -55,8 +55,10 @@ def test_runner_killed_in_the_middle_of_a_copy(lab: Lab, seen: Seen, size: int, 
     outcome = resume(lab.a, job)
     seen.outage_over(guest)
     moved(lab, guest, seen, outcome, "resumed")
-    assert outcome.summary["sent_again_bytes"] <= 0.05 * size * MIB
+    # The group of chunks that was being copied is taken for sent in full: mirror/group_record.h.
+    assert outcome.summary["sent_again_bytes"] <= 0.05 * size * MIB + (0 if size > 2048 else 64 * MIB)
     # What was there already is not in what the second one read.
+    assert outcome.summary["data_bytes"] <= 0.55 * size * MIB
     print(f"read by the second runner: {outcome.summary['data_bytes'] / MIB:.0f} of {size} MiB")
 
 
@@ -233,12 +235,12 @@ def test_resumed_twice(lab: Lab, small: Guest, seen: Seen) -> None:
     first.wait_for_phase("copy")
     second = resume(lab.a, job)
     assert second.exit_code == IN_THE_WAY, second.text()
-    assert job in second.error["message"], second.error
+    assert job in second.text(), second.text()
     first.hurry()
     moved(lab, small, seen, first.end(), "resumed")
     third = resume(lab.a, job)
     assert third.exit_code == NOT_FOUND, third.text()
-    assert "has ended" in third.error["message"], third.error
+    assert "has ended" in third.text(), third.text()
 
 
 def test_a_second_move_of_the_same_guest_is_refused(lab: Lab, small: Guest, seen: Seen) -> None:
