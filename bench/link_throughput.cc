@@ -192,6 +192,7 @@ class Source final : public Answers {
     }
     if (copied_ == chunks_ && sent_.empty()) loop_.stop();
   }
+  void differs(std::uint32_t, std::uint16_t, std::uint64_t, const BlockMask&) override {}
   void refused(std::uint32_t, std::uint16_t, std::uint64_t, const Error& error) override {
     must(Status(fail(error)));
   }

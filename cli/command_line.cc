@@ -138,6 +138,7 @@ struct Written {
   std::optional<std::string> max_downtime;
   std::optional<std::string> connections;
   std::optional<std::string> link_timeout;
+  std::optional<std::string> max_slowdown;
   std::string hold_barrier;
   std::string config;
   std::string job;
@@ -145,6 +146,7 @@ struct Written {
   bool detach = false;
   bool keep_source = false;
   bool keep_partial = false;
+  bool verify = false;
   bool dry_run = false;
   bool json = false;
   bool verbose = false;
@@ -213,6 +215,12 @@ void add_move(CLI::App& app, Written& written, const job::MoveOptions& defaults)
   value(app, "--connections", written.connections, "N",
         with_default(fmt::format("TCP connections for the data, 1 to {}", kMostConnections),
                      std::to_string(defaults.connections)));
+  value(app, "--max-slowdown", written.max_slowdown, "T",
+        with_default("how long a guest's write may wait for the target in the\nhandover",
+                     format_time(defaults.max_slowdown)));
+  flag(app, "--verify", written.verify,
+       with_default("before the handover compare all that is on the target's\ndisks with the source",
+                    defaults.verify ? "yes" : "no"));
   value(app, "--link-timeout", written.link_timeout, "T",
         with_default("undo the move when the link was gone for so long",
                      format_link_timeout(defaults.link_timeout)));
@@ -310,6 +318,11 @@ Status apply(const Written& written, job::MoveOptions& options) {
     DROVER_TRY(take("--link-timeout", *written.link_timeout, parse_link_timeout,
                     [&](std::chrono::milliseconds time) { options.link_timeout = time; }));
   }
+  if (written.max_slowdown) {
+    DROVER_TRY(take("--max-slowdown", *written.max_slowdown, parse_max_slowdown,
+                    [&](std::chrono::milliseconds time) { options.max_slowdown = time; }));
+  }
+  if (written.verify) options.verify = true;
   if (written.keep_source) options.keep_source = true;
   if (written.keep_partial) options.keep_partial = true;
   options.hold_barrier_file = written.hold_barrier;

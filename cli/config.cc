@@ -27,6 +27,8 @@ using std::chrono::milliseconds;
 constexpr std::size_t kLargestFile = std::size_t{1} << 20;
 constexpr milliseconds kLeastDowntime{1};
 constexpr milliseconds kLeastLinkTimeout{1000};
+constexpr milliseconds kLeastSlowdown{10};
+constexpr milliseconds kLongestSlowdown{60'000};
 
 Status expect(bool condition, const char* problem, const char* hint) {
   if (condition) return {};
@@ -92,6 +94,12 @@ constexpr auto kKeys = std::to_array<Key>({
        DROVER_ASSIGN(options.max_downtime, parse_max_downtime(text));
        return {};
      }},
+    {"max-slowdown",
+     [](const toml::node& node, job::MoveOptions& options) -> Status {
+       DROVER_ASSIGN(const std::string text, text_of(node, "max-slowdown = \"100ms\""));
+       DROVER_ASSIGN(options.max_slowdown, parse_max_slowdown(text));
+       return {};
+     }},
     {"port",
      [](const toml::node& node, job::MoveOptions& options) -> Status {
        DROVER_ASSIGN(const auto port, number_of(node, {0, kMostPort}));
@@ -103,6 +111,8 @@ constexpr auto kKeys = std::to_array<Key>({
        DROVER_ASSIGN(options.source_uri, text_of(node, "source-uri = \"qemu:///system\""));
        return {};
      }},
+    {"verify",
+     [](const toml::node& node, job::MoveOptions& options) { return take_bool(node, options.verify); }},
 });
 
 std::string known_keys() {
@@ -129,6 +139,10 @@ Result<milliseconds> within(std::string_view text, milliseconds least, milliseco
 
 Result<milliseconds> parse_max_downtime(std::string_view text) {
   return within(text, kLeastDowntime, kLongestTime);
+}
+
+Result<milliseconds> parse_max_slowdown(std::string_view text) {
+  return within(text, kLeastSlowdown, kLongestSlowdown);
 }
 
 Result<milliseconds> parse_link_timeout(std::string_view text) {

@@ -48,6 +48,7 @@ inline constexpr unsigned kMostPort = 65535;
 Result<std::chrono::milliseconds> parse_max_downtime(std::string_view text);
 // "none" is no limit: zero.
 Result<std::chrono::milliseconds> parse_link_timeout(std::string_view text);
+Result<std::chrono::milliseconds> parse_max_slowdown(std::string_view text);
 std::string format_link_timeout(std::chrono::milliseconds time);
 
 }  // namespace drover::cli

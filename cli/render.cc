@@ -127,6 +127,15 @@ std::string waiting(const job::Progress& progress) {
   return out;
 }
 
+// Below it a wait is what any write takes.
+constexpr auto kWorthSaying = milliseconds(5);
+
+std::string slowdown_text(const job::Slowdown& slowdown) {
+  const double mean = static_cast<double>(slowdown.waited.count()) / 1000 /
+                      static_cast<double>(std::max<std::uint64_t>(1, slowdown.writes));
+  return fmt::format("{:.1f} ms, at most {} ms", mean, duration_cast<milliseconds>(slowdown.longest).count());
+}
+
 // The parts behind the head, in the order in which they are written.
 std::vector<Part> parts(const ProgressView& view, std::string disks) {
   const job::Progress& progress = view.progress;
@@ -137,6 +146,8 @@ std::vector<Part> parts(const ProgressView& view, std::string disks) {
   add(0, waiting(progress));
   if (!copies(progress.phase)) return out;
   add(3, amount(progress));
+  if (progress.to_verify > Length(0)) add(1, format_length(progress.to_verify) + " to verify");
+  if (progress.slowdown.longest >= kWorthSaying) add(2, "guest writes wait: " + slowdown_text(progress.slowdown));
   add(2, format_rate(progress.rate));
   add(1, time_left(progress));
   if (progress.phase == job::Phase::Copy && progress.disks.size() > 1) add(4, std::move(disks));
@@ -266,6 +277,18 @@ std::string render_summary(const job::Summary& summary, const Style& style) {
                                     plural(summary.reconnects, "reconnect")));
   }
   out += row("mirrored", plural(summary.mirrored_writes, "guest write"));
+  if (summary.slowdown.writes > 0) {
+    out += row("handover", fmt::format("{} waited for {}: {}", plural(summary.slowdown.writes, "guest write"),
+                                       printable(summary.host), slowdown_text(summary.slowdown)));
+  }
+  if (summary.verified) {
+    std::string verified = summary.damaged == 0 ? "all equal on stable storage"
+                                                : plural(summary.damaged, "chunk") + " differed and were sent again";
+    if (summary.unverified > 0) {
+      verified += fmt::format("; {} written too often to tell", plural(summary.unverified, "chunk"));
+    }
+    out += row("verified", verified);
+  }
   std::string times;
   for (const auto& [phase, time] : summary.phase_times) {
     times += fmt::format("{}{} {}", times.empty() ? "" : ", ", job::phase_name(phase),

@@ -173,6 +173,9 @@ Status read_counts(const json& object, Counted& out) {
   DROVER_ASSIGN(out.mirrored_writes, optional_number(object, "mirrored_writes"));
   DROVER_ASSIGN(out.sent_again, length(object, "sent_again_bytes"));
   DROVER_ASSIGN(out.reconnects, optional_number(object, "reconnects"));
+  DROVER_ASSIGN(out.slowdown.writes, optional_number(object, "handover_writes"));
+  DROVER_ASSIGN(out.slowdown.waited, time<microseconds>(object, "handover_wait_us"));
+  DROVER_ASSIGN(out.slowdown.longest, time<microseconds>(object, "handover_longest_wait_us"));
   return {};
 }
 
@@ -192,6 +195,9 @@ Result<Summary> summary_from_json(const json& object) {
     out.phase_times.emplace_back(which, took);
   }
   DROVER_ASSIGN(out.disks, disk_plans_of(object));
+  DROVER_ASSIGN(out.verified, mirror::get_bool(object, "verified", false));
+  DROVER_ASSIGN(out.damaged, optional_number(object, "damaged_chunks"));
+  DROVER_ASSIGN(out.unverified, optional_number(object, "unverified_chunks"));
   DROVER_ASSIGN(out.deleted, texts(object, "deleted"));
   DROVER_ASSIGN(out.kept, texts(object, "kept"));
   DROVER_ASSIGN(out.notes, texts(object, "notes"));
@@ -292,6 +298,10 @@ OrderedJson event_of(const Progress& progress) {
           {"wire_bytes", progress.wire_bytes.bytes()},
           {"sent_again_bytes", progress.sent_again.bytes()},
           {"reconnects", progress.reconnects},
+          {"to_verify_bytes", progress.to_verify.bytes()},
+          {"handover_writes", progress.slowdown.writes},
+          {"handover_wait_us", number(progress.slowdown.waited)},
+          {"handover_longest_wait_us", number(progress.slowdown.longest)},
           {"memory_total_bytes", progress.memory_total.bytes()},
           {"memory_remaining_bytes", progress.memory_remaining.bytes()},
           {"waiting_for", text_or_null(progress.waiting_for)},
@@ -317,6 +327,12 @@ OrderedJson event_of(const Summary& summary) {
           {"mirrored_writes", summary.mirrored_writes},
           {"sent_again_bytes", summary.sent_again.bytes()},
           {"reconnects", summary.reconnects},
+          {"handover_writes", summary.slowdown.writes},
+          {"handover_wait_us", number(summary.slowdown.waited)},
+          {"handover_longest_wait_us", number(summary.slowdown.longest)},
+          {"verified", summary.verified},
+          {"damaged_chunks", summary.damaged},
+          {"unverified_chunks", summary.unverified},
           {"phases", phases},
           {"disks", disk_plans(summary.disks)},
           {"deleted", summary.deleted},
@@ -362,6 +378,7 @@ Result<Progress> progress_from_json(const json& object) {
     DROVER_ASSIGN(out.time_left, time<seconds>(object, "time_left_s"));
   }
   DROVER_ASSIGN(out.copied, length(object, "copied_bytes"));
+  DROVER_ASSIGN(out.to_verify, length(object, "to_verify_bytes"));
   DROVER_ASSIGN(out.rate, length(object, "rate_bytes_per_s"));
   DROVER_ASSIGN(out.memory_total, length(object, "memory_total_bytes"));
   DROVER_ASSIGN(out.memory_remaining, length(object, "memory_remaining_bytes"));

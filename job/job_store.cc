@@ -206,6 +206,8 @@ json options_to_json(const MoveOptions& options) {
           {"max_downtime_ms", static_cast<std::uint64_t>(options.max_downtime.count())},
           {"connections", options.connections},
           {"keep_partial", options.keep_partial},
+          {"max_slowdown_ms", static_cast<std::uint64_t>(options.max_slowdown.count())},
+          {"verify", options.verify},
           {"link_timeout_ms", static_cast<std::uint64_t>(options.link_timeout.count())},
           {"hold_barrier_file", options.hold_barrier_file}};
 }
@@ -231,6 +233,10 @@ Result<MoveOptions> options_from_json(const json& object) {
   if (lanes == 0) return broken("no connections");
   out.connections = static_cast<unsigned>(lanes);
   DROVER_ASSIGN(out.keep_partial, required_bool(object, "keep_partial"));
+  DROVER_ASSIGN(const auto slowdown,
+                mirror::get_unsigned(object, "max_slowdown_ms", kMostMilliseconds));
+  out.max_slowdown = milliseconds(slowdown);
+  DROVER_ASSIGN(out.verify, required_bool(object, "verify"));
   DROVER_ASSIGN(const auto timeout,
                 mirror::get_unsigned(object, "link_timeout_ms", kMostMilliseconds));
   out.link_timeout = milliseconds(timeout);

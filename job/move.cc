@@ -189,7 +189,7 @@ class Move {
     if (!journal && journal.error().code == Code::Protocol) {
       // What it said must not be believed: nothing is known but what both hosts say. All is copied again.
       log_warning("{}", journal.error().to_string());
-      observer_.note("the job's journal is damaged: what the target has is not known, and all is copied again");
+      observer_.note("the job's journal is damaged: what the target has is not known");
       may_have_resumed_ = true;
       DROVER_ASSIGN(journal_, platform_.open_journal(files_.journal + ".new", Journal::Make::IfMissing));
       return {};
@@ -235,6 +235,7 @@ class Move {
   Status connect(const mirror::ReceiverInfo& receiver) {
     mirror::MirrorEngine::Options engine_options;
     engine_options.bandwidth = bandwidth();
+    engine_options.arbiter.max_strict_wait = options_.max_slowdown;
     engine_options.watchdog_command = {"/proc/self/exe", std::string(mirror::kWatchdogCommand)};
     DROVER_ASSIGN(engine_, platform_.create_engine(engine_options, engine_events()));
     mirror::LinkOptions link;
@@ -269,7 +270,14 @@ class Move {
       targets_ = targets;
       queue_->push(LinkUp{});
     };
-    events.strict_ended = [this](const Error& error) { queue_->push(HandoverFailed{error}); };
+    events.strict_ended = [this](const Error& error) {
+      ++slow_handovers_;
+      queue_->push(HandoverFailed{error});
+    };
+    events.damaged = [](const std::string& disk, const Extent& extent) {
+      log_error("disk {}: bytes {}+{} on the target were not what was sent; they are sent again", disk,
+                extent.offset.bytes(), extent.length.bytes());
+    };
     events.disk_failed = [this](const std::string& disk, const Error& error) {
       disk_failed_.store(true);
       queue_->push(Trouble{Error{error.code, "disk " + disk + ": " + error.message, error.hint,
@@ -453,6 +461,13 @@ class Move {
     if (std::exchange(handover_begun_, false) && ++failed_handovers_ >= kMostHandovers) {
       return fail(Code::Io, fmt::format("the handover failed {} times", failed_handovers_), "see the log of the job");
     }
+    if (slow_handovers_ >= kMostHandovers) {
+      return fail(Code::Busy,
+                  fmt::format("{} handovers failed because a guest's write would have waited for longer than {} ms for "
+                              "{}: the guest writes faster than the link or the disk there takes",
+                              slow_handovers_.load(), options_.max_slowdown.count(), plan().host),
+                  "let the guest wait for longer with --max-slowdown, or move it when it writes less");
+    }
     if (memory_started_) {
       engine_->link().stop_relay();
       target_events_.reset();
@@ -506,9 +521,10 @@ class Move {
     // mean that nothing was sent.
     const bool known = (bitmaps || files_.mutation.trust_records) && restore_records(targets);
     if (!known) {
-      observer_.note(bitmaps ? "nothing is known of what the target has: all is copied again"
-                             : "the guest's QEMU was restarted meanwhile: what was written since is not known, and "
-                               "all of its disks is copied again");
+      observer_.note(std::string(bitmaps ? "nothing is known of what the target has"
+                                         : "the guest's QEMU was restarted meanwhile, and what was written since is "
+                                           "not known") +
+                     ": all of its disks is compared, and what differs is sent");
       engine_->restore_nothing();
     }
     DROVER_TRY(attach_mirrors());
@@ -563,7 +579,23 @@ class Move {
     if (!std::holds_alternative<Copying>(state_)) return;
     if (!checkpointer_) start_checkpoints();
     tell_targets();
-    if (platform_.now() >= handover_not_before_ && engine_->status().copied) handle(AllCopied{false});
+    if (platform_.now() >= handover_not_before_ && engine_->status().copied && verified()) handle(AllCopied{false});
+  }
+
+  // --verify: everything was compared, or is to be, which begins here.
+  bool verified() {
+    if (!options_.verify || summary_.verified) return true;
+    if (!verifying_) {
+      if (!engine_->link().call({{"op", "flush"}}, kReserveTimeout)) return false;
+      engine_->verify();
+      verifying_ = true;
+      return false;
+    }
+    for (const auto& disk : engine_->status().disks) {
+      if (disk.to_verify > Length()) return false;
+    }
+    summary_.verified = true;
+    return true;
   }
 
   [[nodiscard]] Length bandwidth() const {
@@ -1055,6 +1087,16 @@ class Move {
       summary_.sent_again += disk.counters.sent_again;
     }
     summary_.reconnects = status.link.reconnects;
+    summary_.slowdown = slowdown_of(status);
+    for (const auto& disk : status.disks) {
+      summary_.damaged += disk.damaged;
+      summary_.unverified += disk.unverified;
+    }
+    if (summary_.damaged > 0) {
+      summary_.notes.push_back(fmt::format("{} on the target differed from what was sent to it: its disk or memory "
+                                           "may be failing; the job's log says where",
+                                           summary_.damaged == 1 ? "1 chunk" : fmt::format("{} chunks", summary_.damaged)));
+    }
     summary_.memory_bytes = Length(status.link.memory_bytes);
     summary_.wire_bytes = Length(status.link.bytes_sent + status.link.memory_bytes);
     if (const auto stats = engine_->link().call({{"op", "stats"}}, kControlTimeout)) {
@@ -1274,6 +1316,8 @@ class Move {
   int rejoins_ = 0;
   bool handover_begun_ = false;
   int failed_handovers_ = 0;
+  std::atomic<int> slow_handovers_{0};  // that ended because a write would have waited for too long
+  bool verifying_ = false;
   Duration handover_pause_ = kFirstHandoverPause;
   Instant handover_not_before_{};
   std::mutex targets_mutex_;  // guards the next

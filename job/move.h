@@ -43,6 +43,11 @@ struct MoveOptions {
   std::chrono::milliseconds max_downtime{500};
   unsigned connections = 2;    // data connections of the link
   bool keep_partial = false;   // after a cancel or a failure the target's images stay for a resume
+  // In the handover a guest's write waits for the target when the link is slower than the guest writes; one that would
+  // wait for longer ends that handover. 10 ms to 1 min.
+  std::chrono::milliseconds max_slowdown{5000};
+  // Before the handover all that the target has on stable storage is compared with the source.
+  bool verify = false;
   std::chrono::milliseconds link_timeout{0};  // without a link for so long it is undone; 0: never
   // Test switch: at the barrier, when both sides are equal and still, this file is created and the job
   // waits until it is gone.
@@ -96,6 +101,14 @@ struct DiskProgress {
   Length dirty;        // to be copied (again), now
 };
 
+// The guest's writes during the handover, when they may wait for the target.
+struct Slowdown {
+  std::uint64_t writes = 0;
+  std::chrono::microseconds waited{0};   // all of them together
+  std::chrono::microseconds longest{0};  // one of them
+  bool operator==(const Slowdown&) const = default;
+};
+
 struct Progress {
   Phase phase = Phase::Plan;
   std::chrono::milliseconds elapsed{0};  // since the job began
@@ -110,6 +123,8 @@ struct Progress {
   Length memory_remaining;
   std::string waiting_for;            // what holds it up, for people; empty: nothing
   std::chrono::milliseconds waiting{0};  // for how long (job/broadcast.h fills it in)
+  Length to_verify;             // of all disks, not compared yet; zero: nothing (any more)
+  Slowdown slowdown;
   Length sent_again;            // of what the target had acknowledged or been sent before
   std::uint64_t reconnects = 0;
 };
@@ -129,6 +144,10 @@ struct Summary {
   std::vector<std::string> deleted;  // source files
   std::vector<std::string> kept;     // and those that were left, with why in the notes
   std::vector<std::string> notes;    // what the user should know
+  bool verified = false;             // all was compared on stable storage before the handover
+  std::uint64_t damaged = 0;         // chunks that differed, and were sent again
+  std::uint64_t unverified = 0;      // chunks that the guest wrote too often to tell
+  Slowdown slowdown;                 // as in Progress
   Length sent_again;                 // as in Progress
   std::uint64_t reconnects = 0;
   Length runner_peak_memory;         // resident, of the two agents

@@ -6,10 +6,21 @@
 namespace drover::job {
 
 using std::chrono::duration_cast;
+using std::chrono::microseconds;
 using std::chrono::milliseconds;
 
 constexpr auto kInterval = std::chrono::milliseconds(250);
 constexpr auto kRateWindow = std::chrono::seconds(4);
+
+Slowdown slowdown_of(const mirror::MirrorEngine::EngineStatus& status) {
+  Slowdown out;
+  for (const auto& disk : status.disks) {
+    out.writes += disk.counters.strict_writes;
+    out.waited += duration_cast<microseconds>(disk.counters.strict_wait);
+    out.longest = std::max(out.longest, duration_cast<microseconds>(disk.counters.longest_wait));
+  }
+  return out;
+}
 
 ProgressMeter::ProgressMeter(std::function<Instant()> clock)
     : now_(std::move(clock)), start_(now_()), phase_start_(start_) {}
@@ -25,7 +36,8 @@ void ProgressMeter::copy(const mirror::MirrorEngine::EngineStatus& status) {
   progress_.disks.resize(status.disks.size());
   progress_.data = progress_.copied = Length();
   progress_.mirrored_writes = 0;
-  progress_.sent_again = Length();
+  progress_.sent_again = progress_.to_verify = Length();
+  progress_.slowdown = slowdown_of(status);
   progress_.reconnects = status.link.reconnects;
   for (std::size_t i = 0; i < status.disks.size(); ++i) {
     const auto& disk = status.disks[i];
@@ -40,6 +52,7 @@ void ProgressMeter::copy(const mirror::MirrorEngine::EngineStatus& status) {
     progress_.copied += shown.copied;
     progress_.mirrored_writes += disk.counters.guest_writes;
     progress_.sent_again += disk.counters.sent_again;
+    progress_.to_verify += disk.to_verify;
   }
   progress_.wire_bytes = Length(status.link.bytes_sent + status.link.memory_bytes);
   const Instant time = now_();

@@ -18,6 +18,8 @@
 
 namespace drover::job {
 
+Slowdown slowdown_of(const mirror::MirrorEngine::EngineStatus& status);
+
 class ProgressMeter {
  public:
   explicit ProgressMeter(std::function<Instant()> clock);

@@ -7,25 +7,25 @@
 
 namespace drover::mirror {
 
-Applier::Applier(std::vector<blockcopy::ImageWriter*> writers, Answer answer)
-    : Applier(std::move(writers), std::move(answer), Options()) {}
+Applier::Applier(std::vector<Disk> disks, Answer answer)
+    : Applier(std::move(disks), std::move(answer), Options()) {}
 
-Applier::Applier(std::vector<blockcopy::ImageWriter*> writers, Answer answer, Options options)
-    : writers_(std::move(writers)), answer_(std::move(answer)), options_(options) {
-  for (const blockcopy::ImageWriter* writer : writers_) {
-    CHECK(writer->alignment() <= kBlock, "the runs of one frame must not share a block");
+Applier::Applier(std::vector<Disk> disks, Answer answer, Options options)
+    : disks_(std::move(disks)), answer_(std::move(answer)), options_(options) {
+  for (const Disk& disk : disks_) {
+    CHECK(disk.writer->alignment() <= kBlock, "the runs of one frame must not share a block");
   }
 }
 
 Applier::~Applier() { CHECK(frames_.empty(), "an applier is drained before it goes"); }
 
 void Applier::apply(const FrameHeader& header, Buffer buffer, const std::vector<Run>& runs) {
-  CHECK(header.disk < writers_.size(), "headers are checked before they get here");
+  CHECK(header.disk < disks_.size(), "headers are checked before they get here");
   Frame& frame = frames_.emplace_back();
   frame.header = header;
   frame.buffer = std::move(buffer);
   frame.runs = runs;
-  frame.blocks = widen(header.extent, writers_[header.disk]->alignment());
+  frame.blocks = widen(header.extent, disks_[header.disk].writer->alignment());
   for (auto earlier = frames_.begin(); &*earlier != &frame; ++earlier) {
     if (earlier->header.disk == header.disk && overlap(earlier->blocks, frame.blocks)) {
       ++frame.blocked_by;
@@ -35,9 +35,10 @@ void Applier::apply(const FrameHeader& header, Buffer buffer, const std::vector<
 }
 
 void Applier::start(std::list<Frame>::iterator frame) {
-  blockcopy::ImageWriter& writer = *writers_[frame->header.disk];
-  const bool fresh = (frame->header.flags & kFlagFresh) != 0;
   frame->started = true;
+  if (frame->header.type == FrameType::Compare) return compare(frame);
+  blockcopy::ImageWriter& writer = *disks_[frame->header.disk].writer;
+  const bool fresh = (frame->header.flags & kFlagFresh) != 0;
   frame->outstanding = 1;  // held until all runs are issued
   for (const Run& run : frame->runs) {
     if (run.bytes.empty() && fresh) continue;
@@ -55,6 +56,20 @@ void Applier::start(std::list<Frame>::iterator frame) {
   if (--frame->outstanding == 0) finish(frame);
 }
 
+void Applier::compare(std::list<Frame>::iterator frame) {
+  const Extent extent = frame->header.extent;
+  CHECK(frame->buffer.bytes().size() >= extent.length.bytes(), "there is room for what is read");
+  // The content is read to where they are.
+  frame->hashes.assign(frame->runs.front().bytes.begin(), frame->runs.front().bytes.end());
+  frame->runs.clear();
+  const std::span<std::byte> content = frame->buffer.bytes().first(extent.length.bytes());
+  disks_[frame->header.disk].reader->read(extent.offset, content, [this, frame, content](Status status) {
+    frame->status = std::move(status);
+    if (frame->status) frame->differing = compare_blocks(content, frame->hashes);
+    finish(frame);
+  });
+}
+
 void Applier::finish(std::list<Frame>::iterator frame) {
   std::list<Frame> finished;
   const auto next = std::next(frame);
@@ -70,7 +85,9 @@ void Applier::finish(std::list<Frame>::iterator frame) {
     // come after it in the list, so `later` may be gone. Start it last.
     if (candidate->blocked_by == 0 && !candidate->started) ready_.push_back(candidate);
   }
-  answer_(frame->header.sequence, frame->header.disk, std::move(frame->status));
+  Result<BlockMask> differing = frame->differing;
+  if (!frame->status) differing = fail(std::move(frame->status).error());
+  answer_(frame->header.sequence, frame->header.disk, std::move(differing));
   finished.clear();  // gives the buffer back
   while (!ready_.empty()) {
     const auto first = ready_.front();

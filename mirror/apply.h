@@ -2,7 +2,8 @@
 //
 // The target's end of one lane, without sockets: takes decoded frames in the order they arrived,
 // writes them to the disks' images so that of two frames that touch the same blocks the later one
-// wins, and answers each when it is applied.
+// wins, and answers each when it is applied. A Compare reads in its turn what the frames before it
+// wrote.
 //
 // Threads: one per lane (the loop of its writers); lanes share nothing, because a chunk always
 // travels on the same lane.
@@ -23,21 +24,28 @@ namespace drover::mirror {
 
 class Applier {
  public:
-  // sequence and disk of the frame; error: the frame could not be applied.
-  using Answer = std::function<void(std::uint64_t sequence, std::uint16_t disk, Status status)>;
+  struct Disk {
+    blockcopy::ImageWriter* writer = nullptr;
+    blockcopy::ImageReader* reader = nullptr;
+  };
+  // sequence and disk of the frame. The blocks of a Compare's extent that hold something else; none: applied.
+  // Error: the frame could not be applied.
+  using Answer =
+      std::function<void(std::uint64_t sequence, std::uint16_t disk, Result<BlockMask> differing)>;
   struct Options {
     // Test switch: apply overlapping frames in any order (the simulation must notice).
     bool mutation_ignore_overlap = false;
   };
 
-  Applier(std::vector<blockcopy::ImageWriter*> writers, Answer answer);
-  Applier(std::vector<blockcopy::ImageWriter*> writers, Answer answer, Options options);
+  Applier(std::vector<Disk> disks, Answer answer);
+  Applier(std::vector<Disk> disks, Answer answer, Options options);
   ~Applier();  // nothing may be in flight (checked)
   Applier(const Applier&) = delete;
   Applier& operator=(const Applier&) = delete;
 
-  // Takes one frame: Copy, Write or Zero, its header checked by decode_header(). `buffer` holds the
-  // bytes that `runs` refers to and is kept until they are written.
+  // Takes one frame: Copy, Write, Zero or Compare, its header checked by decode_header(). `buffer` holds
+  // the bytes that `runs` refers to and is kept until they are written; a Compare's holds its extent's
+  // length, too, which is read to it.
   void apply(const FrameHeader& header, Buffer buffer, const std::vector<Run>& runs);
 
   [[nodiscard]] std::size_t in_flight() const { return frames_.size(); }
@@ -54,11 +62,14 @@ class Applier {
     unsigned outstanding = 0;
     bool started = false;
     Status status;
+    std::vector<std::byte> hashes;  // Compare
+    BlockMask differing;
   };
   void start(std::list<Frame>::iterator frame);
+  void compare(std::list<Frame>::iterator frame);
   void finish(std::list<Frame>::iterator frame);
 
-  std::vector<blockcopy::ImageWriter*> writers_;
+  std::vector<Disk> disks_;
   Answer answer_;
   Options options_;
   std::list<Frame> frames_;  // in the order they arrived

@@ -24,6 +24,8 @@ Arbiter::Arbiter(const Options& options)
       pending_({chunks_, options.chunk_size / kBlock, options.max_masks, true}),
       written_since_scan_(chunks_),
       sent_(chunks_),
+      compare_(chunks_),
+      to_verify_(chunks_),
       touched_((chunks_ + kSpan - 1) / kSpan),
       changed_((chunks_ + kGroupChunks - 1) / kGroupChunks),
       unflushed_({chunks_, options.chunk_size / kBlock, options.max_masks / 8, false}),
@@ -71,6 +73,7 @@ void Arbiter::changed(const BlockSet& chunks) {
 // The target's blocks are not the source's any more.
 void Arbiter::dirty(ChunkIndex chunk, const BlockMask& blocks) {
   changed(chunk);
+  no_longer_in_doubt(chunk, blocks);
   if (Copy* const copy = copy_of(chunk); copy != nullptr) {
     if (options_.mutation.forget_redo_mask) copy->redo = {};
     copy->redo |= blocks;
@@ -122,6 +125,8 @@ void Arbiter::guest_write(WriteId id, WriteKind kind, Extent extent, Instant now
 void Arbiter::take_piece(const Piece& piece, Actions& out) {
   written_since_scan_.insert(piece.chunk);
   const BlockMask blocks = blocks_of(piece);
+  no_longer_in_doubt(piece.chunk, blocks);
+  if (Copy* const copy = copy_of(piece.chunk); copy != nullptr) copy->written |= blocks;
   if (piece.kind == WriteKind::Discard && !options_.mutation.repeat_discard) {
     dirty(piece.chunk, blocks);
     return skip_part(piece.write, out);
@@ -216,12 +221,19 @@ void Arbiter::skip_part(WriteId write, Actions& out) {
 // --- the copier ---
 
 std::optional<CopyTicket> Arbiter::start_copy() {
+  // In turns with copies, or a guest that never lets them end would put verification off for ever.
+  if (std::exchange(verified_last_, false) == false && to_verify_.count() > 0) {
+    if (auto ticket = start_verify()) {
+      verified_last_ = true;
+      return ticket;
+    }
+  }
   ChunkIndex from = cursor_;
   bool wrapped = false;
   while (true) {
     const std::optional<ChunkIndex> chunk = pending_.next(from);
     if (!chunk || (wrapped && *chunk >= cursor_)) {
-      if (wrapped || cursor_ == 0) return std::nullopt;
+      if (wrapped || cursor_ == 0) return start_verify();
       wrapped = true;
       from = 0;
       continue;
@@ -238,8 +250,35 @@ std::optional<CopyTicket> Arbiter::start_copy() {
 }
 
 CopyTicket Arbiter::ticket_for(ChunkIndex chunk) {
-  const BlockMask blocks = pending_.blocks(chunk) & BlockMask::range(0, blocks_in(chunk));
+  const BlockMask every = BlockMask::range(0, blocks_in(chunk));
+  const BlockMask blocks = pending_.blocks(chunk) & every;
   pending_.erase(chunk);
+  CopyTicket ticket = new_ticket(chunk, blocks);
+  copies_.at(ticket.id).compare = ticket.compare = compare_.contains(chunk) && blocks == every;
+  if (touch(chunk)) ticket.touches = chunk / kGroupChunks;
+  return ticket;
+}
+
+std::optional<CopyTicket> Arbiter::start_verify() {
+  if (strict_ || to_verify_.count() == 0) return std::nullopt;
+  for (const bool wrapped : {false, true}) {
+    const ChunkIndex end = wrapped ? verify_cursor_ : chunks_;
+    auto chunk = to_verify_.next(wrapped ? 0 : verify_cursor_);
+    for (; chunk && *chunk < end; chunk = to_verify_.next(*chunk + 1)) {
+      if (lane_down_[lane_of(*chunk)] || !is_copied(*chunk)) continue;
+      to_verify_.erase(*chunk);
+      verify_cursor_ = *chunk + 1;
+      CopyTicket ticket = new_ticket(*chunk, BlockMask::range(0, blocks_in(*chunk)));
+      Copy& copy = copies_.at(ticket.id);
+      copy.compare = copy.verify = ticket.compare = true;
+      ++verifying_;
+      return ticket;
+    }
+  }
+  return std::nullopt;
+}
+
+CopyTicket Arbiter::new_ticket(ChunkIndex chunk, const BlockMask& blocks) {
   const TicketId id = next_ticket_++;
   Copy copy;
   copy.chunk = chunk;
@@ -261,7 +300,6 @@ CopyTicket Arbiter::ticket_for(ChunkIndex chunk) {
   ticket.lane = lane_of(chunk);
   ticket.fresh = !sent_.contains(chunk);
   ticket.wanted = bytes_of(chunk, blocks);
-  if (touch(chunk)) ticket.touches = chunk / kGroupChunks;
   return ticket;
 }
 
@@ -271,7 +309,7 @@ bool Arbiter::copy_read(TicketId id, Actions& out) {
   Copy& copy = found->second;
   CHECK(copy.state == CopyState::Reading, "a chunk is read once per ticket");
   copy.state = CopyState::Sending;
-  sent_.insert(copy.chunk);
+  if (!copy.verify) sent_.insert(copy.chunk);
   for (const PieceId piece : std::exchange(copy.waiting, {})) {
     const auto waiting = pieces_.find(piece);
     if (waiting == pieces_.end()) continue;  // given up meanwhile
@@ -289,7 +327,12 @@ void Arbiter::forget_copy(TicketId id, Actions& out) {
   const Copy copy = std::move(found->second);
   copies_.erase(found);
   copying_.erase(copy.chunk);
-  if (!options_.mutation.forget_ticket_mask) dirty(copy.chunk, copy.blocks);
+  if (copy.verify) {
+    --verifying_;
+    to_verify_.insert(copy.chunk);
+  } else if (!options_.mutation.forget_ticket_mask) {
+    dirty(copy.chunk, copy.blocks);
+  }
   dirty(copy.chunk, copy.redo);
   for (const PieceId waiting : copy.waiting) {
     const auto piece = pieces_.find(waiting);
@@ -310,8 +353,75 @@ void Arbiter::copy_acked(TicketId id) {
   const Copy copy = std::move(found->second);
   copies_.erase(found);
   copying_.erase(copy.chunk);
-  acknowledged(copy.chunk, copy.blocks);
+  if (copy.verify) {
+    --verifying_;
+    verified(copy.chunk);
+  } else {
+    acknowledged(copy.chunk, copy.blocks);
+    compare_.erase(copy.chunk);
+  }
   if (!options_.mutation.forget_redo) dirty(copy.chunk, copy.redo);
+}
+
+std::optional<Extent> Arbiter::copy_differs(TicketId id, BlockMask blocks, Instant now) {
+  const auto found = copies_.find(id);
+  if (found == copies_.end()) return std::nullopt;
+  CHECK(found->second.state == CopyState::Sending && found->second.compare,
+        "only what was compared differs");
+  if (options_.mutation.same_though_different) {
+    copy_acked(id);
+    return std::nullopt;
+  }
+  const Copy copy = std::move(found->second);
+  copies_.erase(found);
+  copying_.erase(copy.chunk);
+  blocks = blocks & BlockMask::range(0, blocks_in(copy.chunk));
+  if (blocks.empty()) blocks = copy.blocks;  // nonsense
+  if (!copy.verify) {
+    compare_.erase(copy.chunk);
+    acknowledged(copy.chunk, copy.blocks);  // the others
+    dirty(copy.chunk, blocks | copy.redo);
+    return std::nullopt;
+  }
+  --verifying_;
+  sent_.insert(copy.chunk);  // whatever it has, it does not read as zeroes
+  dirty(copy.chunk, copy.redo);
+  Doubt& doubt = doubts_[copy.chunk];
+  const BlockMask unexplained = blocks.without(copy.written);
+  const BlockMask damaged =
+      options_.mutation.damaged_at_once ? unexplained : unexplained & doubt.differed;
+  doubt.differed = unexplained.without(damaged);
+  const bool enough = ++doubt.tries >= options_.verify_tries;
+  dirty(copy.chunk, enough ? blocks : damaged);  // whatever it was, it is sent once more
+  if (enough) {
+    ++unverified_;
+    verified(copy.chunk);
+  } else {
+    resting_.emplace(now + options_.verify_pause, copy.chunk);
+  }
+  if (damaged.empty()) return std::nullopt;
+  ++damaged_;
+  const Extent whole = chunk_extent(copy.chunk);
+  const Offset start = whole.offset + kBlock * damaged.first();
+  return Extent{start, std::min(whole.end(), whole.offset + kBlock * damaged.end()) - start};
+}
+
+// That it differed may be because of what happened now.
+void Arbiter::no_longer_in_doubt(ChunkIndex chunk, const BlockMask& blocks) {
+  const auto doubt = doubts_.find(chunk);
+  if (doubt != doubts_.end()) doubt->second.differed = doubt->second.differed.without(blocks);
+}
+
+void Arbiter::verified(ChunkIndex chunk) {
+  doubts_.erase(chunk);
+  to_verify_.erase(chunk);
+}
+
+void Arbiter::verify() {
+  to_verify_.insert_range(0, chunks_);
+  doubts_.clear();
+  resting_.clear();
+  unverified_ = 0;
 }
 
 void Arbiter::scan_begin(Extent range) {
@@ -381,8 +491,10 @@ std::optional<Instant> Arbiter::next_deadline() const {
     if (waiting_.empty()) return std::nullopt;
     return writes_.at(waiting_.front()).arrived + options_.max_strict_wait;
   }
-  if (pieces_.empty()) return std::nullopt;
-  return pieces_.begin()->second.arrived + options_.max_lag;
+  std::optional<Instant> first;
+  if (!pieces_.empty()) first = pieces_.begin()->second.arrived + options_.max_lag;
+  if (!resting_.empty()) first = std::min(first.value_or(Instant::max()), resting_.begin()->first);
+  return first;
 }
 
 void Arbiter::tick(Instant now, Actions& out) {
@@ -391,6 +503,9 @@ void Arbiter::tick(Instant now, Actions& out) {
     if (!deadline || *deadline > now) return;
     if (strict_) {
       end_strict(out);
+    } else if (!resting_.empty() && resting_.begin()->first <= now) {
+      to_verify_.insert(resting_.begin()->second);
+      resting_.erase(resting_.begin());
     } else {
       give_up(pieces_.begin()->first, out);
     }
@@ -406,8 +521,9 @@ void Arbiter::give_up(PieceId id, Actions& out) {
   const Copy* const copy = copy_of(piece.chunk);
   BlockMask missed = blocks_of(piece);
   if (copy != nullptr && id < copy->first_unseen) {
-    // The copy's read saw it, in the blocks that it reads.
-    missed = options_.mutation.trust_partial_read ? BlockMask() : missed.without(copy->blocks);
+    // The copy's read saw it, in the blocks that it reads; a comparison brings nothing there.
+    const bool brings = !copy->compare || options_.mutation.compare_trusted;
+    if (brings) missed = options_.mutation.trust_partial_read ? BlockMask() : missed.without(copy->blocks);
   }
   if (!options_.mutation.drop_expired) dirty(piece.chunk, missed);
   if (piece.forwarded) {
@@ -463,6 +579,7 @@ void Arbiter::mark_chunks(ChunkIndex first, ChunkIndex end) {
   written_since_scan_.insert_range(first, end);
   changed_.insert_range(first / kGroupChunks, (end + kGroupChunks - 1) / kGroupChunks);
   pending_.add_range(first, end);
+  doubts_.erase(doubts_.lower_bound(first), doubts_.lower_bound(end));
   for (auto& [id, copy] : copies_) {
     if (copy.chunk < first || copy.chunk >= end) continue;
     pending_.erase(copy.chunk);
@@ -524,7 +641,9 @@ GroupIndex Arbiter::groups() const { return changed_.size(); }
 // By chunk, the blocks of which something is on its way.
 std::unordered_map<ChunkIndex, BlockMask> Arbiter::in_flight() const {
   std::unordered_map<ChunkIndex, BlockMask> blocks;  // look-ups only
-  for (const auto& [id, copy] : copies_) blocks[copy.chunk] |= copy.blocks | copy.redo;
+  for (const auto& [id, copy] : copies_) {
+    blocks[copy.chunk] |= copy.verify ? copy.redo : copy.blocks | copy.redo;
+  }
   for (const auto& [id, piece] : pieces_) blocks[piece.chunk] |= blocks_of(piece);
   if (options_.mutation.record_in_flight_as_copied) blocks.clear();
   return blocks;
@@ -601,6 +720,8 @@ Status Arbiter::restore(GroupIndex group, std::string_view bytes, bool unflushed
       chunk.unflushed = {};
     }
     pending_.add(first + i, chunk.pending);
+    // Sent or not: the record does not know.
+    if (chunk.pending == BlockMask::all()) compare_.insert(first + i);
     unflushed_.add(first + i, chunk.unflushed);
   }
   return {};
@@ -617,6 +738,7 @@ void Arbiter::restore_nothing() {
 void Arbiter::know_nothing(ChunkIndex first, ChunkIndex end) {
   pending_.add_range(first, end);
   sent_.insert_range(first, end);
+  compare_.insert_range(first, end);
   touched_.insert_range(first / kSpan, (end + kSpan - 1) / kSpan);
   changed(first);
 }
@@ -631,6 +753,9 @@ Arbiter::Summary Arbiter::summary() const {
   summary.waiting = waiting_.size();
   summary.on_the_way = pieces_.size();
   summary.expired = expired_;
+  summary.to_verify = to_verify_.count() + resting_.size() + verifying_;
+  summary.damaged = damaged_;
+  summary.unverified = unverified_;
   summary.left = options_.chunk_size * (pending_.count() - pending_.masks()) +
                  kBlock * pending_.masked_blocks();
   const ChunkIndex last = chunks_ - 1;
@@ -640,7 +765,7 @@ Arbiter::Summary Arbiter::summary() const {
     summary.left -= counted - bytes_of(last, blocks);
   }
   for (const auto& [id, copy] : copies_) {
-    summary.left += bytes_of(copy.chunk, copy.blocks | copy.redo);
+    summary.left += bytes_of(copy.chunk, copy.verify ? copy.redo : copy.blocks | copy.redo);
   }
   summary.copied = options_.disk_size - summary.left;
   return summary;

@@ -35,6 +35,13 @@
 // forwarded. So an outage costs what was written during it. A chunk that was never copied is
 // Pending whole.
 //
+// Comparing. Where the target may have a chunk already, but nothing says so (its record is damaged or
+// missing, or nobody knows what was written since), its ticket says `compare`: hashes go in place of
+// the content, and copy_differs() makes the blocks that differ Pending, to be sent. And verify() has every Copied
+// chunk compared that way, in the same order with the guest's writes, without making it Pending. A
+// write is on the source a moment before it is here: so a chunk that differs is looked at again after
+// a pause, and only blocks that differ twice without a write in between were damaged.
+//
 // What survives. The target's acknowledgement means that its page cache has it; flush_begin() and
 // flush_done() tell the arbiter what is on stable storage, target_lost_unflushed() that the rest is
 // gone.
@@ -128,6 +135,7 @@ struct CopyTicket {
   BlockMask blocks = BlockMask::all();
   LaneIndex lane = 0;
   bool fresh = false;  // nothing was ever sent for this chunk
+  bool compare = false;  // send a hash, then call copy_acked() or copy_differs()
   Length wanted;       // bytes in `blocks`
   // Store this group's record (take_record()) before anything of the chunk is sent.
   std::optional<GroupIndex> touches;
@@ -155,6 +163,10 @@ class Arbiter {
     // Chunks of which single blocks are Pending, at most (40 bytes each, in a table at most 4 times
     // as large); further ones are copied whole. A quarter of it again for what is not flushed.
     std::size_t max_masks = std::size_t{64} << 10;
+    // Before a chunk that differs is looked at again: a write that is on the source has arrived by then.
+    Duration verify_pause = std::chrono::seconds(2);
+    // Of a chunk that is written all the time; then it is sent again unseen.
+    unsigned verify_tries = 8;
     // For the test that the simulation notices each missing rule; see tests/sim.
     struct Mutation {
       bool forward_during_read = false;      // a write to a Reading chunk is forwarded at once
@@ -178,6 +190,9 @@ class Arbiter {
       bool restore_as_fresh = false;  // restored chunks count as ones to which nothing was sent
       bool touch_late = false;        // frames may be sent before their group has a record
       bool ignore_fence = false;      // fences pass at once
+      bool same_though_different = false;  // a comparison's answer does not matter
+      bool damaged_at_once = false;        // a chunk that differs once is taken for damaged
+      bool compare_trusted = false;  // a write given up on is seen by a comparison, as by a copy
     } mutation;
   };
 
@@ -197,8 +212,15 @@ class Arbiter {
   [[nodiscard]] bool copy_read(TicketId id, Actions& out);
   // The read failed or was not wanted after all: the chunk is Pending again.
   void copy_abandoned(TicketId id, Actions& out);
-  // The target has applied the chunk. Unknown tickets (from before a lane was lost) are ignored.
+  // The target has applied the chunk, or has the same content. Unknown tickets (from before a lane was
+  // lost) are ignored.
   void copy_acked(TicketId id);
+  // The target has another content in these blocks of the chunk (bits beyond it are ignored). The
+  // extent: where verify() found it damaged.
+  std::optional<Extent> copy_differs(TicketId id, BlockMask blocks, Instant now);
+  // From now on each chunk is compared once, in turns with copies, outside strict mode. Begins anew if it was
+  // under way.
+  void verify();
 
   // --- what is on stable storage ---
   // The target is about to be asked to flush: what it has acknowledged so far is covered. A flush
@@ -279,6 +301,9 @@ class Arbiter {
     std::uint64_t waiting = 0;   // writes not yet acknowledged
     std::uint64_t on_the_way = 0;  // pieces of writes, forwarded or waiting for a read
     std::uint64_t expired = 0;   // pieces not forwarded or given up because of the bounds, ever
+    std::uint64_t to_verify = 0;   // chunks; those that differ or rest included
+    std::uint64_t damaged = 0;     // times that a chunk was, ever
+    std::uint64_t unverified = 0;  // chunks that were written too often, of this verify()
     Length left;                 // bytes that are Pending or being copied
     Length copied;               // the others
   };
@@ -297,6 +322,9 @@ class Arbiter {
     BlockMask redo;                  // Pending again once it is acknowledged
     PieceId first_unseen = 0;        // the read saw every piece before this one
     std::vector<PieceId> waiting;    // Reading: forwarded when the read is done
+    bool compare = false;
+    bool verify = false;   // the chunk is Copied: the target is expected to have it
+    BlockMask written;     // verify: by writes that came meanwhile
   };
   struct Piece {
     WriteId write = 0;
@@ -330,6 +358,10 @@ class Arbiter {
   [[nodiscard]] Copy* copy_of(ChunkIndex chunk);
   void take_piece(const Piece& piece, Actions& out);
   CopyTicket ticket_for(ChunkIndex chunk);
+  std::optional<CopyTicket> start_verify();
+  CopyTicket new_ticket(ChunkIndex chunk, const BlockMask& blocks);
+  void no_longer_in_doubt(ChunkIndex chunk, const BlockMask& blocks);
+  void verified(ChunkIndex chunk);
   PieceId wait(const Piece& piece);
   void forward(PieceId id, Actions& out);
   void finish_piece(PieceId id, Actions& out);
@@ -341,12 +373,27 @@ class Arbiter {
   void end_strict(Actions& out);
   void forget_copy(TicketId id, Actions& out);
 
+  // Of a chunk that is being verified and was found to differ.
+  struct Doubt {
+    unsigned tries = 0;
+    BlockMask differed;  // and were not written since
+  };
+
   Options options_;
   std::uint64_t chunks_ = 0;
   bool strict_ = false;
   BlockSet pending_;
   ChunkSet written_since_scan_;
   ChunkSet sent_;  // chunks for which something may have been sent
+  ChunkSet compare_;    // Pending chunks of which the target may have all
+  ChunkSet to_verify_;  // not those that rest
+  std::map<ChunkIndex, Doubt> doubts_;
+  std::multimap<Instant, ChunkIndex> resting_;  // until they are verified again
+  ChunkIndex verify_cursor_ = 0;
+  std::uint64_t verifying_ = 0;  // copies_ that verify
+  bool verified_last_ = false;   // the latest ticket was one of those
+  std::uint64_t damaged_ = 0;
+  std::uint64_t unverified_ = 0;
   // By spans of kSpan chunks: something may have been sent, and a record says so.
   ChunkSet touched_;
   ChunkSet changed_;    // groups that are not as their records say, or have none

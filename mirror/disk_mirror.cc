@@ -75,7 +75,7 @@ void DiskMirror::on_extents(Offset at, Result<std::vector<blockcopy::MappedExten
 bool DiskMirror::start_copy() {
   if (!started_ || scanning_ || stopped_) return false;
   const Arbiter::Summary summary = arbiter_.summary();
-  if (summary.pending == 0 || summary.copying >= options_.max_copies) return false;
+  if (summary.pending + summary.to_verify == 0 || summary.copying >= options_.max_copies) return false;
   Buffer buffer = copy_buffers_.try_take();
   if (!buffer) return false;
   const std::optional<CopyTicket> ticket = arbiter_.start_copy();
@@ -123,13 +123,18 @@ void DiskMirror::on_read(Read& read) {
   // The chunk's frame goes first, then what waited for it. Nothing is being carried out here: reads
   // complete on their own.
   if (!arbiter_.copy_read(ticket.id, actions_)) return;
-  ++counters_.copies;
-  if (!ticket.fresh) counters_.sent_again += ticket.wanted;
   OutFrame frame;
-  frame.type = FrameType::Copy;
+  if (ticket.compare) {
+    counters_.compared += ticket.wanted;
+    frame.type = FrameType::Compare;
+  } else {
+    ++counters_.copies;
+    if (!ticket.fresh) counters_.sent_again += ticket.wanted;
+    frame.type = FrameType::Copy;
+  }
   frame.disk = options_.disk;
   frame.extent = ticket.extent;
-  frame.fresh = ticket.fresh && options_.target_initially_zero;
+  frame.fresh = ticket.fresh && !ticket.compare && options_.target_initially_zero;
   frame.blocks = ticket.blocks;
   frame.content = read.buffer.bytes().first(ticket.extent.length.bytes());
   frame.buffer = std::move(read.buffer);
@@ -150,7 +155,9 @@ void DiskMirror::guest(NbdRequest request) {
   const Extent extent = request.extent;
   const bool is_new = writes_.emplace(id, std::move(request)).second;
   CHECK(is_new, "the NBD server names each request once");
-  arbiter_.guest_write(id, kind, extent, events_.now(), actions_);
+  const Instant now = events_.now();
+  if (arbiter_.strict()) strict_since_.emplace(id, now);
+  arbiter_.guest_write(id, kind, extent, now, actions_);
   carry_out();
 }
 
@@ -161,6 +168,11 @@ void DiskMirror::applied(std::uint64_t token) {
     arbiter_.copy_acked(token >> 1);
   }
   carry_out();
+}
+
+void DiskMirror::differs(std::uint64_t token, const BlockMask& blocks) {
+  const auto damaged = arbiter_.copy_differs(token >> 1, blocks, events_.now());
+  if (damaged && events_.damaged) events_.damaged(*damaged);
 }
 
 void DiskMirror::refused(std::uint64_t /*token*/, const Error& error) { events_.failed(error); }
@@ -197,7 +209,7 @@ void DiskMirror::carry_out() {
   for (std::size_t i = 0; i < actions_.size(); ++i) {
     const Action action = actions_[i];
     switch (action.kind) {
-      case Action::Kind::Acknowledge: events_.acknowledge(action.write); break;
+      case Action::Kind::Acknowledge: acknowledge(action.write); break;
       case Action::Kind::Forget: {
         const std::size_t erased = writes_.erase(action.write);
         CHECK(erased == 1, "a write is forgotten once");
@@ -214,6 +226,16 @@ void DiskMirror::carry_out() {
   }
   actions_.clear();
   carrying_out_ = false;
+}
+
+void DiskMirror::acknowledge(WriteId id) {
+  if (const auto since = strict_since_.extract(id)) {
+    const Duration waited = events_.now() - since.mapped();
+    ++counters_.strict_writes;
+    counters_.strict_wait += waited;
+    counters_.longest_wait = std::max(counters_.longest_wait, waited);
+  }
+  events_.acknowledge(id);
 }
 
 void DiskMirror::forward(const Action& action) {

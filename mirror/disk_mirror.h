@@ -50,6 +50,8 @@ class DiskMirror {
     // once per 64 chunks. If it can't be stored, the driver ends the move, and does not trust its
     // journal afterwards.)
     std::function<void(GroupIndex group)> touching;
+    // verify() found that the target's content was not the source's; it is sent again.
+    std::function<void(Extent extent)> damaged;
   };
 
   DiskMirror(const Options& options, blockcopy::ImageReader& reader, Lanes& lanes,
@@ -69,12 +71,14 @@ class DiskMirror {
 
   void guest(NbdRequest request);
   void applied(std::uint64_t token);
+  void differs(std::uint64_t token, const BlockMask& blocks);
   void refused(std::uint64_t token, const Error& error);
   void lane_lost(LaneIndex lane);
   void lane_up(LaneIndex lane) { arbiter_.lane_up(lane); }
   void tick();
   void shed();  // buffers run short: give up what is on its way
   [[nodiscard]] std::optional<Instant> next_deadline() const { return arbiter_.next_deadline(); }
+  void verify() { arbiter_.verify(); }
   [[nodiscard]] bool enter_strict() { return arbiter_.enter_strict(); }
   void leave_strict();
 
@@ -100,6 +104,11 @@ class DiskMirror {
     Length forwarded_bytes;
     Length read_bytes;                  // read from the source by the copier
     std::uint64_t copies = 0;           // chunks sent, whole or in part, each time counted
+    // In strict mode, where a guest's write may wait for the target.
+    std::uint64_t strict_writes = 0;
+    Duration strict_wait{};        // of all of them together
+    Duration longest_wait{};       // of one
+    Length compared;    // of chunks of which a hash was sent
     Length sent_again;  // bytes of copies of chunks for which something had been sent
   };
   [[nodiscard]] const Counters& counters() const { return counters_; }
@@ -121,6 +130,7 @@ class DiskMirror {
   void read(const CopyTicket& ticket, Buffer buffer);
   void on_read(Read& read);
   void carry_out();
+  void acknowledge(WriteId id);
   void forward(const Action& action);
 
   Options options_;
@@ -131,6 +141,7 @@ class DiskMirror {
   Arbiter arbiter_;
   Actions actions_;
   std::unordered_map<WriteId, NbdRequest> writes_;  // payloads still needed; look-ups only
+  std::unordered_map<WriteId, Instant> strict_since_;  // look-ups only
   bool carrying_out_ = false;
   bool started_ = false;
   bool scanning_ = false;

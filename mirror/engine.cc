@@ -54,6 +54,9 @@ class Engine final : public MirrorEngine {
   Status enter_strict() override {
     return on_loop([&] { return core_.enter_strict(); });
   }
+  void verify() override {
+    on_loop([&] { core_.verify(); });
+  }
   void leave_strict() override {
     on_loop([&] { core_.leave_strict(); });
   }

@@ -70,6 +70,8 @@ class MirrorEngine {
     // Not strict: at most handover_rest is left to copy, the handover may begin. Strict: nothing is left
     // on any disk. Again each time that becomes true.
     std::function<void(bool strict)> all_copied;
+    // verify() found other bytes on the target than were sent; they are sent again. May be empty.
+    std::function<void(const std::string& disk, Extent extent)> damaged;
     // Strict mode ended because the target does not take what the guest waits for.
     std::function<void(const Error&)> strict_ended;
     // The link is down (strict mode has ended) and tries to come up again; it is up again, with the
@@ -98,6 +100,9 @@ class MirrorEngine {
   // Every disk must have been copied once; Busy while the link is down.
   virtual Status enter_strict() = 0;
   virtual void leave_strict() = 0;
+  // Has what is on the target's stable storage compared with the source, chunk by chunk, in turns with what is
+  // left to copy. Flush before: what is on its way when it is asked for may be read from a cache.
+  virtual void verify() = 0;
   virtual void set_bandwidth(Length per_second) = 0;
   // No new reads of the source from now on; the mirrors still answer QEMU.
   virtual void stop_copying() = 0;
@@ -130,6 +135,9 @@ class MirrorEngine {
     Length data;    // what had to be copied when copying began (holes are not); 0: not known yet
     Length left;    // to be copied or on its way, now
     DiskMirror::Counters counters;
+    Length to_verify;  // what verify() has not seen yet
+    std::uint64_t damaged = 0;     // chunks that verify() found so, and had sent again
+    std::uint64_t unverified = 0;  // chunks that it can't vouch for: the guest writes there all the time
     std::uint64_t expired = 0;  // writes that were not forwarded, or given up: copied again
     bool connected = false;     // QEMU's mirror; what ended before this was asked is seen
   };

@@ -85,6 +85,9 @@ DiskMirror::Events EngineCore::mirror_events(OneDisk* disk) {
   };
   events.changed = [this] { loop_.post([this] { pump(); }); };
   events.now = [this] { return loop_.now(); };
+  events.damaged = [this, disk](Extent extent) {
+    if (events_.damaged) events_.damaged(disk->name, extent);
+  };
   if (events_.touching) {
     events.touching = [this, disk, index = disks_.size()](GroupIndex group) {
       events_.touching(index, {group, disk->mirror->take_record(group)});
@@ -137,6 +140,11 @@ void EngineCore::leave_strict() {
   settle();
 }
 
+void EngineCore::verify() {
+  for (const auto& disk : disks_) disk->mirror->verify();
+  pump();
+}
+
 void EngineCore::set_bandwidth(Length per_second) {
   throttle_.set_rate(per_second);
   pump();
@@ -167,6 +175,12 @@ void EngineCore::end(std::function<void()> idle) {
 
 void EngineCore::applied(std::uint32_t /*lane*/, std::uint16_t disk, std::uint64_t token) {
   disks_[disk]->mirror->applied(token);
+  pump();
+}
+
+void EngineCore::differs(std::uint32_t /*lane*/, std::uint16_t disk, std::uint64_t token,
+                         const BlockMask& blocks) {
+  disks_[disk]->mirror->differs(token, blocks);
   pump();
 }
 
@@ -355,8 +369,8 @@ void EngineCore::deadline_passed() {
     leave_strict();
     if (!stopping_) {
       events_.strict_ended({Code::Unreachable,
-                         "the target did not take the guest's writes in time during the handover",
-                         "is the link or the target's disk overloaded?", true});
+                            "the target did not take the guest's writes in time during the handover",
+                            "is the link or the target's disk overloaded?", true});
     }
   }
   pump();
@@ -380,7 +394,11 @@ MirrorEngine::EngineStatus EngineCore::status() const {
     one.data = disk->data;
     one.left = left_of(*disk);
     one.counters = disk->mirror->counters();
-    one.expired = disk->mirror->arbiter().summary().expired;
+    const Arbiter::Summary summary = disk->mirror->arbiter().summary();
+    one.expired = summary.expired;
+    one.to_verify = options_.chunk_size * summary.to_verify;
+    one.damaged = summary.damaged;
+    one.unverified = summary.unverified;
     one.connected = disk->connected && disk->server && disk->server->client_is_there();
     status.disks.push_back(std::move(one));
   }

@@ -73,6 +73,7 @@ class EngineCore : private Answers {
   Status enter_strict();
   void leave_strict();
   [[nodiscard]] bool strict() const { return strict_; }
+  void verify();
   void set_bandwidth(Length per_second);
   void stop_copying();
   [[nodiscard]] MirrorEngine::EngineStatus status() const;
@@ -103,6 +104,8 @@ class EngineCore : private Answers {
 
   // Answers
   void applied(std::uint32_t lane, std::uint16_t disk, std::uint64_t token) override;
+  void differs(std::uint32_t lane, std::uint16_t disk, std::uint64_t token,
+               const BlockMask& blocks) override;
   void refused(std::uint32_t lane, std::uint16_t disk, std::uint64_t token,
                const Error& error) override;
   void link_down(const Error& error) override;

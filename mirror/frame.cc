@@ -111,6 +111,10 @@ Status check_plain(const FrameHeader& header, std::uint64_t length) {
 
 Status check_answer(const FrameHeader& header) {
   if (header.disk != 0 || header.extent != Extent{}) return broken("an answer names an extent");
+  if (header.type == FrameType::Differs) {
+    if (header.flags != 0 || header.checksum != 0) return broken("a difference that says more");
+    return check_plain(header, kDiffersPayload);
+  }
   if (header.type == FrameType::Ack) {
     if (header.flags != 0 || header.checksum != 0) return broken("an acknowledgement says more");
     return check_plain(header, 0);
@@ -134,7 +138,13 @@ Status check(const FrameHeader& header, const FrameLimits& limits) {
       DROVER_TRY(check_target_bound(header, limits));
       if ((header.flags & ~kFlagFresh) != 0 || header.checksum != 0) return broken("unknown flags");
       return check_plain(header, 0);
+    case FrameType::Compare:
+      DROVER_TRY(check_target_bound(header, limits));
+      if (header.flags != 0) return broken("unknown flags");
+      if (header.extent.offset.bytes() % kBlock.bytes() != 0) return broken("a comparison starts in a block");
+      return check_plain(header, kHashSize * block_count(header.extent));
     case FrameType::Ack:
+    case FrameType::Differs:
     case FrameType::Failed: return check_answer(header);
   }
   return broken("an unknown type");
@@ -255,7 +265,7 @@ Result<FrameHeader> decode_header(std::span<const std::byte, kHeaderSize> bytes,
   }
   const auto type = get<std::uint8_t>(bytes, 4);
   if (type < static_cast<std::uint8_t>(FrameType::Copy) ||
-      type > static_cast<std::uint8_t>(FrameType::Failed)) {
+      type > static_cast<std::uint8_t>(FrameType::Differs)) {
     return broken(fmt::format("type {} does not exist", type));
   }
   const auto encoding = get<std::uint8_t>(bytes, 5);
@@ -328,6 +338,50 @@ void encode_write(FrameHeader& header, std::span<const std::byte> content) {
   header.encoding = Encoding::Plain;
   header.payload_length = header.decoded_length = static_cast<std::uint32_t>(content.size());
   header.checksum = checksum_of(content);
+}
+
+BlockHash block_hash(std::span<const std::byte> block) {
+  const XXH128_hash_t hash = XXH3_128bits(block.data(), block.size());
+  XXH128_canonical_t canonical;
+  XXH128_canonicalFromHash(&canonical, hash);
+  return std::bit_cast<BlockHash>(canonical);
+}
+
+std::span<const std::byte> encode_compare(FrameHeader& header, std::span<const std::byte> content,
+                                          std::span<std::byte> out) {
+  CHECK(header.type == FrameType::Compare && content.size() == header.extent.length.bytes(),
+        "what is compared is the extent's content");
+  const std::size_t blocks = block_count(header.extent);
+  const std::span<std::byte> hashes = out.first(kHashSize * blocks);
+  for (std::size_t i = 0; i < blocks; ++i) {
+    std::ranges::copy(block_hash(block_at(content, i)), hashes.subspan(i * kHashSize).begin());
+  }
+  header.encoding = Encoding::Plain;
+  header.payload_length = header.decoded_length = static_cast<std::uint32_t>(hashes.size());
+  header.checksum = checksum_of(hashes);
+  return hashes;
+}
+
+BlockMask compare_blocks(std::span<const std::byte> content, std::span<const std::byte> hashes) {
+  BlockMask differing;
+  for (std::size_t i = 0; i * kHashSize < hashes.size(); ++i) {
+    const auto expected = hashes.subspan(i * kHashSize, kHashSize);
+    if (!std::ranges::equal(block_hash(block_at(content, i)), expected)) differing.set(i);
+  }
+  return differing;
+}
+
+void encode_differs(FrameHeader& header, const BlockMask& blocks,
+                    std::span<std::byte, kDiffersPayload> out) {
+  header.type = FrameType::Differs;
+  header.payload_length = header.decoded_length = kDiffersPayload;
+  put_bitmap(blocks, kDiffersPayload, out.data());
+}
+
+Result<BlockMask> decode_differs(std::span<const std::byte> payload) {
+  const BlockMask blocks = get_bitmap(payload);
+  if (blocks.empty()) return broken("a difference in no block");
+  return blocks;
 }
 
 Status decode_payload(const FrameHeader& header, std::span<const std::byte> payload,

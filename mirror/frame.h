@@ -3,7 +3,7 @@
 // The link's frames: what travels on a data connection, in both directions. A frame is a header of
 // 48 bytes, little-endian, and a payload. docs/protocol.md has the layout and the rules.
 //
-//   source -> target: Copy, Write, Zero                   target -> source: Ack, Failed
+//   source -> target: Copy, Write, Zero, Compare          target -> source: Ack, Differs, Failed
 //
 // decode_header() takes nothing on trust: types, flags, reserved bits, lengths and ranges are checked
 // against the limits of the session before anything is allocated or believed. Pure functions, any
@@ -30,6 +30,7 @@ inline constexpr std::size_t kMaxBitmap = (std::uint64_t{1} << 20) / 4096 / 8;
 inline constexpr std::size_t kMaxPayload = (std::size_t{1} << 20) + kMaxBitmap;
 inline constexpr std::size_t kEncodeScratch = 2 * kMaxPayload;
 inline constexpr std::size_t kMaxReason = 1024;
+inline constexpr std::size_t kHashSize = 16;
 inline constexpr std::uint16_t kMaxDisks = 64;
 
 enum class FrameType : std::uint8_t {
@@ -39,6 +40,9 @@ enum class FrameType : std::uint8_t {
   Ack = 4,     // the frame with this sequence is applied (not yet on stable storage)
   Failed = 5,  // the frame with this sequence could not be applied; payload: why, as text (at most
                // kMaxReason bytes); flags: its drover::Code
+  Compare = 6,  // does the extent hold this content? payload: a block_hash() for each of its blocks. Ack: yes.
+  Differs = 7,  // no, of the Compare with this sequence some blocks differ; nothing was changed. Payload: which,
+                // as a bitmap of the extent's blocks
 };
 
 enum class Encoding : std::uint8_t { Plain = 0, Lz4 = 1, Zstd = 2 };
@@ -104,10 +108,27 @@ std::span<const std::byte> encode_copy(FrameHeader& header, std::span<const std:
 // The same for a mirrored Write: plain, with checksum.
 void encode_write(FrameHeader& header, std::span<const std::byte> content);
 
+// XXH3, 128 bits: what a Compare carries of each block. (It tells apart what differs by chance or damage;
+// a guest that makes two blocks of one hash harms its own disk only.)
+using BlockHash = std::array<std::byte, kHashSize>;
+BlockHash block_hash(std::span<const std::byte> block);
+// The same for a Compare with `content`; returns the payload, which is put to `out` (at least kEncodeScratch).
+std::span<const std::byte> encode_compare(FrameHeader& header, std::span<const std::byte> content,
+                                          std::span<std::byte> out);
+// Target: the blocks of `content` whose hashes are not those of a Compare's payload.
+BlockMask compare_blocks(std::span<const std::byte> content, std::span<const std::byte> hashes);
+// Target: the same for a Differs; puts its payload to `out`.
+inline constexpr std::size_t kDiffersPayload = kMaxBitmap;
+void encode_differs(FrameHeader& header, const BlockMask& blocks,
+                    std::span<std::byte, kDiffersPayload> out);
+// Source. Protocol: none is marked.
+Result<BlockMask> decode_differs(std::span<const std::byte> payload);
+
 // Target: decompresses into `scratch` (at least kMaxPayload bytes) if need be, verifies the
 // checksum and takes the payload apart. `runs` (cleared first) refers to `payload` or `scratch`.
 // Protocol if the payload does not fit its header. Zero frames give one zero run; partial ones runs
-// of the blocks that they hold.
+// of the blocks that they hold; a Compare one run whose bytes are the
+// hashes.
 Status decode_payload(const FrameHeader& header, std::span<const std::byte> payload,
                       std::span<std::byte> scratch, std::vector<Run>& runs);
 

@@ -15,7 +15,8 @@ bool LaneQueue::has_chunk(const std::deque<OutFrame>& queue, Chunk chunk) const 
 }
 
 void LaneQueue::push(OutFrame frame) {
-  const bool bulk = frame.type == FrameType::Copy || has_chunk(bulk_, chunk_of(frame));
+  const bool background = frame.type == FrameType::Copy || frame.type == FrameType::Compare;
+  const bool bulk = background || has_chunk(bulk_, chunk_of(frame));
   (bulk ? bulk_ : urgent_).push_back(std::move(frame));
 }
 

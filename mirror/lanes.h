@@ -17,13 +17,13 @@ namespace drover::mirror {
 
 // One frame to send. The link fills in encoding, checksum, payload length and sequence.
 struct OutFrame {
-  FrameType type = FrameType::Write;  // Copy, Write or Zero
+  FrameType type = FrameType::Write;  // Copy, Write, Zero or Compare
   std::uint16_t disk = 0;
   Extent extent;
   bool fresh = false;                    // Copy: see kFlagFresh
   BlockMask blocks = BlockMask::all();   // Copy: which of the extent; see encode_copy()
   Buffer buffer;                         // keeps `content` alive; released once it is sent
-  std::span<const std::byte> content;    // the extent's bytes; empty for Zero
+  std::span<const std::byte> content;    // the extent's bytes; empty for Zero; Compare: what to compare with
   std::uint64_t token = 0;               // the sender's name for this frame; comes back in the answer
 };
 
@@ -55,6 +55,9 @@ class Answers {
   virtual ~Answers() = default;
   // The target applied the frame (its page cache or device has it; stable only after a flush).
   virtual void applied(std::uint32_t lane, std::uint16_t disk, std::uint64_t token) = 0;
+  // A Compare found other content there, in these blocks of its extent.
+  virtual void differs(std::uint32_t lane, std::uint16_t disk, std::uint64_t token,
+                       const BlockMask& blocks) = 0;
   // The target could not: disk error, no space. The frame's extent is undefined there.
   virtual void refused(std::uint32_t lane, std::uint16_t disk, std::uint64_t token,
                        const Error& error) = 0;

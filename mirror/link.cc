@@ -101,10 +101,11 @@ struct Connections {
 class Delivery : public std::enable_shared_from_this<Delivery> {
  public:
   struct Event {
-    enum class Kind { Applied, Refused, Down, Up, Failed };
+    enum class Kind { Applied, Differs, Refused, Down, Up, Failed };
     Kind kind = Kind::Applied;
     std::uint32_t lane = 0;
     std::uint16_t disk = 0;
+    BlockMask blocks;  // Differs
     std::uint64_t token = 0;
     std::unique_ptr<Error> error;
     std::shared_ptr<Connections> up;
@@ -182,6 +183,9 @@ class Delivery : public std::enable_shared_from_this<Delivery> {
       if (answers_ == nullptr) break;  // a callback may destroy the Link
       switch (event.kind) {
         case Event::Kind::Applied: answers_->applied(event.lane, event.disk, event.token); break;
+        case Event::Kind::Differs: 
+          answers_->differs(event.lane, event.disk, event.token, event.blocks);
+          break;
         case Event::Kind::Refused:
           answers_->refused(event.lane, event.disk, event.token, *event.error);
           break;
@@ -392,7 +396,11 @@ class LaneSender {
         next.payload = frame.content;
         break;
       case FrameType::Zero: break;
+      case FrameType::Compare:
+        next.payload = encode_compare(header, frame.content, std::span(scratch_.get(), kEncodeScratch));
+        break;
       case FrameType::Ack:
+      case FrameType::Differs:
       case FrameType::Failed: CHECK(false, "only the target answers");
     }
     encode_header(header, next.header);
@@ -431,7 +439,8 @@ class LaneSender {
       return {};
     }
     DROVER_ASSIGN(const FrameHeader header, decode_header(head, limits_));
-    if (header.type != FrameType::Ack && header.type != FrameType::Failed) {
+    if (header.type != FrameType::Ack && header.type != FrameType::Differs &&
+        header.type != FrameType::Failed) {
       return fail(Code::Protocol, "the target sent a frame that only a source sends");
     }
     if (have_ < kHeaderSize + header.payload_length) {
@@ -448,12 +457,16 @@ class LaneSender {
     Unanswered& frame = unanswered_[header.sequence - first];
     frame.answered = true;
     Delivery::Event event{.lane = index_, .disk = frame.disk, .token = frame.token};
+    const auto payload = std::span<const std::byte>(answer_).subspan(kHeaderSize, header.payload_length);
+    if (header.type == FrameType::Differs) {
+      event.kind = Delivery::Event::Kind::Differs;
+      DROVER_ASSIGN(event.blocks, decode_differs(payload));
+    }
     if (header.type == FrameType::Failed) {
       event.kind = Delivery::Event::Kind::Refused;
       event.error = std::make_unique<Error>();
       event.error->code = static_cast<Code>(header.flags);
-      event.error->message = std::string(
-          reinterpret_cast<const char*>(answer_.data()) + kHeaderSize, header.payload_length);
+      event.error->message = std::string(reinterpret_cast<const char*>(payload.data()), payload.size());
     }
     events_.push_back(std::move(event));
     while (!unanswered_.empty() && unanswered_.front().answered) unanswered_.pop_front();

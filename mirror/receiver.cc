@@ -25,7 +25,6 @@
 #include "base/loop.h"
 #include "base/priority.h"
 #include "mirror/connect.h"
-#include "mirror/receiver_hash.h"
 #include "mirror/receiver_lane.h"
 #include "mirror/relay.h"
 #include "mirror/session.h"
@@ -189,28 +188,6 @@ class Store {
     if (barrier_passed_) return fail(Code::Protocol, "the images are released already");
     for (std::size_t i = 0; i < images_.size(); ++i) DROVER_TRY(flush(i));
     return nlohmann::json::object();
-  }
-
-  // Reads back and hashes a part of a disk.
-  Result<nlohmann::json> hash(const nlohmann::json& request) {
-    DROVER_ASSIGN(const std::uint64_t disk, get_unsigned(request, "disk", kMaxDisks));
-    if (disk >= images_.size() || barrier_passed_) {
-      return fail(Code::Protocol, fmt::format("there is no image of disk {} to read", disk));
-    }
-    const std::uint64_t size = images_[disk]->spec().size.bytes();
-    DROVER_ASSIGN(const std::uint64_t offset, get_unsigned(request, "offset", size));
-    DROVER_ASSIGN(const std::uint64_t length,
-                  get_unsigned(request, "length", kMaxHashRange.bytes()));
-    DROVER_ASSIGN(const std::uint64_t chunk, get_unsigned(request, "chunk", kMaxChunk.bytes()));
-    if (length == 0 || length > size - offset || chunk < kBlock.bytes() ||
-        chunk % kBlock.bytes() != 0 || offset % kBlock.bytes() != 0 ||
-        (length + chunk - 1) / chunk > kMaxHashes) {
-      return fail(Code::Protocol, "a part of the disk was to be hashed that can't be");
-    }
-    DROVER_TRY(flush(disk));
-    DROVER_ASSIGN(std::vector<std::string> hashes,
-                  hash_image(*images_[disk], {Offset(offset), Length(length)}, Length(chunk)));
-    return nlohmann::json{{"hashes", std::move(hashes)}};
   }
 
   // Durably, once the answer is under way: the guest stands still until it comes. Until then QEMU's
@@ -910,7 +887,6 @@ class ReceiverImpl final : public Receiver {
     if (op == "reserve") return store_->reserve(request);
     if (op == "images") return nlohmann::json{{"disks", store_->describe_images()}};
     if (op == "flush") return store_->flush();
-    if (op == "hash") return store_->hash(request);
     if (op == "keep") return store_->keep();
     if (op == "barrier") return store_->barrier(request);
     if (op == "remove") return store_->remove(request);

@@ -42,7 +42,7 @@ LaneReceiver::~LaneReceiver() { CHECK(!thread_.joinable(), "finish() comes first
 
 Status LaneReceiver::start(const std::vector<std::unique_ptr<blockcopy::TargetImage>>& images) {
   DROVER_ASSIGN(loop_, Loop::create());
-  if (!images.empty()) DROVER_TRY(open_writers(images));
+  if (!images.empty()) DROVER_TRY(open_images(images));
   tls_->grow_buffers(kInput, kOutput);
   thread_ = std::thread([this] {
     give_way();
@@ -68,23 +68,22 @@ void LaneReceiver::run_parked(const std::function<void()>& work) {
 }
 
 // A TargetImage belongs to the worker's thread (which may start helpers that end with it), its
-// writers to this lane's, which does not run or stands still.
-Status LaneReceiver::open_writers(
+// readers and writers to this lane's, which does not run or stands still.
+Status LaneReceiver::open_images(
     const std::vector<std::unique_ptr<blockcopy::TargetImage>>& images) {
-  std::vector<blockcopy::ImageWriter*> writers;
+  std::vector<OpenImage> opened;
+  std::vector<Applier::Disk> disks;
   for (const auto& image : images) {
-    auto writer = image->open_writer(*loop_);
-    if (!writer) {
-      writers_.clear();
-      return fail(std::move(writer).error());
-    }
-    writers.push_back(writer->get());
-    writers_.push_back(std::move(*writer));
+    OpenImage& one = opened.emplace_back();
+    DROVER_ASSIGN(one.writer, image->open_writer(*loop_));
+    DROVER_ASSIGN(one.reader, image->open_reader(*loop_));
+    disks.push_back({one.writer.get(), one.reader.get()});
   }
+  images_ = std::move(opened);
   applier_ = std::make_unique<Applier>(
-      std::move(writers),
-      [this](std::uint64_t sequence, std::uint16_t, Status result) {
-        answer(sequence, std::move(result));
+      std::move(disks),
+      [this](std::uint64_t sequence, std::uint16_t, Result<BlockMask> differing) {
+        answer(sequence, std::move(differing));
       },
       options_.applier);
   return {};
@@ -92,7 +91,7 @@ Status LaneReceiver::open_writers(
 
 Status LaneReceiver::attach(const std::vector<std::unique_ptr<blockcopy::TargetImage>>& images) {
   Status status;
-  run_parked([&] { status = open_writers(images); });
+  run_parked([&] { status = open_images(images); });
   return status;
 }
 
@@ -103,7 +102,7 @@ LaneDigest LaneReceiver::detach() {
       // Not from inside a writer's callback, which when_idle() may be called from.
       loop_->at(Instant(), [&] {
         applier_.reset();
-        writers_.clear();
+        images_.clear();
         detached.set_value(digest_);
       });
     };
@@ -215,7 +214,8 @@ Status LaneReceiver::begin_payload() {
   head_size_ = 0;
   if (is_beat(head)) return {};
   DROVER_ASSIGN(const FrameHeader header, decode_header(head, options_.limits));
-  if (header.type == FrameType::Ack || header.type == FrameType::Failed) {
+  if (header.type == FrameType::Ack || header.type == FrameType::Differs ||
+      header.type == FrameType::Failed) {
     return fail(Code::Protocol, "the source sent a frame that only a target sends");
   }
   if (header.sequence != sequence_ + 1) {
@@ -259,6 +259,7 @@ Result<bool> LaneReceiver::take_frame() {
     return fail(Code::Protocol, "a frame came when there was no image to write to");
   }
   for (const Run& run : runs_) {
+    if (header.type == FrameType::Compare) break;
     auto& total = run.bytes.empty() ? totals_.bytes_zeroed : totals_.bytes_written;
     total.fetch_add(run.extent.length.bytes(), std::memory_order_relaxed);
   }
@@ -266,29 +267,34 @@ Result<bool> LaneReceiver::take_frame() {
   return true;
 }
 
-void LaneReceiver::answer(std::uint64_t sequence, Status status) {
+void LaneReceiver::answer(std::uint64_t sequence, Result<BlockMask> differing) {
   if (closed_) return;
-  if (!status && status.error().code == Code::Unreachable) {
+  if (!differing && differing.error().code == Code::Unreachable) {
     // The process behind the image is gone, and what it had not flushed: nothing that was
     // acknowledged can be relied on. The next epoch opens the image again, and tells.
-    return lose(status.error());
+    return lose(differing.error());
   }
   FrameHeader header;
   header.sequence = sequence;
-  std::string_view reason;
-  if (!status) {
-    log_error("lane {}: frame {}: {}", options_.index, sequence, status.error().message);
+  std::array<std::byte, kDiffersPayload> bitmap{};
+  std::span<const std::byte> payload;
+  if (differing && !differing->empty()) {
+    encode_differs(header, *differing, bitmap);
+    payload = bitmap;
+  }
+  if (!differing) {
+    log_error("lane {}: frame {}: {}", options_.index, sequence, differing.error().message);
     totals_.failed.fetch_add(1, std::memory_order_relaxed);
-    reason = std::string_view(status.error().message).substr(0, kMaxReason);
+    const std::string_view reason = std::string_view(differing.error().message).substr(0, kMaxReason);
+    payload = std::as_bytes(std::span(reason));
     header.type = FrameType::Failed;
-    header.flags = static_cast<std::uint8_t>(status.error().code);
-    header.payload_length = header.decoded_length = static_cast<std::uint32_t>(reason.size());
+    header.flags = static_cast<std::uint8_t>(differing.error().code);
+    header.payload_length = header.decoded_length = static_cast<std::uint32_t>(payload.size());
   }
   std::array<std::byte, kHeaderSize> head{};
   encode_header(header, head);
   answers_.insert(answers_.end(), head.begin(), head.end());
-  const auto text = std::as_bytes(std::span(reason));
-  answers_.insert(answers_.end(), text.begin(), text.end());
+  answers_.insert(answers_.end(), payload.begin(), payload.end());
   schedule_turn();
 }
 

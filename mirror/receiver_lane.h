@@ -78,7 +78,7 @@ class LaneReceiver {
   void finish();
 
  private:
-  Status open_writers(const std::vector<std::unique_ptr<blockcopy::TargetImage>>& images);
+  Status open_images(const std::vector<std::unique_ptr<blockcopy::TargetImage>>& images);
   void run_parked(const std::function<void()>& work);
   void receive();
   void wait_for_more();
@@ -87,7 +87,7 @@ class LaneReceiver {
   Result<bool> take_frame();
   Status begin_payload();
   std::size_t payload_offset() const;
-  void answer(std::uint64_t sequence, Status status);
+  void answer(std::uint64_t sequence, Result<BlockMask> differing);
   void schedule_turn();
   void turn();
   void send_output();
@@ -105,7 +105,11 @@ class LaneReceiver {
   std::thread thread_;
 
   // The thread's own.
-  std::vector<std::unique_ptr<blockcopy::ImageWriter>> writers_;
+  struct OpenImage {
+    std::unique_ptr<blockcopy::ImageWriter> writer;
+    std::unique_ptr<blockcopy::ImageReader> reader;
+  };
+  std::vector<OpenImage> images_;
   std::unique_ptr<Applier> applier_;
   LaneDigest digest_;
   std::uint64_t sequence_ = 0;

@@ -319,11 +319,6 @@ bool is_beat(std::span<const std::byte, kHeaderSize> header) {
   return std::ranges::equal(header, kBeat);
 }
 
-std::string chunk_hash(std::span<const std::byte> content) {
-  const XXH128_hash_t hash = XXH3_128bits(content.data(), content.size());
-  return fmt::format("{:016x}{:016x}", hash.high64, hash.low64);
-}
-
 void LaneDigest::add(std::span<const std::byte, kHeaderSize> header) {
   ++frames_;
   value_ = XXH3_64bits_withSeed(header.data(), header.size(), value_);

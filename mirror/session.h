@@ -110,10 +110,6 @@ Result<bool> get_bool(const nlohmann::json& object, const char* name, bool other
 std::span<const std::byte, kHeaderSize> beat();
 bool is_beat(std::span<const std::byte, kHeaderSize> header);
 
-// XXH3 (128 bits) of a chunk's content, as 32 hexadecimal digits: what the `hash` request answers
-// and what the source compares it with.
-std::string chunk_hash(std::span<const std::byte> content);
-
 // --- the digest of a lane ---
 
 // Over the headers of all frames of a lane in their order; with them goes the checksum of each

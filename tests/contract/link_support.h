@@ -197,6 +197,29 @@ class ModelDisk {
     bool scheduled_ = false;
   };
 
+  class Reader final : public blockcopy::ImageReader {
+   public:
+    Reader(ModelDisk& disk, Loop& loop) : disk_(disk), loop_(loop) {}
+    [[nodiscard]] Length size() const override { return disk_.size(); }
+    [[nodiscard]] Length alignment() const override { return Length(512); }
+    void read(Offset offset, std::span<std::byte> buffer, blockcopy::Done done) override {
+      loop_.at(Instant(), [this, offset, buffer, done = std::move(done)] {
+        {
+          const std::lock_guard lock(disk_.mutex_);
+          std::memcpy(buffer.data(), disk_.bytes_.data() + offset.bytes(), buffer.size());
+        }
+        done({});
+      });
+    }
+    void extents(Extent range, blockcopy::ExtentsDone done) override {
+      loop_.at(Instant(), [range, done = std::move(done)] { done(std::vector{blockcopy::MappedExtent{range, true}}); });
+    }
+
+   private:
+    ModelDisk& disk_;
+    Loop& loop_;
+  };
+
   class Image final : public blockcopy::TargetImage {
    public:
     Image(ModelDisk& disk, blockcopy::TargetSpec spec) : disk_(disk), spec_(std::move(spec)) {}
@@ -205,8 +228,8 @@ class ModelDisk {
     [[nodiscard]] blockcopy::ImageIdentity identity() const override { return {}; }
     [[nodiscard]] std::string holder() const override { return disk_.holder(); }
     [[nodiscard]] bool alive() override { return disk_.alive; }
-    Result<std::unique_ptr<blockcopy::ImageReader>> open_reader(Loop&) override {
-      return fail(Code::Incompatible, "a model is looked at, not read");
+    Result<std::unique_ptr<blockcopy::ImageReader>> open_reader(Loop& loop) override {
+      return std::unique_ptr<blockcopy::ImageReader>(new Reader(disk_, loop));
     }
     Result<std::unique_ptr<blockcopy::ImageWriter>> open_writer(Loop& loop) override {
       return std::unique_ptr<blockcopy::ImageWriter>(new Writer(disk_, loop, ++disk_.seed_));
@@ -351,6 +374,11 @@ class TestSource final : public Answers {
   void zero(std::uint32_t lane, std::uint16_t disk, Extent extent, std::uint64_t token = 0) {
     send(lane, {.type = FrameType::Zero, .disk = disk, .extent = extent, .token = token}, {});
   }
+  void compare(std::uint32_t lane, std::uint16_t disk, const Bytes& disk_bytes, Extent extent,
+               std::uint64_t token = 0) {
+    send(lane, {.type = FrameType::Compare, .disk = disk, .extent = extent, .token = token},
+         part(disk_bytes, extent));
+  }
   bool abandon(std::uint32_t lane, std::uint64_t token) {
     bool dropped = false;
     on_engine([&] { dropped = link_->abandon(lane, 0, token); });
@@ -363,7 +391,7 @@ class TestSource final : public Answers {
 
   // Until every frame that was sent is answered.
   [[nodiscard]] bool wait_answers() {
-    return wait([this] { return applied_.size() + refused_.size() >= sent_; });
+    return wait([this] { return applied_.size() + differing_.size() + refused_.size() >= sent_; });
   }
   [[nodiscard]] bool wait_down(std::size_t times = 1) {
     return wait([this, times] { return downs_.size() >= times; });
@@ -409,6 +437,25 @@ class TestSource final : public Answers {
     const std::lock_guard lock(mutex_);
     return applied_;
   }
+  [[nodiscard]] std::vector<std::uint64_t> differing_tokens() {
+    const std::lock_guard lock(mutex_);
+    return differing_;
+  }
+  // Compares all of disk 0 with `disk`, block by block of `length`; where it differs.
+  [[nodiscard]] std::vector<std::uint64_t> differences(const Bytes& disk, Length length) {
+    constexpr std::uint64_t kFirstToken = std::uint64_t{1} << 40;
+    const std::size_t before = differing_tokens().size();
+    for (std::uint64_t at = 0; at < disk.size(); at += length.bytes()) {
+      compare(0, 0, disk, {Offset(at), Length(std::min(length.bytes(), disk.size() - at))},
+              kFirstToken + at);
+    }
+    EXPECT_TRUE(wait_answers());
+    std::vector<std::uint64_t> found = differing_tokens();
+    found.erase(found.begin(), found.begin() + static_cast<std::ptrdiff_t>(before));
+    for (std::uint64_t& token : found) token -= kFirstToken;
+    std::ranges::sort(found);
+    return found;
+  }
   [[nodiscard]] std::map<std::uint64_t, Error> refused_tokens() {
     const std::lock_guard lock(mutex_);
     return refused_;
@@ -431,6 +478,12 @@ class TestSource final : public Answers {
     const std::lock_guard lock(mutex_);
     EXPECT_EQ(downs_.size(), ups_.size()) << "an answer came while the link was down";
     applied_.push_back(token);
+    changed_.notify_all();
+  }
+  void differs(std::uint32_t, std::uint16_t, std::uint64_t token, const BlockMask& blocks) override {
+    EXPECT_FALSE(blocks.empty());
+    const std::lock_guard lock(mutex_);
+    differing_.push_back(token);
     changed_.notify_all();
   }
   void refused(std::uint32_t, std::uint16_t, std::uint64_t token, const Error& error) override {
@@ -480,6 +533,7 @@ class TestSource final : public Answers {
   std::condition_variable changed_;
   std::size_t sent_ = 0;
   std::vector<std::uint64_t> applied_;
+  std::vector<std::uint64_t> differing_;
   std::map<std::uint64_t, Error> refused_;
   std::vector<Error> downs_;
   std::vector<std::vector<TargetDisk>> ups_;

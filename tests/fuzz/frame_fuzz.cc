@@ -65,7 +65,10 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   CHECK(again == head, "a header that decodes encodes to the same bytes");
   CHECK(header->payload_length <= kMaxPayload && header->decoded_length <= kMaxPayload,
         "no header asks for more than a buffer");
-  if (header->type == FrameType::Ack || header->type == FrameType::Failed) return 0;
+  if (header->type == FrameType::Ack || header->type == FrameType::Differs ||
+      header->type == FrameType::Failed) {
+    return 0;
+  }
   std::vector<std::byte> payload(rest.begin(), rest.end());
   payload.resize(header->payload_length);
   if ((choice & 2) != 0 && header->encoding == Encoding::Plain && !payload.empty()) {
@@ -73,7 +76,10 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   }
   std::vector<std::byte> scratch(kMaxPayload);
   std::vector<Run> runs;
-  if (decode_payload(*header, payload, scratch, runs)) {
+  if (!decode_payload(*header, payload, scratch, runs)) return 0;
+  if (header->type == FrameType::Compare) {
+    CHECK(runs.size() == 1 && runs[0].bytes.size() % kHashSize == 0, "a comparison carries hashes");
+  } else {
     check_runs(*header, runs, payload, scratch);
   }
   return 0;

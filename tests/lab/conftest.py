@@ -23,7 +23,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from lab import Disk, Guest, Lab, why_not  # noqa: E402
-from moves import Running  # noqa: E402
+from moves import HOLD, Running  # noqa: E402
 from outages import Seen  # noqa: E402
 
 
@@ -71,6 +71,7 @@ def lab(_shared_lab: _Shared, request: pytest.FixtureRequest) -> Iterator[Lab]:
     lab = _shared_lab.get()
     yield lab
     for running in list(Running.running):  # its test has failed before its end
+        running.host.path(HOLD).unlink(missing_ok=True)
         running.interrupt(signal.SIGCONT)
         running.interrupt(signal.SIGTERM)
         running.end()

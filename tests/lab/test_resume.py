@@ -9,7 +9,7 @@ from typing import Iterator
 import pytest
 
 from lab import Disk, Guest, Lab, wait_for
-from moves import HOLD, Move, Outcome, Running, assert_unharmed, jobs, only_job
+from moves import HOLD, Move, Outcome, Running, assert_unharmed, disk_formats, jobs, only_job
 from outages import (MIB, PHASES, SLOW, Seen, begin, is_dead, long, moved, resume, undone, wait_gone)
 
 pytestmark = pytest.mark.usefixtures("drover")
@@ -60,6 +60,89 @@ def test_runner_killed_in_the_middle_of_a_copy(lab: Lab, seen: Seen, size: int, 
     # What was there already is not in what the second one read.
     assert outcome.summary["data_bytes"] <= 0.55 * size * MIB
     print(f"read by the second runner: {outcome.summary['data_bytes'] / MIB:.0f} of {size} MiB")
+
+
+def at_the_barrier_equal(lab: Lab, guest: Guest, running: Running) -> Outcome:
+    """The rest of a move that was begun with --hold-barrier."""
+    formats, disks, differences = disk_formats(guest), guest.disks(), {}
+    held = lab.a.path(HOLD)
+    wait_for("the barrier", lambda: held.exists() or running.process.poll() is not None, 120)
+    if held.exists():
+        differences = {disk: lab.compare(lab.a, path, lab.b, path, formats[disk], formats[disk])
+                       for disk, path in disks.items()}
+        held.unlink()
+    outcome = running.end()
+    assert outcome.exit_code == 0, outcome.text()
+    assert not any(differences.values()), differences
+    return outcome
+
+
+def sent_for_disks(outcome: Outcome) -> int:
+    return int(outcome.summary["wire_bytes"] - outcome.summary["memory_bytes"])
+
+
+def test_journal_damaged(lab: Lab, small: Guest, seen: Seen) -> None:
+    """Nobody knows what the target has: what it has is compared, not sent again."""
+    running = Move(lab, small, *SLOW, "--hold-barrier", HOLD)
+    running.wait_for_copied(0.5)
+    job = running.job
+    seen.outage_begins(small)
+    kill_runner(running)
+    for name in ("MANIFEST-*", "CURRENT"):
+        lab.a.run(f"for f in /var/lib/drover/jobs/{job}/journal/{name}; do echo nonsense >$f; done")
+    resumed = Running(lab.a, "resume", job)
+    resumed.wait_for_phase("copy")
+    resumed.hurry()
+    outcome = at_the_barrier_equal(lab, small, resumed)
+    assert any("journal is damaged" in e.get("text", "") for e in outcome.events), outcome.text()
+    assert sent_for_disks(outcome) < 0.8 * 96 * MIB
+    moved(lab, small, seen, outcome, "resumed, compared")
+
+
+def test_qemu_restarted(lab: Lab, small: Guest, seen: Seen) -> None:
+    """Its bitmaps are gone. What the guest writes when it starts is among what differs."""
+    running = Move(lab, small, *SLOW, "--hold-barrier", HOLD)
+    running.wait_for_copied(0.5)
+    job = running.job
+    kill_runner(running)
+    domain = small.domain()
+    domain.destroy()
+    domain.create()
+    small.wait_ready()
+    resumed = Running(lab.a, "resume", job)
+    resumed.wait_for_phase("copy")
+    resumed.hurry()
+    outcome = at_the_barrier_equal(lab, small, resumed)
+    assert any("QEMU was restarted" in e.get("text", "") for e in outcome.events), outcome.text()
+    assert small.host is lab.b
+    assert lab.leftovers() == []
+    # Its witness knows nothing of what it wrote before it was restarted: the barrier has compared for it.
+    seen.ended(small, outcome, "resumed, compared")
+
+
+def test_verify_finds_what_the_target_did_not_keep(lab: Lab, small: Guest, seen: Seen) -> None:
+    there = small.disks()["vda"]
+    running = Move(lab, small, *SLOW, "--verify")
+    running.wait_for_copied(0.5)
+    seen.outage_begins(small)
+    # Chunks that were copied; where the guest writes there itself, the damage is gone again.
+    for mib in range(0, 30, 5):
+        lab.b.run(f"head -c 4096 /dev/urandom | dd of={there} bs=4096 seek={mib * 256 + 17} conv=notrunc "
+                  "oflag=direct status=none")
+    running.hurry()
+    outcome = running.end()
+    assert outcome.exit_code == 0, outcome.text()
+    assert outcome.summary["verified"]
+    assert outcome.summary["damaged_chunks"] > 0, outcome.text()
+    assert any("differed" in note for note in outcome.summary["notes"]), outcome.summary
+    moved(lab, small, seen, outcome, "verified, mended")
+
+
+def test_verify_finds_nothing_where_nothing_is_wrong(lab: Lab, small: Guest, seen: Seen) -> None:
+    outcome = Move(lab, small, "--verify").end()
+    assert outcome.exit_code == 0, outcome.text()
+    assert outcome.summary["verified"] and outcome.summary["damaged_chunks"] == 0, outcome.summary
+    moved(lab, small, seen, outcome, "verified")
 
 
 def test_runner_killed_at_the_barrier(lab: Lab, small: Guest, seen: Seen) -> None:

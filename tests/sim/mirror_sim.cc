@@ -213,7 +213,12 @@ class SimLanes final : public mirror::Lanes {
     std::optional<mirror::LaneQueue> queue;            // not begun
     std::deque<Bytes> wire;                            // encoded, in order
     std::map<std::uint64_t, std::uint64_t> tokens;     // sequence -> token
-    std::deque<std::pair<std::uint64_t, std::uint64_t>> answers;  // epoch, sequence
+    struct Answer {
+      std::uint64_t epoch = 0;
+      std::uint64_t sequence = 0;
+      mirror::BlockMask differing;
+    };
+    std::deque<Answer> answers;
     std::unique_ptr<mirror::Applier> applier;
   };
   void encode_one(Lane& lane);
@@ -236,6 +241,7 @@ class MirrorSim {
   struct GuestOp {
     NbdRequest request;
     Bytes content;
+    Instant begun{};
     bool with_mirror = false;  // the request is with the mirror, unanswered
   };
 
@@ -264,11 +270,16 @@ class MirrorSim {
   void advance_clock();
   void check_bound();
   void check_strict();
+  [[nodiscard]] bool verified() const {
+    return verification_ == Verification::None || verification_ == Verification::Done;
+  }
   // Where masks run out, some blocks of a chunk may become all of them.
   [[nodiscard]] bool few_masks() const { return mirror_options_.arbiter.max_masks < 1000; }
   bool world_step(bool calm);
   void finish();
   void compare();
+  void drive_verification();
+  void damage_target();
   void violate(std::string what) {
     if (!violation_) violation_ = std::move(what);
   }
@@ -289,6 +300,7 @@ class MirrorSim {
   std::unique_ptr<BufferPool> write_buffers_;
   std::unique_ptr<TornReader> reader_;
   std::unique_ptr<LooseWriter> writer_;
+  std::unique_ptr<TornReader> target_reader_;
   std::unique_ptr<SimLanes> lanes_;
   mirror::DiskMirror::Options mirror_options_;
   std::vector<std::unique_ptr<mirror::DiskMirror>> dead_mirrors_;  // until their reads have ended
@@ -331,6 +343,12 @@ class MirrorSim {
   std::optional<std::string> violation_;
   Length strict_left_;
   bool was_strict_ = false;
+  // Verification: wished for, and how far it is.
+  enum class Verification { None, Wanted, Runs, Done };
+  Verification verification_ = Verification::None;
+  bool damage_done_ = false;
+  std::uint64_t damages_ = 0;        // bytes changed behind everybody's back
+  std::uint64_t damaged_chunks_ = 0; // reported
 };
 
 // --- lanes ---
@@ -339,10 +357,10 @@ SimLanes::SimLanes(MirrorSim& sim, LaneIndex count) : sim_(sim), lanes_(count) {
   for (LaneIndex i = 0; i < count; ++i) {
     lanes_[i].queue.emplace(sim.limits_.chunk_size);
     lanes_[i].applier = std::make_unique<mirror::Applier>(
-        std::vector<blockcopy::ImageWriter*>{sim.writer_.get()},
-        [this, i](std::uint64_t sequence, std::uint16_t, const Status& status) {
-          if (!status) sim_.violate("the target refused a frame: " + status.error().message);
-          lanes_[i].answers.emplace_back(lanes_[i].epoch, sequence);
+        std::vector<mirror::Applier::Disk>{{sim.writer_.get(), sim.target_reader_.get()}},
+        [this, i](std::uint64_t sequence, std::uint16_t, const Result<mirror::BlockMask>& differing) {
+          if (!differing) sim_.violate("the target refused a frame: " + differing.error().message);
+          lanes_[i].answers.push_back({lanes_[i].epoch, sequence, differing ? *differing : mirror::BlockMask()});
         },
         sim.options_.applier);
   }
@@ -413,6 +431,8 @@ void SimLanes::encode_one(Lane& lane) {
   } else if (frame.type == FrameType::Write) {
     encode_write(header, frame.content);
     payload = frame.content;
+  } else if (frame.type == FrameType::Compare) {
+    payload = encode_compare(header, frame.content, scratch);
   }
   Bytes bytes(mirror::kHeaderSize + payload.size());
   encode_header(header, std::span(bytes).first<mirror::kHeaderSize>());
@@ -471,7 +491,7 @@ bool SimLanes::step() {
           return true;
         default: {
           if (lane.answers.empty()) break;
-          const auto [epoch, sequence] = lane.answers.front();
+          const auto [epoch, sequence, differing] = lane.answers.front();
           lane.answers.pop_front();
           if (epoch != lane.epoch) return true;  // fenced
           const auto token = lane.tokens.extract(sequence);
@@ -480,7 +500,11 @@ bool SimLanes::step() {
             return true;
           }
           pieces_.erase(token.mapped());
-          sim_.mirror_->applied(token.mapped());
+          if (!differing.empty()) {
+            sim_.mirror_->differs(token.mapped(), differing);
+          } else {
+            sim_.mirror_->applied(token.mapped());
+          }
           return true;
         }
       }
@@ -520,6 +544,8 @@ void MirrorSim::set_up() {
     options.arbiter.max_strict_wait = std::chrono::milliseconds(1 + random_.below(40));
   }
   if (random_.one_in(4)) options.arbiter.max_masks = random_.below(20);
+  options.arbiter.verify_pause = std::chrono::milliseconds(5);
+  options.arbiter.verify_tries = random_.one_in(2) ? 8 : 1 + static_cast<unsigned>(random_.below(3));
   options.arbiter.mutation = options_.mutation;
   options.max_copies = 1 + random_.below(4);
   options.target_initially_zero = target_.front() == std::byte{0};
@@ -530,6 +556,7 @@ void MirrorSim::set_up() {
   write_buffers_ = std::make_unique<BufferPool>(widen({Offset(0), Length(source_.size())}, 4_KiB).length, 64);
   reader_ = std::make_unique<TornReader>(source_, steps_, random_);
   writer_ = std::make_unique<LooseWriter>(target_, steps_, random_);
+  target_reader_ = std::make_unique<TornReader>(target_, steps_, random_);
   lanes_ = std::make_unique<SimLanes>(*this, options.arbiter.lanes);
   journaled_ = random_.one_in(2);
   if (journaled_) {
@@ -543,6 +570,7 @@ void MirrorSim::set_up() {
   make_mirror();
   mirror_->start();
 
+  if (random_.one_in(3)) verification_ = Verification::Wanted;
   guest_budget_ = random_.below(80);
   hot_ = random_.one_in(3);
   hot_chunk_ = random_.below(chunks);
@@ -559,6 +587,10 @@ void MirrorSim::make_mirror() {
   events.failed = [this](const Error& error) { violate("it gave up: " + error.message); };
   events.changed = [] {};  // here somebody tries all the time
   events.now = [this] { return clock_; };
+  events.damaged = [this](Extent extent) {
+    trace("damaged: {}+{}", extent.offset.bytes(), extent.length.bytes());
+    ++damaged_chunks_;
+  };
   events.touching = [this](mirror::GroupIndex group) {
     store_all();
     journal_[group] = mirror_->take_record(group);
@@ -610,6 +642,7 @@ void MirrorSim::resume_runner(std::uint64_t delay) {
       if (lanes_->down(lane)) mirror_->lane_lost(lane);
     }
     trace("another runner takes over");
+    if (verification_ == Verification::Runs) verification_ = Verification::Wanted;
     steps_.add([this, runner = runner_] {
       if (runner == runner_) mark_bitmaps();
     });
@@ -792,6 +825,7 @@ void MirrorSim::issue_guest_op() {
                     : kind < 7 ? NbdRequest::Kind::Zero
                                : NbdRequest::Kind::Discard;
   op.request.id = next_op_++;
+  op.begun = clock_;
   op.content.resize(length);
   if (op.request.kind == NbdRequest::Kind::Write) {
     const auto value = static_cast<std::byte>(1 + op.request.id % 255);
@@ -858,7 +892,11 @@ void MirrorSim::answered(std::uint64_t id) {
 void MirrorSim::advance_clock() {
   Duration by = std::chrono::microseconds(random_.below(500));
   if (random_.one_in(30)) by = std::chrono::milliseconds(random_.below(60));
-  const Instant goal = clock_ + by;
+  Instant goal = clock_ + by;
+  // What a write has changed on the source is here before a chunk that differs is looked at again.
+  for (const auto& [id, op] : guest_ops_) {
+    if (!op.with_mirror) goal = std::min(goal, std::max(clock_, op.begun + mirror_options_.arbiter.verify_pause));
+  }
   // Timers fire on time.
   while (mirror_) {
     const auto deadline = mirror_->next_deadline();
@@ -951,10 +989,11 @@ bool MirrorSim::world_step(bool calm) {
 void MirrorSim::finish() {
   // The link heals; the handover begins once everything has been copied.
   while (!violation_ &&
-         !(mirror_ && mirror_->all_copied() && lanes_->quiet() && guest_budget_ == 0)) {
+         !(mirror_ && mirror_->all_copied() && lanes_->quiet() && guest_budget_ == 0 && verified())) {
     const bool progress = world_step(guest_budget_ == 0);
     check_strict();
-    if (random_.one_in(16) && mirror_ && mirror_->all_copied()) (void)mirror_->enter_strict();
+    drive_verification();
+    if (random_.one_in(16) && mirror_ && mirror_->all_copied() && verified()) (void)mirror_->enter_strict();
     if (!progress && !(mirror_ && mirror_->next_deadline())) violate("it is stuck");
   }
   if (violation_) return;
@@ -969,6 +1008,31 @@ void MirrorSim::finish() {
     if (!mirror_->arbiter().strict() && mirror_->all_copied()) (void)mirror_->enter_strict();
     if (!world_step(true)) violate("the handover is stuck");
     check_strict();
+  }
+}
+
+// Storage that does not keep what was written to it, once, while nothing is under way on it.
+void MirrorSim::damage_target() {
+  if (!lanes_->quiet() || restarting_ || std::exchange(damage_done_, true)) return;
+  for (std::uint64_t left = random_.below(4); left > 0; --left) {
+    const std::size_t at = random_.below(target_.size());
+    target_[at] ^= static_cast<std::byte>(1 + random_.below(255));
+    if (!synced_.empty()) synced_[at] = target_[at];
+    ++damages_;
+    trace("byte {} of the target is damaged", at);
+  }
+}
+
+// What was damaged is mended (compare() sees to that), and nothing else is taken for damaged.
+void MirrorSim::drive_verification() {
+  if (!mirror_) return;
+  if (verification_ == Verification::Wanted && mirror_->all_copied()) {
+    damage_target();
+    mirror_->verify();
+    verification_ = Verification::Runs;
+  } else if (verification_ == Verification::Runs && mirror_->arbiter().summary().to_verify == 0) {
+    verification_ = Verification::Done;
+    if (damages_ == 0 && damaged_chunks_ > 0) violate("what nobody had damaged was taken for damaged");
   }
 }
 
@@ -998,6 +1062,7 @@ std::optional<std::string> MirrorSim::run(MirrorSimStats* stats) {
     stats->crashes += crashes_;
     stats->restarts += restarts_;
     stats->rotations += rotations_;
+    stats->damaged += damaged_chunks_;
   }
   // After a violation too, let what is in flight end, so that everything can be taken apart.
   if (mirror_) mirror_->stop();

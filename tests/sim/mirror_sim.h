@@ -24,6 +24,7 @@
 //    damaged), marks what the bitmaps say, and goes on. The driver alternates bitmaps and stores
 //    records as mirror/arbiter.h says.
 //  - Lanes may be down for long, while the guest writes.
+//  - The target's disk is damaged once, here and there, when all is copied; then all of it is verified.
 //  - Time jumps, so that writes on their way are given up.
 // Then everything heals, the handover's strict mode begins, the guest stops, and the run must end
 // with the target equal to the source, byte for byte.
@@ -54,6 +55,7 @@ struct MirrorSimStats {
   std::uint64_t crashes = 0;    // of the runner
   std::uint64_t restarts = 0;   // of the target
   std::uint64_t rotations = 0;  // of QEMU's bitmaps
+  std::uint64_t damaged = 0;    // chunks that verification found
 };
 
 // Runs one seed to its end. The violation it found, or nothing. Same seed, same run, always.

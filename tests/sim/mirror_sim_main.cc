@@ -62,6 +62,7 @@ int main(int argc, char** argv) {
       total.crashes += stats.crashes;
       total.restarts += stats.restarts;
       total.rotations += stats.rotations;
+      total.damaged += stats.damaged;
     });
   }
   for (std::thread& worker : workers) worker.join();
@@ -71,8 +72,8 @@ int main(int argc, char** argv) {
       "{} seeds, {} violations, {:.1f} s: {} steps, {} guest writes, {} forwarded, {} copies, "
       "{} answered at the bound, {} lanes lost, {} runners killed, {} targets restarted, {} "
       "bitmaps "
-      "replaced\n",
+      "replaced, {} chunks found damaged\n",
       count, failures, seconds, total.steps, total.guest_writes, total.forwarded, total.copies,
-      total.expired, total.lanes_lost, total.crashes, total.restarts, total.rotations);
+      total.expired, total.lanes_lost, total.crashes, total.restarts, total.rotations, total.damaged);
   return failures == 0 ? 0 : 1;
 }

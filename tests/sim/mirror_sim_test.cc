@@ -31,6 +31,7 @@ TEST_P(MirrorSimulation, TargetEqualsSourceAndNoWriteIsHeldUp) {
   EXPECT_GT(stats.crashes, kSeedsPerPart / 10);
   EXPECT_GT(stats.restarts, kSeedsPerPart / 10);
   EXPECT_GT(stats.rotations, kSeedsPerPart / 10);
+  EXPECT_GT(stats.damaged, kSeedsPerPart / 20);
 }
 
 INSTANTIATE_TEST_SUITE_P(Seeds, MirrorSimulation, testing::Range<std::uint64_t>(0, 8));
@@ -74,6 +75,12 @@ INSTANTIATE_TEST_SUITE_P(
              [](MirrorSimOptions& o) { o.mutation.keep_copied_on_loss = true; }},
         Rule{"AWriteWaitsForTheTargetInStrictModeOnly",
              [](MirrorSimOptions& o) { o.mutation.wait_outside_strict = true; }},
+        Rule{"AChunkThatDiffersIsSent",
+             [](MirrorSimOptions& o) { o.mutation.same_though_different = true; }},
+        Rule{"AChunkIsDamagedOnlyIfItDiffersTwice",
+             [](MirrorSimOptions& o) { o.mutation.damaged_at_once = true; }},
+        Rule{"AComparisonBringsNothingOfAWriteThatWasGivenUp",
+             [](MirrorSimOptions& o) { o.mutation.compare_trusted = true; }},
         Rule{"AChunkAlwaysTravelsOnTheSameLane",
              [](MirrorSimOptions& o) { o.mutation.wrong_lane = true; }},
         Rule{"AMaskIsJoinedNotReplaced",

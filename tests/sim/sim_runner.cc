@@ -152,7 +152,7 @@ class SimLink final : public mirror::Link,
 
   // --- what comes from the target ---
 
-  void answered(unsigned index, std::uint64_t sequence, const Status& status) override {
+  void answered(unsigned index, std::uint64_t sequence, const Result<mirror::BlockMask>& differing) override {
     if (!up_) return;
     Lane& lane = lanes_[index];
     const auto found = lane.sent.find(sequence);
@@ -163,13 +163,15 @@ class SimLink final : public mirror::Link,
     if (unanswered_ == 0) news_.notify();
     pump(index);
     const auto lane_number = static_cast<std::uint32_t>(index);
-    loop_.post([this, lane_number, disk = disk, token = token, status, epoch = epoch_,
+    loop_.post([this, lane_number, disk = disk, token = token, differing, epoch = epoch_,
                 here = std::weak_ptr(here_)] {
       if (here.expired() || active_ != epoch) return;
-      if (status) {
-        answers_.applied(lane_number, disk, token);
+      if (!differing) {
+        answers_.refused(lane_number, disk, token, differing.error());
+      } else if (!differing->empty()) {
+        answers_.differs(lane_number, disk, token, *differing);
       } else {
-        answers_.refused(lane_number, disk, token, status.error());
+        answers_.applied(lane_number, disk, token);
       }
     });
   }
@@ -366,6 +368,8 @@ class SimLink final : public mirror::Link,
     } else if (frame.type == FrameType::Write) {
       encode_write(header, frame.content);
       payload = frame.content;
+    } else if (frame.type == FrameType::Compare) {
+      payload = encode_compare(header, frame.content, scratch);
     }
     auto bytes = std::make_shared<Bytes>(mirror::kHeaderSize + payload.size());
     const auto head = std::span(*bytes).first<mirror::kHeaderSize>();
@@ -586,6 +590,7 @@ class SimEngine final : public mirror::MirrorEngine {
   void start() override { core_.start(); }
   Status enter_strict() override { return core_.enter_strict(); }
   void leave_strict() override { core_.leave_strict(); }
+  void verify() override { core_.verify(); }
   void set_bandwidth(Length per_second) override { core_.set_bandwidth(per_second); }
   void stop_copying() override { core_.stop_copying(); }
   Status restore(std::size_t disk, const mirror::GroupRecord& record,

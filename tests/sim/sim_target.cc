@@ -134,13 +134,22 @@ void SimReceiver::kill() {
   }
 }
 
+void SimReceiver::Lane::drop() {
+  while (applier && applier->in_flight() > 0) {
+    for (const auto& writer : writers) writer->drop();
+    for (const auto& reader : readers) reader->drop();
+  }
+}
+
+void SimReceiver::Lane::close() {
+  applier.reset();
+  writers.clear();
+  readers.clear();
+}
+
 // Of what is under way nothing comes of any more.
 void SimReceiver::drop_lanes() {
-  for (Lane& lane : lanes_) {
-    while (lane.applier && lane.applier->in_flight() > 0) {
-      for (const auto& writer : lane.writers) writer->drop();
-    }
-  }
+  for (Lane& lane : lanes_) lane.drop();
   lanes_.clear();
 }
 
@@ -214,38 +223,24 @@ Status SimReceiver::flush() {
   return {};
 }
 
-Result<json> SimReceiver::hash(const json& request) {
-  const std::size_t disk = request.at("disk");
-  if (disk >= images_.size() || barrier_passed_)
-    return fail(Code::Protocol, "there is no such image");
-  DROVER_TRY(flush());
-  const std::span<const std::byte> content(images_[disk]->content);
-  const std::size_t end =
-      request.at("offset").get<std::size_t>() + request.at("length").get<std::size_t>();
-  const std::size_t chunk = request.at("chunk");
-  json hashes = json::array();
-  for (std::size_t at = request.at("offset"); at < end; at += chunk) {
-    hashes.push_back(mirror::chunk_hash(content.subspan(at, std::min(chunk, end - at))));
-  }
-  return json{{"hashes", hashes}};
-}
-
 void SimReceiver::attach(const ConnectionPtr& connection) {
   lanes_.resize(connection->up.size());
   for (unsigned i = 0; i < lanes_.size(); ++i) {
     Lane& lane = lanes_[i];
     if (images_.empty() || barrier_passed_) continue;
-    std::vector<blockcopy::ImageWriter*> writers;
+    std::vector<mirror::Applier::Disk> disks;
     for (const FilePtr& file : images_) {
       lane.writers.push_back(std::make_unique<SimWriter>(world_, target_.host_, file));
-      writers.push_back(lane.writers.back().get());
+      lane.readers.push_back(
+          std::make_unique<SimReader>(world_, target_.host_, file, [] { return true; }));
+      disks.push_back({lane.writers.back().get(), lane.readers.back().get()});
     }
     lane.applier = std::make_unique<mirror::Applier>(
-        std::move(writers),
-        [this, connection, i](std::uint64_t sequence, std::uint16_t, const Status& status) {
+        std::move(disks), [this, connection, i](std::uint64_t sequence, std::uint16_t,
+                                                const Result<mirror::BlockMask>& differing) {
           if (!process_->alive) return;
-          connection->down[i]->send([connection, i, sequence, status] {
-            if (connection->source != nullptr) connection->source->answered(i, sequence, status);
+          connection->down[i]->send([connection, i, sequence, differing] {
+            if (connection->source != nullptr) connection->source->answered(i, sequence, differing);
           });
         });
   }
@@ -327,7 +322,6 @@ void SimReceiver::perform(const json& request, Answer answer) {
     if (const Status flushed = flush(); !flushed) return answer(fail(flushed.error()));
     return answer(json::object());
   }
-  if (op == "hash") return answer(hash(request));
   if (op == "images") return answer(json{{"disks", describe_images()}});
   if (op == "keep") {
     kept_ = true;
@@ -404,8 +398,7 @@ void SimReceiver::barrier(const json& request, const Answer& answer) {
 Result<json> SimReceiver::prove(const json& request) {
   const json& expected = request.at("lanes");
   for (unsigned i = 0; i < lanes_.size(); ++i) {
-    lanes_[i].applier.reset();
-    lanes_[i].writers.clear();
+    lanes_[i].close();
   }
   for (unsigned i = 0; i < lanes_.size(); ++i) {
     if (lanes_[i].digest.to_json() != expected.at(i)) {
@@ -427,11 +420,8 @@ void SimReceiver::remove_images() {
   record().images.clear();
   record().keep = record().proved = false;
   for (Lane& lane : lanes_) {
-    while (lane.applier && lane.applier->in_flight() > 0) {
-      for (const auto& writer : lane.writers) writer->drop();
-    }
-    lane.applier.reset();
-    lane.writers.clear();
+    lane.drop();
+    lane.close();
   }
   images_.clear();
 }

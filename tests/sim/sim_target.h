@@ -38,7 +38,7 @@ struct Connection {
   // On the source.
   struct Source {
     virtual ~Source() = default;
-    virtual void answered(unsigned lane, std::uint64_t sequence, const Status& status) = 0;
+    virtual void answered(unsigned lane, std::uint64_t sequence, const Result<mirror::BlockMask>& differing) = 0;
     virtual void replied(std::uint64_t id, const Result<nlohmann::json>& result) = 0;
     virtual void lost(const Error& error) = 0;
   };
@@ -120,14 +120,16 @@ class SimReceiver : public std::enable_shared_from_this<SimReceiver> {
 
  private:
   struct Lane {
+    void drop();   // nothing of what is under way happens any more
+    void close();
     std::vector<std::unique_ptr<SimWriter>> writers;
+    std::vector<std::unique_ptr<SimReader>> readers;
     std::unique_ptr<mirror::Applier> applier;
     mirror::LaneDigest digest;
     std::uint64_t sequence = 0;
   };
   void work();
   [[nodiscard]] nlohmann::json describe_images();
-  Result<nlohmann::json> hash(const nlohmann::json& request);
   Status flush();
   void perform(const nlohmann::json& request, Answer answer);
   Result<nlohmann::json> reserve(const nlohmann::json& request);

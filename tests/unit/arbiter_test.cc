@@ -8,6 +8,8 @@
 
 #include <functional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "mirror/frame.h"
 
@@ -309,6 +311,137 @@ TEST(ArbiterSize, A64TiBDiskIsCheap) {
   EXPECT_EQ(arbiter.groups(), 16384U);
   arbiter.mark_pending({Offset(0), arbiter.options().disk_size});
   EXPECT_TRUE(arbiter.take_records(0, 100).records.empty());
+}
+
+// --- comparing ---
+
+TEST_F(ArbiterRules, WhereNothingIsKnownChunksAreComparedAndOnlyThoseThatDifferAreSent) {
+  arbiter_.restore_nothing();
+  for (ChunkIndex chunk = 0; chunk < 8; ++chunk) {
+    const auto ticket = arbiter_.start_copy();
+    ASSERT_TRUE(ticket && ticket->compare && ticket->chunk == chunk);
+    ASSERT_TRUE(arbiter_.copy_read(ticket->id, actions_));
+    if (chunk == 5) {
+      EXPECT_FALSE(arbiter_.copy_differs(ticket->id, BlockMask::range(4, 6), Instant()))
+          << "no news where nothing was known";
+    } else {
+      arbiter_.copy_acked(ticket->id);
+    }
+  }
+  const auto sent = arbiter_.start_copy();
+  ASSERT_TRUE(sent);
+  EXPECT_EQ(sent->chunk, 5U);
+  EXPECT_EQ(sent->extent, block(5, 4, 2));
+  EXPECT_FALSE(sent->compare || sent->fresh);
+  ASSERT_TRUE(arbiter_.copy_read(sent->id, actions_));
+  arbiter_.copy_acked(sent->id);
+  EXPECT_TRUE(arbiter_.synchronised());
+}
+
+TEST_F(ArbiterRules, AComparisonThatIsLostIsMadeAgain) {
+  arbiter_.restore_nothing();
+  const auto first = arbiter_.start_copy();
+  ASSERT_TRUE(first && arbiter_.copy_read(first->id, actions_));
+  outage([] {});
+  EXPECT_FALSE(arbiter_.copy_differs(first->id, BlockMask::all(), Instant()))
+      << "its answer is of the old connections";
+  std::size_t compared = 0;
+  while (const auto ticket = arbiter_.start_copy()) {
+    EXPECT_TRUE(ticket->compare);
+    ASSERT_TRUE(arbiter_.copy_read(ticket->id, actions_));
+    arbiter_.copy_acked(ticket->id);
+    ++compared;
+  }
+  EXPECT_EQ(compared, 8U);
+}
+
+class Verification : public ArbiterRules {
+ protected:
+  // Compares what is to be compared now; `differs` says which chunks do.
+  std::vector<ChunkIndex> round(const std::function<bool(ChunkIndex)>& differs) {
+    std::vector<ChunkIndex> damaged;
+    while (const auto ticket = arbiter_.start_copy()) {
+      EXPECT_TRUE(arbiter_.copy_read(ticket->id, actions_));
+      if (ticket->compare && differs(ticket->chunk)) {
+        if (const auto found = arbiter_.copy_differs(ticket->id, BlockMask::range(1, 3), now_)) {
+          damaged.push_back(found->offset.bytes() / kChunk.bytes());
+        }
+      } else {
+        arbiter_.copy_acked(ticket->id);
+        if (!ticket->compare) sent_.push_back(ticket->chunk);
+      }
+    }
+    return damaged;
+  }
+  void pause() {
+    now_ += arbiter_.options().verify_pause;
+    arbiter_.tick(now_, actions_);
+  }
+  static bool third(ChunkIndex chunk) { return chunk == 3; }
+  static bool none(ChunkIndex) { return false; }
+
+  Instant now_{std::chrono::seconds(100)};
+  std::vector<ChunkIndex> sent_;
+};
+
+TEST_F(Verification, AChunkThatDiffersTwiceIsReportedSentAgainAndLookedAtAgain) {
+  copy_all();
+  arbiter_.verify();
+  EXPECT_EQ(arbiter_.summary().to_verify, 8U);
+  EXPECT_TRUE(round(third).empty());
+  EXPECT_EQ(arbiter_.summary().to_verify, 1U);
+  EXPECT_EQ(arbiter_.summary().pending, 0U);
+  EXPECT_EQ(arbiter_.next_deadline(), now_ + arbiter_.options().verify_pause);
+  pause();
+  bool once = true;
+  EXPECT_EQ(round([&](ChunkIndex) { return std::exchange(once, false); }), std::vector<ChunkIndex>{3});
+  pause();
+  EXPECT_TRUE(round(none).empty());
+  EXPECT_EQ(sent_, std::vector<ChunkIndex>{3});
+  EXPECT_EQ(arbiter_.summary().to_verify, 0U);
+  EXPECT_EQ(arbiter_.summary().damaged, 1U);
+  EXPECT_EQ(arbiter_.summary().unverified, 0U);
+}
+
+// It was on the source already when that was read, and arrives after the answer.
+TEST_F(Verification, AWriteThatArrivesExplainsADifference) {
+  copy_all();
+  arbiter_.verify();
+  EXPECT_TRUE(round(third).empty());
+  write(block(3, 1, 2));
+  arbiter_.piece_acked(forwarded(), actions_);
+  pause();
+  EXPECT_TRUE(round(third).empty()) << "that is the first time again";
+  pause();
+  EXPECT_TRUE(round(none).empty());
+  EXPECT_EQ(arbiter_.summary().to_verify, 0U);
+  EXPECT_EQ(arbiter_.summary().damaged, 0U);
+  EXPECT_TRUE(sent_.empty());
+}
+
+TEST_F(Verification, AChunkThatIsWrittenAllTheTimeIsSentOnceMoreAndCounted) {
+  copy_all();
+  arbiter_.verify();
+  for (unsigned i = 0; i < arbiter_.options().verify_tries; ++i) {
+    EXPECT_TRUE(round(third).empty());
+    write(block(3, 1, 2));
+    arbiter_.piece_acked(forwarded(), actions_);
+    pause();
+  }
+  EXPECT_TRUE(round(none).empty());
+  EXPECT_EQ(sent_, std::vector<ChunkIndex>{3});
+  EXPECT_EQ(arbiter_.summary().to_verify, 0U);
+  EXPECT_EQ(arbiter_.summary().unverified, 1U);
+}
+
+TEST_F(Verification, StopsInStrictModeAndGoesOnAfterIt) {
+  copy_all();
+  arbiter_.verify();
+  ASSERT_TRUE(arbiter_.enter_strict());
+  EXPECT_FALSE(arbiter_.start_copy());
+  arbiter_.leave_strict(actions_);
+  EXPECT_TRUE(round(none).empty());
+  EXPECT_EQ(arbiter_.summary().to_verify, 0U);
 }
 
 }  // namespace

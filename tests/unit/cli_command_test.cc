@@ -72,6 +72,8 @@ TEST(CommandLine, MoveTakesEachOption) {
                               "--hold-barrier", "/run/hold",
                               "--link-timeout", "10min",
                               "--keep-partial", "--detach",
+                              "--max-slowdown", "40ms",
+                              "--verify",
                               "--keep-source",
                               "--dry-run",      "--json",
                               "--verbose"});
@@ -90,6 +92,8 @@ TEST(CommandLine, MoveTakesEachOption) {
   EXPECT_TRUE(move.options.keep_source && move.dry_run && move.json && move.verbose);
   EXPECT_EQ(move.options.link_timeout, milliseconds(600'000));
   EXPECT_TRUE(move.options.keep_partial && move.detach);
+  EXPECT_EQ(move.options.max_slowdown, milliseconds(40));
+  EXPECT_TRUE(move.options.verify);
 }
 
 TEST(CommandLine, CheckTakesWhatThePlanDependsOn) {
@@ -162,6 +166,8 @@ TEST(CommandLine, SaysWhatIsWrong) {
             "--disk: 'vda=/b' names a disk that was named before");
   EXPECT_EQ(error_of({"move", "web1", "hostb", "--bandwidth", "fast"}),
             "--bandwidth: 'fast' is not a rate: no number at its start");
+  EXPECT_EQ(error_of({"move", "web1", "hostb", "--max-slowdown", "2min"}),
+            "--max-slowdown: '2min' is out of range");
   EXPECT_EQ(error_of({"move", "web1", "hostb", "--max-downtime", "0ms"}),
             "--max-downtime: '0ms' is out of range");
   EXPECT_EQ(error_of({"move", "web1", "hostb", "--connections", "17"}),
@@ -244,6 +250,8 @@ TEST(Config, SetsDefaults) {
                                      "keep-source = true\n"
                                      "link-timeout = \"3min\"\n"
                                      "max-downtime = \"0.3s\"\n"
+                                     "max-slowdown = \"50ms\"\n"
+                                     "verify = true\n"
                                      "port = 49200\n"
                                      "source-uri = \"qemu+unix:///system\"\n"},
                                     options);
@@ -255,6 +263,8 @@ TEST(Config, SetsDefaults) {
   EXPECT_EQ(options.target_port, 49200);
   EXPECT_EQ(options.source_uri, "qemu+unix:///system");
   EXPECT_TRUE(options.keep_partial);
+  EXPECT_EQ(options.max_slowdown, milliseconds(50));
+  EXPECT_TRUE(options.verify);
   EXPECT_EQ(options.link_timeout, milliseconds(180'000));
 }
 

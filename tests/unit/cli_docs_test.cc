@@ -109,7 +109,8 @@ TEST(ManualPages, SayTheSameDefaultsAsTheHelp) {
   const std::string page = page_text("drover-move.1");
   for (const auto& [option, standard] :
        {std::pair("--max-downtime", "500ms"), std::pair("--connections", "2"),
-        std::pair("--bandwidth", "none"), std::pair("--link-timeout", "none")}) {
+        std::pair("--bandwidth", "none"), std::pair("--link-timeout", "none"),
+        std::pair("--max-slowdown", "5s")}) {
     EXPECT_NE(page.find("Default: " + std::string(standard) + "."), std::string::npos) << option;
     EXPECT_NE(help.find("[default: " + std::string(standard) + "]"), std::string::npos) << option;
   }

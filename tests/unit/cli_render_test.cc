@@ -178,6 +178,33 @@ TEST(RenderSummary, SaysWhatOutagesCost) {
   EXPECT_THAT(text, HasSubstr("\n  again     3.0 MiB sent again, 1 reconnect\n"));
 }
 
+TEST(RenderSlowdown, IsShownWhereItIsMoreThanAnyWriteTakes) {
+  job::Progress progress = sample_progress();
+  progress.slowdown = {.writes = 10, .waited = milliseconds(4), .longest = milliseconds(3)};
+  EXPECT_THAT(line(progress, 200), Not(HasSubstr("guest writes wait")));
+  progress.slowdown = {.writes = 10, .waited = milliseconds(45), .longest = milliseconds(31)};
+  EXPECT_THAT(line(progress, 200), HasSubstr("guest writes wait: 4.5 ms, at most 31 ms"));
+  job::Summary summary = sample_summary();
+  EXPECT_THAT(render_summary(summary, kPlain), Not(HasSubstr("handover")));
+  summary.slowdown = progress.slowdown;
+  EXPECT_THAT(render_summary(summary, kPlain),
+              HasSubstr("\n  handover  10 guest writes waited for hostb: 4.5 ms, at most 31 ms\n"));
+}
+
+TEST(RenderVerification, SaysWhatIsToBeSeenAndWhatWasFound) {
+  job::Progress progress = sample_progress();
+  progress.to_verify = 3_GiB;
+  EXPECT_THAT(line(progress, 200), HasSubstr("3.0 GiB to verify"));
+  job::Summary summary = sample_summary();
+  EXPECT_THAT(render_summary(summary, kPlain), Not(HasSubstr("verified")));
+  summary.verified = true;
+  EXPECT_THAT(render_summary(summary, kPlain), HasSubstr("\n  verified  all equal on stable storage\n"));
+  summary.damaged = 2;
+  summary.unverified = 1;
+  EXPECT_THAT(render_summary(summary, kPlain),
+              HasSubstr("\n  verified  2 chunks differed and were sent again; 1 chunk written too often to tell\n"));
+}
+
 TEST(RenderProgress, KnowsThatItDoesNotKnow) {
   job::Progress progress = sample_progress();
   progress.time_left.reset();

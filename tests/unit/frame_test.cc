@@ -6,7 +6,9 @@
 #include <gtest/gtest.h>
 #include <xxhash.h>
 
+#include <algorithm>
 #include <array>
+#include <functional>
 #include <vector>
 
 #include "base/random.h"
@@ -123,6 +125,58 @@ TEST(PartialCopy, IsRefusedWhenMalformed) {
   EXPECT_FALSE(decode_bitmaps(0b101, 0b101, 3)) << "as long as the extent";
   EXPECT_FALSE(decode_bitmaps(0b101, 0b101, 2, kFlagPartial | kFlagSparse));
   EXPECT_FALSE(decode_bitmaps(0b101, 0b101, 2, 8)) << "an unknown flag";
+}
+
+Status decode_compare(const std::function<void(FrameHeader&)>& change = [](FrameHeader&) {}) {
+  const Bytes content(3 * 4096, std::byte{7});
+  Encoded frame;
+  frame.header.type = FrameType::Compare;
+  frame.header.extent = {Offset(4096), Length(content.size())};
+  frame.header.sequence = 1;
+  Bytes scratch(kEncodeScratch);
+  const auto payload = encode_compare(frame.header, content, scratch);
+  frame.payload.assign(payload.begin(), payload.end());
+  change(frame.header);
+  Runs runs;
+  DROVER_TRY(decode(frame, runs, scratch));
+  EXPECT_EQ(runs.size(), 1U);
+  EXPECT_EQ(runs[0].bytes.size(), 3 * kHashSize);
+  EXPECT_TRUE(compare_blocks(content, runs[0].bytes).empty());
+  Bytes other = content;
+  other[2 * 4096] ^= std::byte{1};
+  EXPECT_EQ(compare_blocks(other, runs[0].bytes), BlockMask::range(2, 3));
+  return {};
+}
+
+TEST(Compare, CarriesAHashAndIsRefusedWhenMalformed) {
+  EXPECT_TRUE(decode_compare());
+  EXPECT_FALSE(decode_compare([](FrameHeader& h) { h.flags = kFlagFresh; }));
+  EXPECT_FALSE(decode_compare([](FrameHeader& h) { h.extent.offset = Offset(4000); }));
+  EXPECT_FALSE(decode_compare([](FrameHeader& h) { h.extent.length = 2_MiB; }));
+  EXPECT_FALSE(decode_compare([](FrameHeader& h) { h.disk = 1; }));
+  EXPECT_FALSE(decode_compare([](FrameHeader& h) { h.encoding = Encoding::Lz4; }));
+  EXPECT_FALSE(decode_compare([](FrameHeader& h) { h.payload_length = h.decoded_length = 47; }));
+  EXPECT_FALSE(decode_compare([](FrameHeader& h) { h.checksum ^= 1; }));
+}
+
+TEST(Compare, TheAnswerNamesTheBlocksAndNothingElse) {
+  const auto header_holds = [](const std::function<void(FrameHeader&)>& change) {
+    FrameHeader header;
+    header.sequence = 3;
+    std::array<std::byte, kDiffersPayload> payload{};
+    encode_differs(header, BlockMask::range(2, 5), payload);
+    EXPECT_EQ(decode_differs(payload).value(), BlockMask::range(2, 5));
+    change(header);
+    std::array<std::byte, kHeaderSize> head{};
+    encode_header(header, head);
+    return decode_header(head, kLimits).has_value();
+  };
+  EXPECT_TRUE(header_holds([](FrameHeader&) {}));
+  EXPECT_FALSE(header_holds([](FrameHeader& h) { h.flags = 1; }));
+  EXPECT_FALSE(header_holds([](FrameHeader& h) { h.checksum = 1; }));
+  EXPECT_FALSE(header_holds([](FrameHeader& h) { h.extent.length = 4_KiB; }));
+  EXPECT_FALSE(header_holds([](FrameHeader& h) { h.payload_length = h.decoded_length = 1; }));
+  EXPECT_FALSE(decode_differs(Bytes(kDiffersPayload))) << "no block differs";
 }
 
 }  // namespace

@@ -57,6 +57,8 @@ TEST_F(Store, AJobIsReadBackAsItWasWritten) {
   record.options.bandwidth = 100_MiB;
   record.options.link_timeout = std::chrono::minutes(3);
   record.options.keep_partial = true;
+  record.options.max_slowdown = std::chrono::milliseconds(40);
+  record.options.verify = true;
   record.state = {{"bitmap", "drover-web1"}};
   std::string id;
   {
@@ -74,6 +76,8 @@ TEST_F(Store, AJobIsReadBackAsItWasWritten) {
   EXPECT_EQ(got.options.bandwidth, record.options.bandwidth);
   EXPECT_EQ(got.options.link_timeout, record.options.link_timeout);
   EXPECT_TRUE(got.options.keep_partial);
+  EXPECT_EQ(got.options.max_slowdown, record.options.max_slowdown);
+  EXPECT_TRUE(got.options.verify);
   EXPECT_EQ(got.plan.uuid, record.plan.uuid);
   ASSERT_EQ(got.plan.disks.size(), 2U);
   EXPECT_TRUE(got.plan.disks[0].delete_source);
@@ -439,8 +443,14 @@ TEST(Events, AreReadBack) {
   progress.waiting = std::chrono::seconds(7);
   progress.sent_again = 3_MiB;
   progress.reconnects = 2;
+  progress.to_verify = 5_MiB;
+  progress.slowdown = {.writes = 3, .waited = std::chrono::microseconds(70), .longest = std::chrono::microseconds(50)};
   EXPECT_EQ(to_line(event_of(back(progress))), to_line(event_of(progress)));
-  const Summary summary = sample_summary();
+  Summary summary = sample_summary();
+  summary.slowdown = progress.slowdown;
+  summary.verified = true;
+  summary.damaged = 1;
+  summary.unverified = 2;
   EXPECT_EQ(to_line(event_of(back(summary))), to_line(event_of(summary)));
   const Error error = back(Error{Code::NoSpace, "full", "", true});
   EXPECT_EQ(error.code, Code::NoSpace);
