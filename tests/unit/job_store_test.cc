@@ -69,7 +69,7 @@ TEST_F(Store, AJobIsReadBackAsItWasWritten) {
   ASSERT_TRUE(job.has_value()) << job.error().to_string();
   const JobRecord& got = (*job)->record();
   EXPECT_EQ(got.id, id);
-  EXPECT_EQ(got.kind, "move");
+  EXPECT_EQ(got.kind(), Kind::Move);
   EXPECT_EQ(got.options.disk_paths, record.options.disk_paths);
   EXPECT_EQ(got.options.bandwidth, record.options.bandwidth);
   EXPECT_EQ(got.options.link_timeout, record.options.link_timeout);
