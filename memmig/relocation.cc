@@ -165,7 +165,8 @@ void examine_selection(const RelocationFacts& facts, const RelocationPlan& plan,
       out.warning(stays.rule.c_str(), {what + ": it stays where it is", "", "", stays.disk});
     }
   }
-  if (plan.disks.empty() && plan.unknown_disks.empty()) {
+  const bool named = std::ranges::any_of(plan.staying, &RelocationPlan::Stays::named);
+  if (plan.disks.empty() && plan.unknown_disks.empty() && !named) {
     out.blocker("no-disks",
                 {fmt::format("guest {} has no disk that could be relocated", guest.name), "", ""});
   }
