@@ -41,7 +41,11 @@ Status ColdCopy::run() {
     if (!lock) return fail(std::move(lock).error());
     locks_.push_back(std::move(*lock));
   }
-  for (std::size_t i = 0; i < disks_.size(); ++i) DROVER_TRY(copy(i));
+  for (std::size_t i = 0; i < disks_.size(); ++i) {
+    if (Status copied = copy(i); !copied) {
+      return fail(images_.in_its_own_name(disks_[i].plan, std::move(copied).error()));
+    }
+  }
   return {};
 }
 

@@ -86,6 +86,14 @@ Status NewImages::publish(const DiskPlan& disk) {
   return blockcopy::publish(path, disk.target_path);
 }
 
+Error NewImages::in_its_own_name(const DiskPlan& disk, Error error) const {
+  const std::string hidden = staged(disk);
+  if (const std::size_t at = error.message.find(hidden); at != std::string::npos) {
+    error.message.replace(at, hidden.size(), disk.target_path);
+  }
+  return error;
+}
+
 Status NewImages::remove(const DiskPlan& disk) {
   if (disk.target_block_device) return {};
   const std::string path = staged(disk);

@@ -45,6 +45,9 @@ class NewImages {
   // What was finished, linked or cloned gets its name, if it has not got it yet.
   Status publish(const DiskPlan& disk);
 
+  // The error with the image's own name instead of the hidden one.
+  [[nodiscard]] Error in_its_own_name(const DiskPlan& disk, Error error) const;
+
   // Hidden or not, if it is still the file that was noted. A block device stays.
   Status remove(const DiskPlan& disk);
 

@@ -309,7 +309,9 @@ class Relocation {
     for (std::size_t i = 0; i < disks().size(); ++i) {
       if (!untouched(i)) continue;
       DROVER_TRY(images_->remove(disks()[i]));  // what an earlier process made
-      DROVER_TRY(images_->make(disks()[i], cluster_size(disks()[i])));
+      if (Status made = images_->make(disks()[i], cluster_size(disks()[i])); !made) {
+        return fail(images_->in_its_own_name(disks()[i], std::move(made).error()));
+      }
     }
     inbox_.push(Made{});
     look_soon();

@@ -58,6 +58,18 @@ def test_ten_times_there_and_back(lab: Lab) -> None:
     there_and_back(lab, guest, 20)
 
 
+def test_the_old_file_goes_only_when_the_new_one_outlives_a_power_cut(lab: Lab) -> None:
+    guest = two_disks(lab, rate="idle")
+    relocate_ok(guest, B)
+    [qemu] = [pid for pid, line in lab.a.processes().items() if "guest=web1," in line]
+    os.kill(qemu, signal.SIGKILL)
+    wait_for("QEMU's end", lambda: not guest.lab.a.libvirt().lookupByName("web1").isActive())
+    lab.a.power_cut(B)
+    start_again(guest)
+    is_on(guest, B)
+    sound(guest)
+
+
 # --- the guest is off ---
 
 
@@ -201,11 +213,11 @@ def test_a_target_that_gets_full_in_the_middle(lab: Lab, form: str, runs: bool) 
     running = Relocation(guest, B, "--bandwidth", SLOW)
     running.wait_for_copied(0.1)
     lab.a.run(f"cat /dev/zero >{B}/filler", check=False)
-    running.hurry()
     outcome = running.end()
     lab.a.path(f"{B}/filler").unlink()
     assert outcome.exit_code == 8, outcome.text()
-    assert "vda" in outcome.error["message"] or f"{B}/" in outcome.error["message"], outcome.error
+    assert f"{B}/web1.{form}" in outcome.error["message"], outcome.error
+    assert "No space left on device" in outcome.error["message"], outcome.error
     assert files(lab.a, A, B) == {f"{A}/web1.{form}"}
     if runs:
         assert guest.disks() == {"vda": f"{A}/web1.{form}"}
