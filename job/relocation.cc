@@ -37,7 +37,12 @@ using memmig::GuestPlaces;
 constexpr auto kLookInterval = 250ms;    // without an event
 constexpr auto kLibvirtPatience = 120s;  // for a libvirtd that is being restarted
 constexpr auto kPatientPause = 500ms;
-constexpr auto kFailurePatience = 1s;    // for QEMU's word on why a copy ended
+constexpr auto kFailurePatience = 1s;  // for QEMU's word on why a copy ended
+// Of data that QEMU has in flight for a disk. Measured on a machine whose disk is the limit, 2 GiB:
+// 16 MiB (QEMU's own choice), 4, 2 and 1 took 3.6, 3.8, 3.5 and 4.0 s, while the guest's writes
+// took 75, 22, 4 and 1.5 ms on the average (into XFS; into ext4 4, 3, 2.8 and 1.7): they stand in
+// the same queue.
+constexpr Length kCopyBuffer = 2_MiB;
 constexpr Length kFull = 4_MiB;          // less is left on a filesystem that is full
 constexpr Length kThickMargin = 64_MiB;  // a copy that takes more than that more is worth a word
 constexpr std::string_view kStateKey = "state";
@@ -337,7 +342,8 @@ class Relocation {
                                           .target_path = disk.target_path,
                                           .target_format = disk.target_format,
                                           .target_block_device = disk.target_block_device,
-                                          .bandwidth = share}));
+                                          .bandwidth = share,
+                                          .buffer = kCopyBuffer}));
     started_.insert(index);
     given_[index] = share;
     look_soon();
