@@ -9,6 +9,7 @@
 #include <sstream>
 #include <utility>
 
+#include "base/log.h"
 #include "blockcopy/image_file.h"
 
 namespace drover::job {
@@ -102,7 +103,13 @@ Status NewImages::remove(const DiskPlan& disk) {
   }
   DROVER_ASSIGN(const auto identity, noted(image_key(disk)));
   if (!identity) return {};
-  return blockcopy::remove_file(disk.target_path, *identity);
+  Status removed = blockcopy::remove_file(disk.target_path, *identity);
+  // Somebody else's file has that name: nothing of ours is left.
+  if (!removed && removed.error().code == Code::Busy) {
+    log_warning("{}", removed.error().message);
+    return {};
+  }
+  return removed;
 }
 
 Status NewImages::note_source(const DiskPlan& disk) {

@@ -93,9 +93,17 @@ std::string target_name(const GuestInfo& guest, const GuestDisk& disk, const std
   return name + "." + format;
 }
 
-std::string in_directory(std::string directory, const std::string& name) {
-  while (directory.size() > 1 && directory.ends_with('/')) directory.pop_back();
-  return directory == "/" ? directory + name : directory + "/" + name;
+// A name that no other disk of the plan gets there.
+std::string in_directory(std::string directory, const std::string& name, const std::string& disk,
+                         const RelocationPlan& plan) {
+  while (directory.ends_with('/')) directory.pop_back();
+  const std::string path = directory + "/" + name;
+  const bool taken =
+      std::ranges::find(plan.disks, path, &PlannedDisk::target_path) != plan.disks.end();
+  if (!taken) return path;
+  const std::size_t dot = name.rfind('.');
+  if (dot == std::string::npos || dot == 0) return path + "-" + disk;
+  return directory + "/" + name.substr(0, dot) + "-" + disk + name.substr(dot);
 }
 
 void examine_guest(const GuestInfo& guest, Findings& out) {
@@ -372,9 +380,9 @@ RelocationPlan plan_relocation(const GuestInfo& guest, const RelocationWish& wis
                                                                              : "qcow2";
     const std::string name = target_name(guest, disk, planned.target_format);
     if (!has_place) {
-      planned.target_path = in_directory(wish.directory, name);
+      planned.target_path = in_directory(wish.directory, name, disk.target, plan);
     } else if (place->second.directory) {
-      planned.target_path = in_directory(place->second.path, name);
+      planned.target_path = in_directory(place->second.path, name, disk.target, plan);
     } else {
       planned.target_path = place->second.path;
     }
