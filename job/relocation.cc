@@ -191,6 +191,7 @@ class Relocation {
       if (result || result.error().code != Code::Unreachable || now() > deadline) return result;
       log_warning("{}", result.error().to_string());
       (void)reconnect();
+      report_progress();
       std::this_thread::sleep_for(kPatientPause);
     }
   }
@@ -338,12 +339,13 @@ class Relocation {
     }
     gone_since_.erase(index);
     const Length share = bandwidth_share(1);
-    DROVER_TRY(host().start_copy(uuid(), {.disk = disk.disk,
-                                          .target_path = disk.target_path,
-                                          .target_format = disk.target_format,
-                                          .target_block_device = disk.target_block_device,
-                                          .bandwidth = share,
-                                          .buffer = kCopyBuffer}));
+    DROVER_TRY(
+        unless_off(host().start_copy(uuid(), {.disk = disk.disk,
+                                              .target_path = disk.target_path,
+                                              .target_format = disk.target_format,
+                                              .target_block_device = disk.target_block_device,
+                                              .bandwidth = share,
+                                              .buffer = kCopyBuffer})));
     started_.insert(index);
     given_[index] = share;
     look_soon();
@@ -352,10 +354,21 @@ class Relocation {
 
   Status pivot(std::size_t index) {
     // A limit would make the guest's last writes slow to follow.
-    DROVER_TRY(host().set_copy_bandwidth(uuid(), disks()[index].disk, Length()));
-    DROVER_TRY(host().pivot_copy(uuid(), disks()[index].disk));
+    const std::string& disk = disks()[index].disk;
+    DROVER_TRY(unless_off(host().set_copy_bandwidth(uuid(), disk, Length())));
+    DROVER_TRY(unless_off(host().pivot_copy(uuid(), disk)));
     look_soon();
     return {};
+  }
+
+  // A guest that was just shut off is no error: the next look sees it.
+  Status unless_off(Status done) {
+    if (done || done.error().code != Code::NotFound) return done;
+    const auto state = host().state(uuid());
+    if (!state || *state != memmig::GuestState::ShutOff) return done;
+    Error passing = std::move(done).error();
+    passing.retryable = true;
+    return fail(std::move(passing));
   }
 
   // --- bandwidth ---

@@ -15,8 +15,6 @@ from relocations import (A, B, SLOW, Relocation, defined_disks, files, is_on, re
 
 pytestmark = pytest.mark.usefixtures("drover", "two_filesystems")
 
-LONG = pytest.mark.skipif(not os.environ.get("DROVER_LAB_LONG"), reason="DROVER_LAB_LONG=1 runs it")
-
 __all__ = ["two_filesystems"]
 
 
@@ -52,7 +50,6 @@ def test_the_guest_starts_from_its_new_disks(lab: Lab) -> None:
     sound(guest)
 
 
-@LONG
 def test_ten_times_there_and_back(lab: Lab) -> None:
     guest = two_disks(lab, rate="max", options="w.size=4096-65536 w.zero=5 w.discard=5 w.fsync=50")
     there_and_back(lab, guest, 20)
@@ -176,7 +173,7 @@ def is_untouched(guest: Guest, lab: Lab) -> None:
     sound(guest)
 
 
-@pytest.mark.parametrize("sig", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=LONG)])
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_undoes_it(lab: Lab, sig: int) -> None:
     guest = two_disks(lab)
     running = Relocation(guest, B, "--bandwidth", SLOW)
@@ -203,8 +200,8 @@ def test_drover_cancel_undoes_it_and_status_shows_it(lab: Lab) -> None:
     assert (history["kind"], history["outcome"]) == ("relocate", "undone")
 
 
-@pytest.mark.parametrize("runs", [True, pytest.param(False, marks=LONG)])
-@pytest.mark.parametrize("form", ["raw", pytest.param("qcow2", marks=LONG)])
+@pytest.mark.parametrize("runs", [True, False])
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
 def test_a_target_that_gets_full_in_the_middle(lab: Lab, form: str, runs: bool) -> None:
     guest = lab.guest("web1", [Disk("96M", form, data="64M", path=f"{A}/web1.{form}")], memory="128M",
                       rate=200 if runs else "idle")
@@ -247,7 +244,7 @@ def test_a_source_that_cannot_be_read(lab: Lab) -> None:
         lab.a.umount("/mnt/c")
 
 
-@pytest.mark.parametrize("sig", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=LONG)])
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
 def test_libvirtd_is_restarted_while_disks_are_copied(lab: Lab, sig: int) -> None:
     guest = two_disks(lab)
     running = Relocation(guest, B, "--bandwidth", SLOW)
@@ -302,7 +299,6 @@ def test_drover_is_killed_and_one_copy_has_ended_meanwhile(lab: Lab) -> None:
     sound(guest)
 
 
-@LONG
 def test_drover_is_killed_and_the_guest_has_changed_over(lab: Lab) -> None:
     guest = two_disks(lab)
     job = killed_when_copied(lab, guest)
@@ -315,7 +311,6 @@ def test_drover_is_killed_and_the_guest_has_changed_over(lab: Lab) -> None:
     sound(guest)
 
 
-@LONG
 def test_drover_is_killed_and_the_guest_is_off_by_then(lab: Lab) -> None:
     guest = two_disks(lab, rate="idle")
     job = killed_when_copied(lab, guest)
@@ -473,7 +468,6 @@ def test_block_devices(lab: Lab) -> None:
     sound(guest)
 
 
-@LONG
 def test_a_bandwidth_limit_holds_and_can_be_changed(lab: Lab) -> None:
     guest = lab.guest("web1", [Disk("96M", data="96M", path=f"{A}/web1.raw")], memory="128M", rate="idle")
     running = Relocation(guest, B, "--bandwidth", "8M")
