@@ -17,10 +17,10 @@
 #include "base/log.h"
 #include "blockcopy/image_file.h"
 #include "job/cold_copy.h"
-#include "job/copy_meter.h"
 #include "job/inbox.h"
 #include "job/journal.h"
 #include "job/new_images.h"
+#include "job/progress_meter.h"
 #include "job/relocate_machine.h"
 #include "job/run_relocation.h"
 #include "memmig/image_lock.h"
@@ -70,6 +70,9 @@ class Relocation {
       state_ = CopyingCold{};
     }
     meter_.enter(phase_of(state_));
+    for (const DiskPlan& disk : disks()) {
+      shown_.push_back({.disk = disk.disk, .size = disk.virtual_size});
+    }
     subscribe();
     inbox_.push(Begin{});
     while (!ended(state_)) {
@@ -260,8 +263,8 @@ class Relocation {
     if (!seen.switched && place->copying && place->copy_path == disk.target_path) {
       seen.copy = place->ready ? DiskSeen::Copy::Ready : DiskSeen::Copy::Running;
     }
-    meter_.disk(index, place->copying ? place->copied : Length(),
-                place->copying ? place->to_copy : Length(), seen.switched);
+    show(index, place->copying ? place->copied : Length(),
+         place->copying ? place->to_copy : Length(), seen.switched);
     if (seen.switched || seen.copy != DiskSeen::Copy::None || !started_.contains(index)) {
       return seen;
     }
@@ -419,7 +422,7 @@ class Relocation {
       const DiskPlan& disk = disks()[i];
       const DiskPlace* place = places_.disk(disk.disk);
       if (place != nullptr && place->persistent_path == disk.target_path) {
-        meter_.disk(i, {}, {}, true);
+        show(i, {}, {}, true);
         continue;
       }
       const memmig::GuestDisk* info = prepared_.guest.disk(disk.disk);
@@ -601,7 +604,6 @@ class Relocation {
   void note(const std::string& text) { summary_.notes.push_back(text); }
 
   MoveEnd finish() {
-    meter_.enter(phase_of(state_));
     report_progress(true);
     cold_.reset();
     events_.reset();
@@ -623,7 +625,7 @@ class Relocation {
     summary_.guest = plan().guest;
     summary_.host = plan().host;
     summary_.disks = gone_over_;
-    summary_.data = meter_.data();
+    for (const DiskProgress& disk : shown_) summary_.data += disk.data;
     summary_.phase_times = meter_.phase_times();
     summary_.total = meter_.elapsed();
     return {std::move(summary_), true};
@@ -638,14 +640,23 @@ class Relocation {
                       why.hint, false});
   }
 
+  // `done`: it has gone over.
+  void show(std::size_t index, Length copied, Length data, bool done) {
+    DiskProgress& shown = shown_[index];
+    shown.data = std::max(shown.data, data);
+    shown.copied = done ? shown.data : std::min(copied, shown.data);
+    shown.dirty = !done && data > copied ? data - copied : Length();
+  }
+
   void report_progress(bool now_please = false) {
     if (!now_please && !meter_.due()) return;
     if (cold_) {
       const std::vector<DiskProgress> cold = cold_->progress();
       for (std::size_t i = 0; i < cold.size(); ++i) {
-        meter_.disk(cold_indices_[i], cold[i].copied, cold[i].data, false);
+        show(cold_indices_[i], cold[i].copied, cold[i].data, false);
       }
     }
+    meter_.disks(shown_);
     Progress progress = meter_.progress(phase_of(state_));
     progress.waiting_for = waiting_for_;
     observer_.progress(progress);
@@ -659,7 +670,8 @@ class Relocation {
   const Limits limits_;
   State state_;
   Inbox<Event> inbox_;
-  CopyMeter meter_{prepared_.plan.disks};
+  ProgressMeter meter_{[] { return now(); }};
+  std::vector<DiskProgress> shown_;
   Summary summary_;
   std::unique_ptr<Journal> journal_;
   std::string journaled_state_;
