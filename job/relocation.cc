@@ -137,13 +137,13 @@ class Relocation {
   // --- the journal ---
 
   Status open_journal() {
-    const auto make = files_.resumed ? Journal::Make::Never : Journal::Make::IfMissing;
-    DROVER_ASSIGN(journal_, Journal::open(files_.journal, make));
+    // A job that was killed in its first moment has none yet, and has done nothing.
+    DROVER_ASSIGN(journal_, Journal::open(files_.journal, Journal::Make::IfMissing));
     images_ = std::make_unique<NewImages>(
         *journal_, NewImages::Options{.job = files_.id, .work_directory = files_.directory});
-    if (files_.resumed) {
-      DROVER_ASSIGN(const auto state, journal_->get(kStateKey));
-      journaled_state_ = state.value_or("");
+    DROVER_ASSIGN(const auto state, journal_->get(kStateKey));
+    journaled_state_ = state.value_or("");
+    if (state) {
       log_info("the journal says: {}", journaled_state_);
       return {};
     }
