@@ -108,6 +108,11 @@ class Relocation {
       // One that can't be written ends what can be undone, and keeps nobody from undoing it.
       if (status || std::holds_alternative<Undoing>(state_)) status = carry_out(action);
       if (status) continue;
+      // Whatever libvirt says of a connection that breaks under a call.
+      if (!host().alive()) {
+        status.error().code = Code::Unreachable;
+        status.error().retryable = true;
+      }
       log_error("{} failed: {}", action_name(action.what), status.error().to_string());
       inbox_.push(ActionFailed{action, status.error()});
     }

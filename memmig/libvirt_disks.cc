@@ -17,14 +17,7 @@ using nlohmann::json;
 
 namespace {
 
-Result<std::string> definition_of(virDomainPtr domain, unsigned flags) {
-  const Text xml(virDomainGetXMLDesc(domain, flags));
-  if (!xml) {
-    return libvirt_fail(std::string("reading the definition of guest ") + virDomainGetName(domain));
-  }
-  return std::string(xml.get());
-}
-
+// Before the call that may fail: each of libvirt's calls forgets the last one's error.
 std::string doing_to(virDomainPtr domain, const char* what, const std::string& disk) {
   return fmt::format("{} disk {} of guest {}", what, disk, virDomainGetName(domain));
 }
@@ -120,22 +113,25 @@ Status start_block_copy(virDomainPtr domain, const DiskCopySpec& spec) {
 }
 
 Status set_block_copy_bandwidth(virDomainPtr domain, const std::string& disk, Length per_second) {
+  const std::string doing = doing_to(domain, "limiting the copy of", disk);
   if (virDomainBlockJobSetSpeed(domain, disk.c_str(), per_second.bytes(),
                                 VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES) == 0) {
     return {};
   }
-  return libvirt_fail(doing_to(domain, "limiting the copy of", disk));
+  return libvirt_fail(doing);
 }
 
 Status pivot_block_copy(virDomainPtr domain, const std::string& disk) {
   constexpr unsigned kFlags = VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT | VIR_DOMAIN_BLOCK_JOB_ABORT_ASYNC;
+  const std::string doing = doing_to(domain, "switching", disk);
   if (virDomainBlockJobAbort(domain, disk.c_str(), kFlags) == 0) return {};
-  return libvirt_fail(doing_to(domain, "switching", disk));
+  return libvirt_fail(doing);
 }
 
 Status abort_block_copy(virDomainPtr domain, const std::string& disk) {
+  const std::string doing = doing_to(domain, "ending the copy of", disk);
   if (virDomainBlockJobAbort(domain, disk.c_str(), 0) == 0) return {};
-  Error error = libvirt_error(doing_to(domain, "ending the copy of", disk));
+  Error error = libvirt_error(doing);
   if (error.code == Code::Unreachable) return fail(std::move(error));
   // It may have ended by itself.
   DROVER_ASSIGN(const std::string live, definition_of(domain, 0));
@@ -171,11 +167,10 @@ Status point_persistent_disks(virDomainPtr domain, const std::vector<TargetDisk>
   DROVER_ASSIGN(const std::string xml,
                 definition_of(domain, VIR_DOMAIN_XML_INACTIVE | VIR_DOMAIN_XML_SECURE));
   DROVER_ASSIGN(const std::string changed, rewrite_definition(xml, {.disks = disks}));
+  const std::string doing =
+      std::string("changing the definition of guest ") + virDomainGetName(domain);
   const Domain defined(virDomainDefineXMLFlags(virDomainGetConnect(domain), changed.c_str(), 0));
-  if (!defined) {
-    return libvirt_fail(std::string("changing the definition of guest ") +
-                        virDomainGetName(domain));
-  }
+  if (!defined) return libvirt_fail(doing);
   return {};
 }
 

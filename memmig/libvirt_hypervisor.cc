@@ -547,7 +547,6 @@ class LibvirtHypervisor final : public DiskHost {
   Result<Domain> find_running(const std::string& guest) const;
   Status wait_for(std::chrono::seconds limit, const std::string& what,
                   const std::function<Result<bool>()>& done) const;
-  Result<std::string> definition(virDomainPtr domain, unsigned flags) const;
   void resolve_volumes(GuestInfo& info) const;
   Status describe_running(virDomainPtr domain, const std::string& live, GuestInfo& info) const;
   void describe_process(GuestInfo& info) const;
@@ -786,13 +785,6 @@ Result<GuestIo> LibvirtHypervisor::disk_io(const std::string& guest) {
   return io;
 }
 
-Result<std::string> LibvirtHypervisor::definition(virDomainPtr domain, unsigned flags) const {
-  const Text xml(virDomainGetXMLDesc(domain, flags));
-  if (!xml)
-    return libvirt_fail(std::string("reading the definition of guest ") + virDomainGetName(domain));
-  return std::string(xml.get());
-}
-
 void LibvirtHypervisor::resolve_volumes(GuestInfo& info) const {
   for (GuestDisk& disk : info.disks) {
     if (disk.kind != DiskKind::Volume) continue;
@@ -952,12 +944,12 @@ Result<GuestInfo> LibvirtHypervisor::describe(const std::string& guest) {
   constexpr unsigned kMigratable = VIR_DOMAIN_XML_SECURE | VIR_DOMAIN_XML_MIGRATABLE;
   if (info.persistent) {
     DROVER_ASSIGN(info.inactive_xml,
-                  definition(domain.get(), kMigratable | VIR_DOMAIN_XML_INACTIVE));
+                  definition_of(domain.get(), kMigratable | VIR_DOMAIN_XML_INACTIVE));
   }
   std::string live;
   if (running) {
-    DROVER_ASSIGN(live, definition(domain.get(), 0));
-    DROVER_ASSIGN(info.live_xml, definition(domain.get(), kMigratable));
+    DROVER_ASSIGN(live, definition_of(domain.get(), 0));
+    DROVER_ASSIGN(info.live_xml, definition_of(domain.get(), kMigratable));
   }
   DROVER_TRY(parse_definition(running ? live : info.inactive_xml, info));
   if (running) {
@@ -1010,7 +1002,7 @@ Result<GuestInfo> LibvirtHypervisor::describe(const std::string& guest) {
 // throttling). QEMU takes nothing below ("Need a root block node").
 Result<std::string> LibvirtHypervisor::root_node(virDomainPtr domain, const std::string& disk,
                                                  const std::string& doing) const {
-  DROVER_ASSIGN(const std::string live, definition(domain, 0));
+  DROVER_ASSIGN(const std::string live, definition_of(domain, 0));
   DROVER_ASSIGN(const json devices, qmp(domain, "query-block", doing));
   return top_node(devices, disk_alias(live, disk));
 }
@@ -1889,14 +1881,14 @@ Result<GuestPlaces> LibvirtHypervisor::disk_places(const std::string& guest) {
   places.persistent = virDomainIsPersistent(domain.get()) == 1;
   GuestInfo persistent;
   if (places.persistent) {
-    DROVER_ASSIGN(const std::string xml, definition(domain.get(), VIR_DOMAIN_XML_INACTIVE));
+    DROVER_ASSIGN(const std::string xml, definition_of(domain.get(), VIR_DOMAIN_XML_INACTIVE));
     DROVER_TRY(parse_definition(xml, persistent));
     resolve_volumes(persistent);
   }
   GuestInfo live = persistent;
   std::string live_xml;
   if (places.runs) {
-    DROVER_ASSIGN(live_xml, definition(domain.get(), 0));
+    DROVER_ASSIGN(live_xml, definition_of(domain.get(), 0));
     live = {};
     DROVER_TRY(parse_definition(live_xml, live));
     resolve_volumes(live);

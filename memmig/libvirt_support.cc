@@ -85,6 +85,14 @@ tl::unexpected<Error> libvirt_fail(std::string_view doing) {
   return tl::unexpected<Error>(libvirt_error(doing));
 }
 
+Result<std::string> definition_of(virDomainPtr domain, unsigned flags) {
+  const std::string doing =
+      std::string("reading the definition of guest ") + virDomainGetName(domain);
+  const Text xml(virDomainGetXMLDesc(domain, flags));
+  if (!xml) return libvirt_fail(doing);
+  return std::string(xml.get());
+}
+
 const json& field(const json& object, const char* name) {
   static const json kNothing;
   if (!object.is_object()) return kNothing;
@@ -103,6 +111,7 @@ bool bool_of(const json& object, const char* name) {
   const json& value = field(object, name);
   return value.is_boolean() && value.get<bool>();
 }
+
 Result<json> qmp(virDomainPtr domain, const char* command, const json& arguments,
                  std::string_view doing) {
   json request = {{"execute", command}};

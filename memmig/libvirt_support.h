@@ -42,9 +42,13 @@ inline bool contains(std::string_view text, std::string_view part) {
 
 // ---- errors -------------------------------------------------------------------------------------
 
-// From the calling thread's last libvirt error.
+// From the calling thread's last libvirt error. Every call of libvirt's forgets it, also those that
+// look harmless (virDomainGetName): make `doing` before the call that may fail.
 Error libvirt_error(std::string_view doing);
 tl::unexpected<Error> libvirt_fail(std::string_view doing);
+
+// The definition with these VIR_DOMAIN_XML_ flags.
+Result<std::string> definition_of(virDomainPtr domain, unsigned flags);
 
 // ---- QEMU ---------------------------------------------------------------------------------------
 
