@@ -5,7 +5,8 @@
 //
 //   int main(int argc, char** argv) {
 //     return cli::run({argv + 1, argv + argc},
-//                     {job::move, job::plan_move, receive, job::resume, job::cancel}, {});
+//                     {job::move, job::plan_move, receive, job::resume, job::cancel,
+//                      job::relocate, job::plan_relocation}, {});
 //   }
 //
 // Threads: call run() from a process's only thread. It returns the exit code (cli/exit_codes.h);
@@ -23,6 +24,7 @@
 #include "cli/terminal.h"
 #include "job/job_store.h"
 #include "job/move.h"
+#include "job/relocate.h"
 
 namespace drover::cli {
 
@@ -35,6 +37,9 @@ struct Services {
   // Of jobs whose process has ended; the others are reached through their control sockets.
   std::function<Result<job::Summary>(const std::string& id, job::Observer&, job::Cancel&)> resume;
   std::function<Status(const std::string& id, job::Observer&, job::Cancel&)> cancel;
+  std::function<Result<job::Summary>(const job::RelocateOptions&, job::Observer&, job::Cancel&)>
+      relocate;
+  std::function<Result<job::Plan>(const job::RelocateOptions&, job::Cancel&)> plan_relocation;
 };
 
 struct Surroundings {

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "base/result.h"
+#include "cli/relocate_command.h"
 #include "job/move.h"
 #include "mirror/receiver_record.h"
 
@@ -86,7 +87,7 @@ struct ShowCommand {
 };
 
 using Command =
-    std::variant<MoveCommand, CheckCommand, JobsCommand, StatusCommand, WatchCommand, CancelCommand,
+    std::variant<MoveCommand, CheckCommand, RelocateCommand, JobsCommand, StatusCommand, WatchCommand, CancelCommand,
                  ResumeCommand, HistoryCommand, SetCommand, ReceiveCommand, ShowCommand>;
 
 // `arguments` without the program's name.
