@@ -174,12 +174,14 @@ class Narrator {
   Narrator(const RebalanceProblem& problem, const World& world, const Measure& measured)
       : problem_(problem), world_(world), measured_(measured) {}
 
+  [[nodiscard]] RebalancePlan tell(const Draft& draft) const;
+
+ private:
   [[nodiscard]] std::string reason(const Layout& before, const std::vector<Hop>& hops,
                                    std::size_t at) const;
   [[nodiscard]] std::vector<std::string> obstacles(const Layout& end, std::size_t moves,
                                                    bool proven) const;
-
- private:
+  [[nodiscard]] std::vector<double> shares(const Layout& layout) const;
   [[nodiscard]] const std::string& storage(std::size_t i) const {
     return problem_.storages[i].name;
   }
@@ -309,6 +311,43 @@ std::vector<std::string> Narrator::obstacles(const Layout& end, std::size_t move
   return out;
 }
 
+std::vector<double> Narrator::shares(const Layout& layout) const {
+  std::vector<double> out;
+  for (std::size_t i = 0; i < world_.storages.size(); ++i) out.push_back(share_at(layout, i));
+  return out;
+}
+
+RebalancePlan Narrator::tell(const Draft& draft) const {
+  RebalancePlan plan;
+  plan.mean = measured_.mean;
+  Layout layout(world_);
+  plan.needed = !layout.reached();
+  plan.before = shares(layout);
+  for (std::size_t i = 0; i < draft.hops.size(); ++i) {
+    const Hop& hop = draft.hops[i];
+    RebalanceStep step;
+    step.disk = hop.disk;
+    step.source = hop.source;
+    step.target = hop.target;
+    step.bytes = problem_.disks[hop.disk].allocated;
+    step.source_before = share_at(layout, hop.source);
+    step.target_before = share_at(layout, hop.target);
+    step.reason = reason(layout, draft.hops, i);
+    layout.put(hop.disk, hop.target);
+    step.source_after = share_at(layout, hop.source);
+    step.target_after = share_at(layout, hop.target);
+    step.target_free = Length(
+        static_cast<std::uint64_t>(world_.storages[hop.target].fullest - layout.bytes(hop.target)));
+    plan.bytes += step.bytes;
+    plan.steps.push_back(std::move(step));
+  }
+  plan.after = shares(layout);
+  plan.reached = layout.reached();
+  plan.proven = draft.proven;
+  if (!plan.reached) plan.obstacles = obstacles(layout, plan.steps.size(), draft.proven);
+  return plan;
+}
+
 }  // namespace
 
 std::vector<RebalanceBand> rebalance_bands(const RebalanceProblem& problem) {
@@ -329,43 +368,31 @@ Result<RebalancePlan> plan_rebalance(const RebalanceProblem& problem) {
   const Measure measured = measure(problem);
   const World world = world_of(problem, measured);
   const Draft draft = rebalance::search(world, problem.effort);
+  return Narrator(problem, world, measured).tell(draft);
+}
 
-  RebalancePlan plan;
-  plan.mean = measured.mean;
+Result<RebalancePlan> assess_moves(const RebalanceProblem& problem,
+                                   const std::vector<RebalanceWish>& moves) {
+  DROVER_TRY(check(problem));
+  const Measure measured = measure(problem);
+  const World world = world_of(problem, measured);
+  Draft draft;
   Layout layout(world);
-  const Narrator narrator(problem, world, measured);
-  const auto shares = [&] {
-    std::vector<double> out;
-    for (std::size_t i = 0; i < world.storages.size(); ++i) {
-      out.push_back(share(layout.weight(i), measured.whole[i]));
+  for (const RebalanceWish& wish : moves) {
+    const std::string what = fmt::format("{} to {}", name_of(problem.disks[wish.disk]),
+                                         problem.storages[wish.target].name);
+    if (!layout.can_step(wish.disk, wish.target)) {
+      return fail(Code::Blocked, what + " has no room there, or may not be moved there");
     }
-    return out;
-  };
-  plan.needed = !layout.reached();
-  plan.before = shares();
-  for (std::size_t i = 0; i < draft.hops.size(); ++i) {
-    const Hop& hop = draft.hops[i];
-    RebalanceStep step;
-    step.disk = hop.disk;
-    step.source = hop.source;
-    step.target = hop.target;
-    step.bytes = problem.disks[hop.disk].allocated;
-    step.source_before = share(layout.weight(hop.source), measured.whole[hop.source]);
-    step.target_before = share(layout.weight(hop.target), measured.whole[hop.target]);
-    step.reason = narrator.reason(layout, draft.hops, i);
-    layout.put(hop.disk, hop.target);
-    step.source_after = share(layout.weight(hop.source), measured.whole[hop.source]);
-    step.target_after = share(layout.weight(hop.target), measured.whole[hop.target]);
-    step.target_free = Length(
-        static_cast<std::uint64_t>(world.storages[hop.target].fullest - layout.bytes(hop.target)));
-    plan.bytes += step.bytes;
-    plan.steps.push_back(std::move(step));
+    draft.hops.push_back({wish.disk, layout.at(wish.disk), wish.target});
+    layout.put(wish.disk, wish.target);
   }
-  plan.after = shares();
-  plan.reached = layout.reached();
-  plan.proven = draft.proven;
-  if (!plan.reached) plan.obstacles = narrator.obstacles(layout, plan.steps.size(), draft.proven);
-  return plan;
+  for (std::size_t i = 0; i < world.storages.size(); ++i) {
+    if (layout.outside(i) > world.storages[i].outside(world.storages[i].weight)) {
+      return fail(Code::Blocked, problem.storages[i].name + " would be worse off than it is");
+    }
+  }
+  return Narrator(problem, world, measured).tell(draft);
 }
 
 }  // namespace drover::job

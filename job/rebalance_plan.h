@@ -109,6 +109,16 @@ struct RebalancePlan {
 
 Result<RebalancePlan> plan_rebalance(const RebalanceProblem& problem);
 
+// What these moves, in this order, would come to: for what is left of a plan when the world may
+// have changed since. Blocked: one of them can't be carried out, or they leave a storage worse than
+// it is; the message says which. Errors otherwise as above.
+struct RebalanceWish {
+  std::size_t disk = 0;
+  std::size_t target = 0;
+};
+Result<RebalancePlan> assess_moves(const RebalanceProblem& problem,
+                                   const std::vector<RebalanceWish>& moves);
+
 // The share of a storage that is at its tolerance's ends, as the planner counts: inclusive, in
 // bytes or load. For tests and for those who check a plan.
 struct RebalanceBand {

@@ -202,9 +202,9 @@ Result<StorageReport> look_at_storages(StorageHost& host, const std::vector<std:
     report.storages.push_back(std::move(storage));
   }
 
-  DROVER_ASSIGN(const std::vector<HostGuest> guests, host.guests());
+  DROVER_ASSIGN(report.guests, host.guests());
   std::map<std::pair<std::uint64_t, std::uint64_t>, std::size_t> by_file;
-  for (const HostGuest& guest : guests) {
+  for (const HostGuest& guest : report.guests) {
     for (const GuestDisk& disk : guest.disks) {
       if (disk.kind != DiskKind::File || disk.device == DiskDevice::Cdrom ||
           disk.device == DiskDevice::Floppy) {

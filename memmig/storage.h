@@ -69,6 +69,7 @@ struct StorageDisk {
 struct StorageReport {
   std::vector<Storage> storages;
   std::vector<StorageDisk> disks;  // by guest and disk; media (CD-ROM, floppy) are not among them
+  std::vector<HostGuest> guests;   // all of this host
   std::vector<std::string> notes;  // what could not be looked at, for people
 };
 
