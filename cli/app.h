@@ -14,6 +14,7 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,7 @@
 #include "cli/terminal.h"
 #include "job/job_store.h"
 #include "job/move.h"
+#include "job/rebalance.h"
 
 namespace drover::cli {
 
@@ -35,6 +37,8 @@ struct Services {
   // Of jobs whose process has ended; the others are reached through their control sockets.
   std::function<Result<job::Summary>(const std::string& id, job::Observer&, job::Cancel&)> resume;
   std::function<Status(const std::string& id, job::Observer&, job::Cancel&)> cancel;
+  // This host's storages, by the URI of its libvirt.
+  std::function<std::unique_ptr<job::RebalanceWorld>(const std::string& uri)> rebalance_world;
 };
 
 struct Surroundings {

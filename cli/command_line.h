@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "base/result.h"
+#include "cli/rebalance_command.h"
 #include "job/move.h"
 #include "mirror/receiver_record.h"
 
@@ -85,9 +86,9 @@ struct ShowCommand {
   std::string text;
 };
 
-using Command =
-    std::variant<MoveCommand, CheckCommand, JobsCommand, StatusCommand, WatchCommand, CancelCommand,
-                 ResumeCommand, HistoryCommand, SetCommand, ReceiveCommand, ShowCommand>;
+using Command = std::variant<MoveCommand, CheckCommand, JobsCommand, StatusCommand, WatchCommand,
+                             CancelCommand, ResumeCommand, HistoryCommand, SetCommand,
+                             ReceiveCommand, RebalanceCommand, ShowCommand>;
 
 // `arguments` without the program's name.
 Result<Command> parse_command_line(const std::vector<std::string>& arguments,

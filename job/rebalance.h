@@ -80,7 +80,7 @@ class RebalanceWorld {
   RebalanceWorld() = default;
 };
 
-// How one disk is moved (job/relocate.h).
+// How one disk is moved. Without functions nothing can be: then there are only proposals.
 struct RebalanceMover {
   std::function<Status(const RebalanceMove&, Cancel&)> check;
   std::function<Status(const RebalanceMove&, Observer&, Cancel&)> carry_out;
