@@ -116,8 +116,8 @@ Result<RebalanceProblem> problem_of(const RebalanceOptions& options, const Stora
 RebalanceMove move_of(const StorageReport& report, const RebalanceStep& step) {
   const StorageDisk& disk = report.disks[step.disk];
   const memmig::Storage& target = report.storages[step.target];
-  return {disk.guest,  disk.uuid,        disk.disk,   report.storages[step.source].name,
-          target.name, target.directory, target.pool, step.bytes};
+  return {disk.guest,  disk.uuid,        disk.disk, disk.path, report.storages[step.source].name,
+          target.name, target.directory, step.bytes};
 }
 
 class Session {

@@ -52,10 +52,10 @@ struct RebalanceMove {
   std::string guest;
   std::string uuid;
   std::string disk;    // "vda"
+  std::string path;    // its file, now
   std::string source;  // storages, as the user named them
   std::string target;
-  std::string directory;  // the target's; new files go there
-  std::string pool;       // the target's, if it was named by that
+  std::string directory;  // the target's; the new file goes there
   Length bytes;
 };
 
