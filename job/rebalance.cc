@@ -48,8 +48,9 @@ using Stuck = std::map<std::pair<std::string, std::string>, std::string>;
 
 Status add_pins(const RebalanceOptions& options, const StorageReport& report,
                 RebalanceProblem& problem) {
-  for (const auto& [name, disk] : options.pins) {
-    DROVER_ASSIGN(const HostGuest* guest, guest_named(report, name));
+  for (const auto& pin : options.pins) {
+    const std::string& disk = pin.second;
+    DROVER_ASSIGN(const HostGuest* guest, guest_named(report, pin.first));
     const bool known = std::any_of(guest->disks.begin(), guest->disks.end(),
                                    [&](const auto& its) { return its.target == disk; });
     if (!known) {

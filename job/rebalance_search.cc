@@ -549,6 +549,82 @@ World as_wide_as(const World& world, const Layout& layout) {
 
 // ---- the descent --------------------------------------------------------------------------------
 
+// The disks of each storage that can move, in order of weight and of weight per byte, so that those
+// that matter are found without looking at all.
+class Shelves {
+  struct Lighter {
+    const World& world;
+    bool operator()(std::size_t a, std::size_t b) const {
+      return std::pair(world.disks[a].weight, a) < std::pair(world.disks[b].weight, b);
+    }
+  };
+  struct Worthier {
+    const World& world;
+    [[nodiscard]] double worth(std::size_t disk) const {
+      return static_cast<double>(world.disks[disk].weight) /
+             static_cast<double>(std::max<Amount>(1, world.disks[disk].bytes));
+    }
+    bool operator()(std::size_t a, std::size_t b) const {
+      return std::pair(worth(b), a) < std::pair(worth(a), b);
+    }
+  };
+
+ public:
+  Shelves(const World& world, const Layout& layout)
+      : world_(world), by_weight_(world.storages.size()), by_worth_(world.storages.size()) {
+    for (std::size_t disk = 0; disk < world.disks.size(); ++disk) {
+      if (world.disks[disk].fixed || world.disks[disk].weight == 0) continue;
+      by_weight_[layout.at(disk)].push_back(disk);
+      by_worth_[layout.at(disk)].push_back(disk);
+    }
+    for (auto& shelf : by_weight_) std::sort(shelf.begin(), shelf.end(), Lighter{world_});
+    for (auto& shelf : by_worth_) std::sort(shelf.begin(), shelf.end(), Worthier{world_});
+  }
+
+  void move(std::size_t disk, std::size_t source, std::size_t target) {
+    if (world_.disks[disk].weight == 0) return;
+    move_between(by_weight_[source], by_weight_[target], disk, Lighter{world_});
+    move_between(by_worth_[source], by_worth_[target], disk, Worthier{world_});
+  }
+
+  [[nodiscard]] const std::vector<std::size_t>& at(std::size_t storage) const {
+    return by_weight_[storage];
+  }
+
+  // Adds the disks whose weights are nearest to `weight`, so many on either side of it.
+  void add_around(std::size_t storage, Amount weight, std::size_t count,
+                  std::vector<std::size_t>& out) const {
+    const auto& shelf = by_weight_[storage];
+    const auto middle = std::partition_point(shelf.begin(), shelf.end(), [&](std::size_t disk) {
+      return world_.disks[disk].weight <= weight;
+    });
+    const auto below =
+        std::min<std::ptrdiff_t>(static_cast<std::ptrdiff_t>(count), middle - shelf.begin());
+    const auto above =
+        std::min<std::ptrdiff_t>(static_cast<std::ptrdiff_t>(count), shelf.end() - middle);
+    out.insert(out.end(), middle - below, middle + above);
+  }
+  // Adds those that carry the most weight per byte.
+  void add_worthiest(std::size_t storage, std::size_t count, std::vector<std::size_t>& out) const {
+    const auto& shelf = by_worth_[storage];
+    const auto most = std::min(count, shelf.size());
+    out.insert(out.end(), shelf.begin(), shelf.begin() + static_cast<std::ptrdiff_t>(most));
+  }
+
+ private:
+  using Shelf = std::vector<std::size_t>;
+
+  template <class Before>
+  static void move_between(Shelf& source, Shelf& target, std::size_t disk, const Before& before) {
+    source.erase(std::lower_bound(source.begin(), source.end(), disk, before));
+    target.insert(std::lower_bound(target.begin(), target.end(), disk, before), disk);
+  }
+
+  const World& world_;
+  std::vector<Shelf> by_weight_;
+  std::vector<Shelf> by_worth_;
+};
+
 // Changes that each bring the layout nearer to the goal, until none does: single moves first, then
 // exchanges of two disks, then whatever an exact search finds for a storage and some others.
 class Descent {
@@ -556,7 +632,7 @@ class Descent {
   enum class Prefer { FewBytes, FewMoves };
 
   Descent(const World& world, Layout& layout, Prefer prefer, const RebalanceEffort& effort)
-      : world_(world), layout_(layout), prefer_(prefer), effort_(effort) {}
+      : world_(world), layout_(layout), prefer_(prefer), effort_(effort), shelves_(world, layout) {}
 
   void run() {
     while (layout_.clashes() > 0 && (part_enemies() || exchange_enemies())) {
@@ -594,6 +670,11 @@ class Descent {
   bool exchange_enemies();
   bool move_one();
   bool exchange();
+  void put(std::size_t disk, std::size_t target) {
+    shelves_.move(disk, layout_.at(disk), target);
+    layout_.put(disk, target);
+  }
+  [[nodiscard]] std::vector<std::size_t> to_give(std::size_t giver, std::size_t taker) const;
   void consider(std::size_t one, std::size_t other, std::optional<Exchange>& best);
   bool carry_out(const std::optional<Exchange>& exchange);
   bool rearrange_worst();
@@ -603,6 +684,7 @@ class Descent {
   Layout& layout_;
   const Prefer prefer_;
   const RebalanceEffort& effort_;
+  Shelves shelves_;
   std::uint64_t work_ = 0;
 };
 
@@ -649,7 +731,7 @@ bool Descent::part_enemies() {
       layout_.put(disk, source);
     }
     if (best) {
-      layout_.put(disk, *best);
+      put(disk, *best);
       return true;
     }
   }
@@ -686,31 +768,54 @@ bool Descent::move_one() {
         best_worth = its;
       }
     };
-    for (std::size_t disk = 0; disk < world_.disks.size() && !exhausted(); ++disk) {
-      if (world_.disks[disk].weight == 0 || world_.disks[disk].fixed) continue;
-      if (!above) {
-        if (layout_.at(disk) != worst) look_at(disk, worst);
-      } else if (layout_.at(disk) == worst) {
-        for (std::size_t target = 0; target < world_.storages.size(); ++target) {
-          if (target != worst) look_at(disk, target);
-        }
-      }
+    for (std::size_t other = 0; other < world_.storages.size() && !exhausted(); ++other) {
+      if (other == worst) continue;
+      const std::size_t giver = above ? worst : other;
+      const std::size_t taker = above ? other : worst;
+      for (const std::size_t disk : to_give(giver, taker)) look_at(disk, taker);
     }
     if (best) {
-      layout_.put(best->first, best->second);
+      put(best->first, best->second);
       return true;
     }
   }
   return false;
 }
 
+// Of few all; of many those that come near to what the one has too much of and the other lacks, and
+// those that cost least.
+std::vector<std::size_t> Descent::to_give(std::size_t giver, std::size_t taker) const {
+  constexpr std::size_t kFew = 64;
+  constexpr std::size_t kAround = 3;
+  constexpr std::size_t kWorthiest = 8;
+  if (shelves_.at(giver).size() <= kFew) return shelves_.at(giver);
+  const World::Storage& from = world_.storages[giver];
+  const World::Storage& to = world_.storages[taker];
+  std::vector<std::size_t> out;
+  for (const Amount weight : {layout_.weight(giver) - from.high, layout_.weight(giver) - from.low,
+                              to.low - layout_.weight(taker), to.high - layout_.weight(taker),
+                              to.fullest - layout_.bytes(taker)}) {
+    if (weight > 0) shelves_.add_around(giver, weight, kAround, out);
+  }
+  shelves_.add_worthiest(giver, kWorthiest, out);
+  return out;
+}
+
 bool Descent::exchange() {
+  // Of each other storage those disks are tried that just make up the difference, so many.
+  constexpr std::size_t kAround = 4;
   for (const std::size_t worst : worst_first()) {
+    const World::Storage& limits = world_.storages[worst];
+    const Amount weight = layout_.weight(worst);
+    const Amount more = weight > limits.high ? limits.high - weight : limits.low - weight;
     std::optional<Exchange> best;
-    for (std::size_t one = 0; one < world_.disks.size(); ++one) {
-      if (layout_.at(one) != worst) continue;
-      for (std::size_t other = 0; other < world_.disks.size() && !exhausted(); ++other) {
-        consider(one, other, best);
+    std::vector<std::size_t> others;
+    for (const std::size_t one : shelves_.at(worst)) {
+      for (std::size_t other = 0; other < world_.storages.size() && !exhausted(); ++other) {
+        if (other == worst) continue;
+        others.clear();
+        shelves_.add_around(other, world_.disks[one].weight + more, kAround, others);
+        for (const std::size_t disk : others) consider(one, disk, best);
       }
     }
     if (carry_out(best)) return true;
@@ -754,8 +859,8 @@ bool Descent::carry_out(const std::optional<Exchange>& exchange) {
   if (!exchange) return false;
   const std::size_t here = layout_.at(exchange->one);
   const std::size_t there = layout_.at(exchange->other);
-  layout_.put(exchange->one, there);
-  layout_.put(exchange->other, here);
+  put(exchange->one, there);
+  put(exchange->other, here);
   return true;
 }
 
@@ -825,7 +930,7 @@ bool Descent::rearrange_around(std::size_t worst, std::size_t turn) {
   const bool better = score(layout) < score(layout_);
   if (better) {
     for (std::size_t disk = 0; disk < world_.disks.size(); ++disk) {
-      layout_.put(disk, layout.at(disk));
+      if (layout_.at(disk) != layout.at(disk)) put(disk, layout.at(disk));
     }
   }
   return better;

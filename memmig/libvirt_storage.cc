@@ -71,6 +71,7 @@ Result<std::vector<HostGuest>> LibvirtStorage::guests() {
   const int count = virConnectListAllDomains(connection_.get(), &list, 0);
   if (count < 0) return libvirt_fail("listing the guests of this host");
   std::vector<Domain> domains;
+  domains.reserve(static_cast<std::size_t>(count));
   for (int i = 0; i < count; ++i) domains.emplace_back(list[i]);
   std::free(static_cast<void*>(list));
 

@@ -239,6 +239,26 @@ TEST(RebalanceLargeHost, IsPlannedInUnderFiveSecondsWithGuestsApart) {
   (void)plan_hosts({100, 10'000, RebalanceProblem::By::Io, 500});
 }
 
+// New storages beside old ones: each disk is a candidate for each of the new ones, in thousands of
+// steps.
+TEST(RebalanceLargeHost, SpreadsTheDisksOfTwoStoragesOverOneHundred) {
+  RebalanceProblem problem = large_host(1, {100, 10'000, RebalanceProblem::By::Space});
+  for (auto& disk : problem.disks) disk.storage %= 2;
+  for (auto& storage : problem.storages) storage.capacity = Length((1_GiB).bytes() << 20);
+  problem.tolerance = 0.01;
+  const double begin = processor_seconds();
+  const Result<RebalancePlan> plan = plan_rebalance(problem);
+  const double seconds = processor_seconds() - begin;
+  ASSERT_TRUE(plan.has_value()) << plan.error().message;
+  EXPECT_TRUE(plan->reached);
+  fmt::print("10000 disks of two storages over 100: {:.2f} s, {} steps\n", seconds,
+             plan->steps.size());
+  std::uint64_t all = 0;
+  for (const auto& disk : problem.disks) all += disk.allocated.bytes();
+  const std::uint64_t stays = 2 * rebalance_bands(problem)[0].high;
+  EXPECT_LE(plan->bytes.bytes(), (all - stays) / 100 * 110);
+}
+
 // Too few disks for the bound to say much, too many to be solved exactly each time.
 TEST(RebalanceLargeHost, OfMiddlingSizeIsEvened) {
   (void)plan_hosts({5, 60, RebalanceProblem::By::Space, 2});
