@@ -67,12 +67,14 @@ Result<std::unique_ptr<StorageDaemon>> StorageDaemon::start(const StorageDaemonO
 
   const char* const direct = options.direct ? "on" : "off";
   const char* const read_only = options.writable ? "off" : "on";
+  const std::string file = options.by_name ? escaped(options.image)
+                                           : fmt::format("/proc/self/fd/{}", options.image_fd);
   const std::vector<std::string> argv = {
       "qemu-storage-daemon",
       "--blockdev",
-      fmt::format("driver={},node-name=file,filename=/proc/self/fd/{},cache.direct={},"
+      fmt::format("driver={},node-name=file,filename={},cache.direct={},"
                   "discard=unmap,read-only={}",
-                  options.protocol, options.image_fd, direct, read_only),
+                  options.protocol, file, direct, read_only),
       "--blockdev",
       fmt::format("driver={},node-name=image,file=file,cache.direct={},discard=unmap,read-only={}",
                   escaped(options.driver), direct, read_only),
@@ -82,7 +84,8 @@ Result<std::unique_ptr<StorageDaemon>> StorageDaemon::start(const StorageDaemonO
       fmt::format("type=nbd,id=export,node-name=image,name={},writable={}", kExport,
                   options.writable ? "on" : "off")};
   ChildOptions child_options;
-  child_options.descriptors = {options.image_fd, listening.get()};
+  child_options.descriptors = {listening.get()};
+  if (!options.by_name) child_options.descriptors.push_back(options.image_fd);
   auto child = ChildProcess::start(argv, child_options);
   if (!child) {
     ::unlinkat(directory.get(), name.c_str(), 0);

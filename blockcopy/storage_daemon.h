@@ -22,6 +22,7 @@ namespace drover::blockcopy {
 struct StorageDaemonOptions {
   int image_fd = -1;              // stays the caller's
   std::string image;              // its path, for messages
+  bool by_name = false;           // opens `image` itself, and finds the backing files that it names
   std::string driver;             // QEMU's name of the format: "qcow2"
   std::string protocol = "file";  // of what lies below: "host_device" for a block device
   bool writable = false;

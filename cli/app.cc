@@ -45,6 +45,35 @@ int examine(const CheckCommand& command, const Services& services,
   });
 }
 
+std::string destination(const job::RelocateOptions& options) {
+  if (!options.pool.empty()) return "pool " + options.pool;
+  return options.directory.empty() ? "other places" : options.directory;
+}
+
+int relocate(const RelocateCommand& command, const Services& services,
+             const Surroundings& surroundings) {
+  Request request{.json = command.json,
+                  .verbose = command.verbose,
+                  .guest = command.options.guest,
+                  .host = destination(command.options),
+                  .kind = job::Kind::Relocate};
+  if (command.dry_run) {
+    request.purpose = Purpose::Examine;
+    return run_in_front(request, surroundings, [&](Reporter& reporter, job::Cancel& cancel) {
+      const auto plan = guarded([&] { return services.plan_relocation(command.options, cancel); });
+      if (!plan) return report(plan.error(), reporter);
+      reporter.planned(*plan);
+      return blocked(*plan) ? kExitBlocked : kExitOk;
+    });
+  }
+  const Work work = [&](Reporter& reporter, job::Cancel& cancel) {
+    return report(guarded([&] { return services.relocate(command.options, reporter, cancel); }),
+                  reporter);
+  };
+  return command.detach ? run_in_background(request, surroundings, work)
+                        : run_in_front(request, surroundings, work);
+}
+
 }  // namespace
 
 int run(const std::vector<std::string>& arguments, const Services& services,
@@ -65,6 +94,8 @@ int run(const std::vector<std::string>& arguments, const Services& services,
           return examine(wanted, services, surroundings);
         } else if constexpr (std::is_same_v<Wanted, RebalanceCommand>) {
           return run_rebalance(wanted, services, surroundings);
+        } else if constexpr (std::is_same_v<Wanted, RelocateCommand>) {
+          return relocate(wanted, services, surroundings);
         } else if constexpr (std::is_same_v<Wanted, JobsCommand>) {
           return list_jobs(wanted, surroundings);
         } else if constexpr (std::is_same_v<Wanted, StatusCommand>) {

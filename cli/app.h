@@ -5,7 +5,8 @@
 //
 //   int main(int argc, char** argv) {
 //     return cli::run({argv + 1, argv + argc},
-//                     {job::move, job::plan_move, receive, job::resume, job::cancel}, {});
+//                     {job::move, job::plan_move, receive, job::resume, job::cancel,
+//                      job::relocate, job::plan_relocation}, {});
 //   }
 //
 // Threads: call run() from a process's only thread. It returns the exit code (cli/exit_codes.h);
@@ -25,6 +26,7 @@
 #include "job/job_store.h"
 #include "job/move.h"
 #include "job/rebalance.h"
+#include "job/relocate.h"
 
 namespace drover::cli {
 
@@ -37,6 +39,9 @@ struct Services {
   // Of jobs whose process has ended; the others are reached through their control sockets.
   std::function<Result<job::Summary>(const std::string& id, job::Observer&, job::Cancel&)> resume;
   std::function<Status(const std::string& id, job::Observer&, job::Cancel&)> cancel;
+  std::function<Result<job::Summary>(const job::RelocateOptions&, job::Observer&, job::Cancel&)>
+      relocate;
+  std::function<Result<job::Plan>(const job::RelocateOptions&, job::Cancel&)> plan_relocation;
   // This host's storages, by the URI of its libvirt.
   std::function<std::unique_ptr<job::RebalanceWorld>(const std::string& uri)> rebalance_world;
 };

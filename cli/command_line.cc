@@ -21,12 +21,13 @@ constexpr const char* kPurpose =
 constexpr const char* kMainExamples = R"(Examples:
   drover check web1 hostb                     what would stop a move, on both hosts
   drover move web1 hostb                      the running guest and all its disks
+  drover relocate web1 /mnt/array2            its disks to another storage of this host
   drover rebalance /mnt/a /mnt/b              which disks to move so that both are evenly used
   drover jobs                                 what is on its way, and what was interrupted
   drover move --help                          the options of a command
 
 `drover receive` is the target's side; drover starts it there itself, over SSH.
-Manual pages: drover(1), drover-move(1), drover-check(1), drover-rebalance(1),
+Manual pages: drover(1), drover-move(1), drover-check(1), drover-relocate(1), drover-rebalance(1),
 drover-jobs(1).)";
 
 constexpr const char* kMoveExamples = R"(Examples:
@@ -367,6 +368,7 @@ tl::unexpected<Error> parse_error(const CLI::ParseError& error, const CLI::App& 
     }
     const CLI::App& one = *used.front();
     const std::string what = one.get_option_no_throw("STORAGE") != nullptr ? "STORAGE STORAGE..."
+                             : one.get_option_no_throw("DEST") != nullptr  ? "VM DEST"
                              : one.get_option_no_throw("VM") != nullptr    ? "VM HOST"
                                                                            : "JOB";
     return usage(command, printable(error.what()),
@@ -416,6 +418,8 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments,
 
   WrittenRebalance rebalancing;
   CLI::App* const rebalance = add_rebalance(app, rebalancing);
+  WrittenRelocation relocation;
+  CLI::App* const relocate = add_relocate(app, relocation);
 
   static constexpr const char* kEvents = "print one JSON object per line, for programs";
   static constexpr const char* kObjects = "print JSON, for programs";
@@ -513,6 +517,11 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments,
   if (cancel->parsed()) return CancelCommand{written.job, written.json};
   if (resume->parsed()) {
     return ResumeCommand{written.job, written.json, written.verbose, written.detach};
+  }
+  if (relocate->parsed()) {
+    auto command = relocate_command(relocation);
+    if (!command) return usage(" relocate", command.error().message, command.error().hint);
+    return std::move(*command);
   }
   if (set->parsed()) {
     SetCommand command{written.job, {}};

@@ -38,17 +38,23 @@ std::string as_lines(const std::vector<std::string>& lines) {
   return out;
 }
 
+std::string ending_text(const job::HistoryEntry& entry) {
+  const bool done = entry.outcome == job::Outcome::Moved;
+  if (entry.kind == job::kind_name(job::Kind::Relocate)) {
+    return fmt::format("the disks of {} {} {}", entry.guest, done ? "are on" : "did not go to",
+                       entry.host);
+  }
+  return fmt::format("{} {} {}", entry.guest, done ? "runs on" : "did not move to", entry.host);
+}
+
 // How a job ended that is on disk no more.
 std::optional<Error> ending_of(const JobStore& store, const std::string& id) {
   const Result<job::History> history = store.history();
   if (!history) return std::nullopt;
   for (auto at = history->entries.rbegin(); at != history->entries.rend(); ++at) {
     if (at->id != id) continue;
-    return Error{
-        Code::NotFound,
-        fmt::format("job {} has ended: {} {} {}", id, at->guest,
-                    at->outcome == job::Outcome::Moved ? "runs on" : "did not move to", at->host),
-        at->reason ? "it was undone: " + at->reason->message : "", false};
+    return Error{Code::NotFound, fmt::format("job {} has ended: {}", id, ending_text(*at)),
+                 at->reason ? "it was undone: " + at->reason->message : "", false};
   }
   return std::nullopt;
 }
@@ -97,6 +103,7 @@ Request request_for(const JobView& view, bool as_json) {
   request.json = as_json;
   request.guest = view.record ? view.record->plan.guest : view.id;
   request.host = view.record ? view.record->plan.host : "";
+  request.kind = view.record ? view.record->kind() : job::Kind::Move;
   return request;
 }
 
@@ -144,7 +151,10 @@ int cancel_live(const JobView& view, bool as_json, const Surroundings& surroundi
                      reporter.finished(*summary);
                      return report(
                          Error{Code::Held, fmt::format("it was too late to cancel job {}", view.id),
-                               "to have the guest back, move it from there", false},
+                               view.record && view.record->kind() == job::Kind::Relocate
+                                   ? "to have its disks back, relocate them again"
+                                   : "to have the guest back, move it from there",
+                               false},
                          reporter);
                    }
                    if (std::holds_alternative<Left>(followed)) {

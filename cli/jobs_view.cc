@@ -195,7 +195,7 @@ std::string json_job(const JobView& view) {
   };
   if (view.record) {
     const job::JobRecord& record = *view.record;
-    out["kind"] = record.kind;
+    out["kind"] = job::kind_name(record.kind());
     out["guest"] = record.plan.guest;
     out["uuid"] = record.plan.uuid;
     out["host"] = record.plan.host;

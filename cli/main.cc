@@ -6,6 +6,7 @@
 #include "cli/receive.h"
 #include "job/move.h"
 #include "job/rebalance.h"
+#include "job/relocate.h"
 #include "mirror/endpoint_watchdog.h"
 
 int main(int argc, char** argv) {
@@ -16,11 +17,12 @@ int main(int argc, char** argv) {
   if (argc > 1 && std::string_view(argv[1]) == drover::mirror::kWatchdogCommand) {
     return drover::mirror::run_endpoint_watchdog({argv + 2, argv + argc});
   }
-  return drover::cli::run({argv + 1, argv + argc},
-                          {drover::job::move, drover::job::plan_move, drover::cli::receive,
-                           drover::job::resume, drover::job::cancel,
-                           [](const std::string& uri) {
-                             return drover::job::real_rebalance_world(uri, {});
-                           }},
-                          {});
+  return drover::cli::run(
+      {argv + 1, argv + argc},
+      {drover::job::move, drover::job::plan_move, drover::cli::receive, drover::job::resume,
+       drover::job::cancel, drover::job::relocate, drover::job::plan_relocation,
+       [](const std::string& uri) {
+         return drover::job::real_rebalance_world(uri, drover::job::relocating_mover(uri));
+       }},
+      {});
 }

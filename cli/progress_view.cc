@@ -27,6 +27,7 @@ Stage stage(job::Phase phase) {
     case job::Phase::Memory: return Stage::Copied;
     case job::Phase::Barrier:
     case job::Phase::Resume:
+    case job::Phase::Switch:
     case job::Phase::Commit: return Stage::MemoryDone;
     case job::Phase::Done: return Stage::Done;
     case job::Phase::Undo: return Stage::Undo;
@@ -95,6 +96,7 @@ std::string_view phase_label(job::Phase phase) {
     case job::Phase::Memory: return "moving memory";
     case job::Phase::Barrier: return "switching over";
     case job::Phase::Resume: return "resuming there";
+    case job::Phase::Switch: return "switching over";
     case job::Phase::Commit: return "clearing up here";
     case job::Phase::Done: return "done";
     case job::Phase::Undo: return "undoing";
@@ -106,6 +108,7 @@ bool past_undoing(job::Phase phase) {
   switch (phase) {
     case job::Phase::Barrier:
     case job::Phase::Resume:
+    case job::Phase::Switch:
     case job::Phase::Commit:
     case job::Phase::Done: return true;
     case job::Phase::Plan:

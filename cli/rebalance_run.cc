@@ -65,7 +65,8 @@ int run_rebalance(const RebalanceCommand& command, const Services& services,
                   const Surroundings& surroundings) {
   const Request request{.purpose = command.apply ? Purpose::Move : Purpose::Examine,
                         .json = command.json,
-                        .verbose = command.verbose};
+                        .verbose = command.verbose,
+                        .kind = job::Kind::Relocate};
   const Style style(terminal_of(surroundings.out, surroundings.environment).colours);
   const auto work = command.apply ? apply : propose;
   return run_in_front(request, surroundings, [&](Reporter& reporter, job::Cancel& cancel) {

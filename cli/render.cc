@@ -23,8 +23,10 @@ using std::chrono::seconds;
 // ---- the plan -----------------------------------------------------------------------------------
 
 std::string plan_title(const job::Plan& plan) {
-  std::string out = fmt::format("Move {} to {}: {}", printable(plan.guest), printable(plan.host),
-                                plural(plan.disks.size(), "disk"));
+  const bool move = plan.kind == job::Kind::Move;
+  std::string out =
+      fmt::format("{} {} to {}: {}", move ? "Move" : "Relocate", printable(plan.guest),
+                  printable(plan.host), plural(plan.disks.size(), "disk"));
   Length size;
   Length used;
   bool all_known = !plan.disks.empty();
@@ -35,7 +37,7 @@ std::string plan_title(const job::Plan& plan) {
   }
   if (!plan.disks.empty()) out += " of " + format_length(size);
   if (all_known) out += " (" + format_length(used) + " in use)";
-  return out + ", " + format_length(plan.memory) + " of memory";
+  return move ? out + ", " + format_length(plan.memory) + " of memory" : out;
 }
 
 std::string image(const std::string& path, const std::string& format, bool block_device) {
@@ -43,13 +45,19 @@ std::string image(const std::string& path, const std::string& format, bool block
                      block_device ? ", block device" : "");
 }
 
-std::string plan_disk(const job::DiskPlan& disk, const Style& style) {
+std::string plan_disk(const job::DiskPlan& disk, job::Kind kind, const Style& style) {
   std::string out =
       "  " + style.bold(printable(disk.disk)) + "  " + format_length(disk.virtual_size);
   if (disk.allocation > Length(0)) out += " (" + format_length(disk.allocation) + " in use)";
   out += "\n      from  " + image(disk.source_path, disk.source_format, disk.source_block_device);
-  out += disk.delete_source ? ", deleted after the move" : ", kept";
+  const bool move = kind == job::Kind::Move;
+  if (!disk.renamed) {
+    out += !disk.delete_source ? ", kept"
+           : move              ? ", deleted after the move"
+                               : ", deleted afterwards";
+  }
   out += "\n      to    " + image(disk.target_path, disk.target_format, disk.target_block_device);
+  if (disk.renamed) out += ", only renamed: the same filesystem";
   return out + "\n";
 }
 
@@ -169,6 +177,15 @@ std::string fit(const std::string& start, const std::vector<Part>& all, std::siz
   return out;
 }
 
+// What becomes of the guest, for the end of an examination.
+std::string examined(const job::Plan& plan, const char* can) {
+  const std::string guest = printable(plan.guest);
+  const std::string host = printable(plan.host);
+  return plan.kind == job::Kind::Move
+             ? fmt::format("{} {} move to {}", guest, can, host)
+             : fmt::format("the disks of {} {} go to {}", guest, can, host);
+}
+
 // ---- the summary --------------------------------------------------------------------------------
 
 std::string row(std::string_view name, const std::string& text) {
@@ -194,7 +211,7 @@ std::string blackout_text(std::chrono::microseconds blackout) {
 
 std::string render_plan(const job::Plan& plan, Purpose purpose, const Style& style) {
   std::string out = style.bold(plan_title(plan)) + "\n";
-  for (const job::DiskPlan& disk : plan.disks) out += plan_disk(disk, style);
+  for (const job::DiskPlan& disk : plan.disks) out += plan_disk(disk, plan.kind, style);
   const std::vector<FindingText> findings = findings_of(plan);
   if (!findings.empty()) out += "\n";
   std::uint64_t blockers = 0;
@@ -204,13 +221,10 @@ std::string render_plan(const job::Plan& plan, Purpose purpose, const Style& sty
   }
   out += "\n";
   if (purpose == Purpose::Move) return out;
-  const std::string guest = printable(plan.guest);
-  const std::string host = printable(plan.host);
   if (blockers > 0) {
-    out += style.bad(fmt::format("{} can't move to {}", guest, host)) + ": " +
-           plural(blockers, "blocker") + ", see above";
+    out += style.bad(examined(plan, "can't")) + ": " + plural(blockers, "blocker") + ", see above";
   } else {
-    out += style.good(fmt::format("{} can move to {}", guest, host));
+    out += style.good(examined(plan, "can"));
     if (!findings.empty()) out += ", with " + plural(findings.size(), "warning");
   }
   return out + ". Nothing was changed.\n";
@@ -247,18 +261,53 @@ std::string render_note(const std::string& text, const Style& style) {
   return style.bold("note:") + " " + printable_lines(text, 6) + "\n";
 }
 
-std::string render_summary(const job::Summary& summary, const Style& style) {
-  std::string out =
-      style.good(fmt::format("{} runs on {}", printable(summary.guest), printable(summary.host))) +
-      fmt::format(". It stood still for {}; the move took {}.\n\n", blackout_text(summary.blackout),
-                  format_span(summary.total));
+namespace {
+
+// The rows of a summary that both kinds of job have.
+std::string disks_text(const job::Summary& summary) {
   Length size;
   for (const job::DiskPlan& disk : summary.disks) size += disk.virtual_size;
   std::string disks = plural(summary.disks.size(), "disk");
   if (!summary.disks.empty()) {
     disks += " of " + format_length(size) + ", " + format_length(summary.data) + " of it read";
   }
-  out += row("moved", disks);
+  return disks;
+}
+
+std::string phases_row(const job::Summary& summary) {
+  std::string times;
+  for (const auto& [phase, time] : summary.phase_times) {
+    times += fmt::format("{}{} {}", times.empty() ? "" : ", ", job::phase_name(phase),
+                         format_span(time));
+  }
+  return times.empty() ? "" : row("phases", times);
+}
+
+std::string files_rows(const job::Summary& summary) {
+  return list("deleted", summary.deleted) + list("kept", summary.kept) +
+         list("note", summary.notes);
+}
+
+std::string relocation_summary(const job::Summary& summary, const Style& style) {
+  std::string out = style.good(fmt::format("the disks of {} are on {}", printable(summary.guest),
+                                           printable(summary.host))) +
+                    fmt::format(". It took {}.\n\n", format_span(summary.total));
+  out += row("moved", disks_text(summary));
+  for (const job::DiskPlan& disk : summary.disks) {
+    out += row("", fmt::format("{} is {}", printable(disk.disk), printable(disk.target_path)));
+  }
+  return out + phases_row(summary) + files_rows(summary);
+}
+
+}  // namespace
+
+std::string render_summary(const job::Summary& summary, const Style& style) {
+  if (summary.kind == job::Kind::Relocate) return relocation_summary(summary, style);
+  std::string out =
+      style.good(fmt::format("{} runs on {}", printable(summary.guest), printable(summary.host))) +
+      fmt::format(". It stood still for {}; the move took {}.\n\n", blackout_text(summary.blackout),
+                  format_span(summary.total));
+  out += row("moved", disks_text(summary));
   out += row("sent", fmt::format("{}, {} of it memory", format_length(summary.wire_bytes),
                                  format_length(summary.memory_bytes)));
   if (summary.sent_again > Length(0) || summary.reconnects > 0) {
@@ -266,12 +315,7 @@ std::string render_summary(const job::Summary& summary, const Style& style) {
                                     plural(summary.reconnects, "reconnect")));
   }
   out += row("mirrored", plural(summary.mirrored_writes, "guest write"));
-  std::string times;
-  for (const auto& [phase, time] : summary.phase_times) {
-    times += fmt::format("{}{} {}", times.empty() ? "" : ", ", job::phase_name(phase),
-                         format_span(time));
-  }
-  if (!times.empty()) out += row("phases", times);
+  out += phases_row(summary);
   if (summary.runner_peak_memory > Length(0)) {
     std::string memory = format_length(summary.runner_peak_memory) + " here";
     if (summary.receiver_peak_memory > Length(0)) {
@@ -280,10 +324,7 @@ std::string render_summary(const job::Summary& summary, const Style& style) {
     }
     out += row("memory", "drover took " + memory);
   }
-  out += list("deleted", summary.deleted);
-  out += list("kept", summary.kept);
-  out += list("note", summary.notes);
-  return out;
+  return out + files_rows(summary);
 }
 
 std::string render_error(const Error& error, const Style& style) {
@@ -299,6 +340,16 @@ std::string render_interruption(const Interruption& interruption, Purpose purpos
                               : "interrupted; nothing was changed";
   }
   const bool finish = past_undoing(interruption.progress.phase);
+  if (!interruption.again && interruption.kind == job::Kind::Relocate) {
+    return finish ? fmt::format(
+                        "interrupted too late to undo: the disks of {} are going over to {}, "
+                        "and the relocation is finished instead",
+                        guest, printable(interruption.host))
+                  : fmt::format(
+                        "interrupted: undoing the relocation; the disks of {} stay where they "
+                        "are. Please wait.",
+                        guest);
+  }
   if (!interruption.again) {
     return finish
                ? fmt::format(

@@ -37,6 +37,7 @@ struct Interruption {
   std::string guest;
   std::string host;
   bool again = false;
+  job::Kind kind = job::Kind::Move;
 };
 std::string render_interruption(const Interruption& interruption, Purpose purpose);
 

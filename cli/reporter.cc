@@ -14,6 +14,7 @@ Reporter::Reporter(Output& output, const Options& options)
       pace_(options.json ? kJsonInterval : kLineInterval) {
   interruption_.guest = options.guest;
   interruption_.host = options.host;
+  interruption_.kind = options.kind;
 }
 
 void Reporter::started(const std::string& id) {
@@ -27,6 +28,7 @@ void Reporter::planned(const job::Plan& plan) {
   tracker_.planned(plan);
   interruption_.guest = plan.guest;
   interruption_.host = plan.host;
+  interruption_.kind = plan.kind;
   output_.out(options_.json ? json_plan(plan) + "\n" : render_plan(plan, options_.purpose, style_));
 }
 
@@ -58,6 +60,7 @@ void Reporter::next(const std::string& guest) {
   tracker_ = {};
   pace_ = ProgressPace(options_.json ? kJsonInterval : kLineInterval);
   interruption_ = {};
+  interruption_.kind = options_.kind;
   interruption_.guest = guest;
   interruption_.host = options_.host;
 }

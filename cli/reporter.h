@@ -33,6 +33,7 @@ class Reporter : public job::Observer {
     int width_of = 1;   // the terminal whose width counts when a line is redrawn
     std::string guest;  // as the user named them, until the plan is there
     std::string host;
+    job::Kind kind = job::Kind::Move;
     std::function<void(const std::string& id)> on_started;  // may be empty
   };
   static constexpr std::chrono::milliseconds kLineInterval{5000};

@@ -43,6 +43,7 @@ int run_job(const Request& request, const Surroundings& surroundings, const Work
                .width_of = surroundings.out,
                .guest = request.guest,
                .host = request.host,
+               .kind = request.kind,
                .on_started = request.on_started});
   std::atomic<int> code{kRunning};
   int after_the_end = 0;

@@ -25,6 +25,7 @@ struct Request {
   bool verbose = false;
   std::string guest;
   std::string host;
+  job::Kind kind = job::Kind::Move;
   std::function<void(const std::string& id)> on_started;
   // What signals ask for: the work's clean end, which the user is told of; or, when the work only
   // looks at somebody else's job, that it looks away. Both by the Cancel.

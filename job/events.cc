@@ -45,6 +45,7 @@ OrderedJson disk_plans(const std::vector<DiskPlan>& plans) {
                      {"target_format", disk.target_format},
                      {"target_block_device", disk.target_block_device},
                      {"delete_source", disk.delete_source},
+                     {"renamed", disk.renamed},
                      {"size_bytes", disk.virtual_size.bytes()},
                      {"allocated_bytes", known_or_null(disk.allocation)}});
   }
@@ -113,6 +114,15 @@ Result<Phase> phase(const json& object) {
   return *known;
 }
 
+// Absent: of an older drover, which knew only moves.
+Result<Kind> kind(const json& object) {
+  if (!object.contains("kind")) return Kind::Move;
+  DROVER_ASSIGN(const std::string name, mirror::get_string(object, "kind", 64));
+  const std::optional<Kind> known = kind_of_name(name);
+  if (!known) return broken("there is no such kind of job");
+  return *known;
+}
+
 Result<DiskPlan> disk_plan(const json& object) {
   if (!object.is_object()) return broken("a disk is not an object");
   DiskPlan disk;
@@ -125,6 +135,7 @@ Result<DiskPlan> disk_plan(const json& object) {
   DROVER_ASSIGN(disk.target_block_device, mirror::get_bool(object, "target_block_device", false));
   // What may be deleted is never guessed.
   DROVER_ASSIGN(disk.delete_source, mirror::get_bool(object, "delete_source", false));
+  DROVER_ASSIGN(disk.renamed, mirror::get_bool(object, "renamed", false));
   DROVER_ASSIGN(disk.virtual_size, length(object, "size_bytes"));
   DROVER_ASSIGN(disk.allocation, length(object, "allocated_bytes"));
   return disk;
@@ -179,6 +190,7 @@ Status read_counts(const json& object, Counted& out) {
 Result<Summary> summary_from_json(const json& object) {
   Summary out;
   DROVER_TRY(read_counts(object, out));
+  DROVER_ASSIGN(out.kind, kind(object));
   DROVER_ASSIGN(out.guest, text(object, "guest"));
   DROVER_ASSIGN(out.host, text(object, "host"));
   DROVER_ASSIGN(out.total, time<milliseconds>(object, "total_ms"));
@@ -234,6 +246,21 @@ Result<JobEvent> event_from_json(const json& object) {
 
 }  // namespace
 
+std::string_view kind_name(Kind kind) {
+  switch (kind) {
+    case Kind::Move: return "move";
+    case Kind::Relocate: return "relocate";
+  }
+  return "";
+}
+
+std::optional<Kind> kind_of_name(std::string_view name) {
+  for (const Kind kind : {Kind::Move, Kind::Relocate}) {
+    if (kind_name(kind) == name) return kind;
+  }
+  return std::nullopt;
+}
+
 std::optional<Phase> phase_of_name(std::string_view name) {
   for (int i = 0; i <= static_cast<int>(Phase::Undo); ++i) {
     if (phase_name(static_cast<Phase>(i)) == name) return static_cast<Phase>(i);
@@ -259,6 +286,7 @@ OrderedJson event_of(const Plan& plan) {
                         {"to_do", text_or_null(finding.to_do)}});
   }
   return {{"event", "plan"},
+          {"kind", kind_name(plan.kind)},
           {"guest", plan.guest},
           {"uuid", plan.uuid},
           {"host", plan.host},
@@ -307,6 +335,7 @@ OrderedJson event_of(const Summary& summary) {
     phases.push_back({{"phase", phase_name(which)}, {"ms", number(took)}});
   }
   return {{"event", "summary"},
+          {"kind", kind_name(summary.kind)},
           {"guest", summary.guest},
           {"host", summary.host},
           {"total_ms", number(summary.total)},
@@ -340,6 +369,7 @@ std::string to_line(const OrderedJson& json) {
 
 Result<Plan> plan_from_json(const json& object) {
   Plan plan;
+  DROVER_ASSIGN(plan.kind, kind(object));
   DROVER_ASSIGN(plan.guest, text(object, "guest"));
   DROVER_ASSIGN(plan.uuid, text(object, "uuid"));
   DROVER_ASSIGN(plan.host, text(object, "host"));

@@ -238,6 +238,51 @@ Result<MoveOptions> options_from_json(const json& object) {
   return out;
 }
 
+Result<std::vector<std::string>> text_list(const json& object, const char* name) {
+  const auto found = object.find(name);
+  if (found == object.end() || !found->is_array()) {
+    return broken(fmt::format("\"{}\" is not a list", name));
+  }
+  std::vector<std::string> out;
+  for (const json& item : *found) {
+    if (!item.is_string()) return broken(fmt::format("\"{}\" has what is not a text", name));
+    out.push_back(item.get<std::string>());
+  }
+  return out;
+}
+
+json options_to_json(const RelocateOptions& options) {
+  return {{"guest", options.guest},
+          {"directory", options.directory},
+          {"pool", options.pool},
+          {"places", json(options.places)},
+          {"disks", options.disks},
+          {"format", options.format},
+          {"uri", options.uri},
+          {"keep_source", options.keep_source},
+          {"bandwidth", options.bandwidth.bytes()},
+          {"parallel", options.parallel}};
+}
+
+Result<RelocateOptions> relocation_from_json(const json& object) {
+  static constexpr std::uint64_t kMostParallel = 1000;
+  RelocateOptions out;
+  DROVER_ASSIGN(out.guest, mirror::get_string(object, "guest"));
+  DROVER_ASSIGN(out.directory, mirror::get_string(object, "directory"));
+  DROVER_ASSIGN(out.pool, mirror::get_string(object, "pool"));
+  DROVER_ASSIGN(out.places, text_map(object, "places"));
+  DROVER_ASSIGN(out.disks, text_list(object, "disks"));
+  DROVER_ASSIGN(out.format, mirror::get_string(object, "format"));
+  DROVER_ASSIGN(out.uri, mirror::get_string(object, "uri"));
+  DROVER_ASSIGN(out.keep_source, required_bool(object, "keep_source"));
+  DROVER_ASSIGN(const auto bandwidth, mirror::get_unsigned(object, "bandwidth"));
+  out.bandwidth = Length(bandwidth);
+  DROVER_ASSIGN(const auto parallel, mirror::get_unsigned(object, "parallel", kMostParallel));
+  if (parallel == 0) return broken("no disk at once");
+  out.parallel = static_cast<unsigned>(parallel);
+  return out;
+}
+
 // A file's error as a job's: which file, and what becomes of it.
 Error damage(const std::string& id, const std::string& directory, const Error& error) {
   return {
@@ -326,8 +371,8 @@ Status add_to_history(const JobPlaces& places, const HistoryEntry& entry) {
 json JobRecord::to_json() const {
   return {{"version", kVersion},
           {"id", id},
-          {"kind", kind},
-          {"options", options_to_json(options)},
+          {"kind", kind_name(kind())},
+          {"options", relocation ? options_to_json(*relocation) : options_to_json(options)},
           {"plan", event_of(plan)},
           {"created_at", seconds_of(created)},
           {"pid", static_cast<std::uint64_t>(pid)},
@@ -345,9 +390,16 @@ Result<JobRecord> JobRecord::from_json(const json& json) {
   JobRecord out;
   DROVER_ASSIGN(out.id, mirror::get_string(json, "id", 64));
   DROVER_TRY(mirror::check_session_id(out.id));
-  DROVER_ASSIGN(out.kind, mirror::get_string(json, "kind", 64));
+  DROVER_ASSIGN(const std::string kind, mirror::get_string(json, "kind", 64));
   DROVER_ASSIGN(const auto options, member(json, "options"));
-  DROVER_ASSIGN(out.options, options_from_json(options));
+  if (kind == kind_name(Kind::Relocate)) {
+    DROVER_ASSIGN(out.relocation, relocation_from_json(options));
+  } else if (kind == kind_name(Kind::Move)) {
+    DROVER_ASSIGN(out.options, options_from_json(options));
+  } else {
+    return fail(Code::Incompatible, "it is a job of a kind that this drover does not know: " + kind,
+                "use the drover that began it");
+  }
   DROVER_ASSIGN(const auto plan, member(json, "plan"));
   DROVER_ASSIGN(out.plan, plan_from_json(plan));
   DROVER_ASSIGN(out.created, wall_time(json, "created_at"));
@@ -379,6 +431,7 @@ std::string_view outcome_name(Outcome outcome) {
   switch (outcome) {
     case Outcome::Moved: return "moved";
     case Outcome::Undone: return "undone";
+    case Outcome::Partly: return "partly";
   }
   return "";
 }
@@ -404,7 +457,10 @@ Result<HistoryEntry> HistoryEntry::from_json(const json& json) {
   DROVER_ASSIGN(out.uuid, mirror::get_string(json, "uuid"));
   DROVER_ASSIGN(out.host, mirror::get_string(json, "host"));
   DROVER_ASSIGN(const std::string outcome, mirror::get_string(json, "outcome", 64));
-  out.outcome = outcome == outcome_name(Outcome::Moved) ? Outcome::Moved : Outcome::Undone;
+  out.outcome = Outcome::Undone;
+  for (const Outcome known : {Outcome::Moved, Outcome::Partly}) {
+    if (outcome == outcome_name(known)) out.outcome = known;
+  }
   DROVER_ASSIGN(out.created, wall_time(json, "created_at"));
   DROVER_ASSIGN(out.ended, wall_time(json, "ended_at"));
   const auto event = [&](const char* name) -> Result<std::optional<JobEvent>> {
@@ -493,7 +549,7 @@ JobStatus StatusWriter::current() const {
 Status Job::finish(const Ending& ending) {
   DROVER_ASSIGN(const UniqueFd state, lock_state(places_));
   const HistoryEntry entry{.id = record_.id,
-                           .kind = record_.kind,
+                           .kind = std::string(kind_name(record_.kind())),
                            .guest = record_.plan.guest,
                            .uuid = record_.plan.uuid,
                            .host = record_.plan.host,

@@ -46,6 +46,7 @@
 #include "base/unique_fd.h"
 #include "job/events.h"
 #include "job/move.h"
+#include "job/relocate.h"
 
 namespace drover::job {
 
@@ -55,13 +56,14 @@ using WallTime = std::chrono::system_clock::time_point;  // for people: never to
 struct JobRecord {
   static constexpr std::uint64_t kVersion = 1;
   std::string id;  // 1 to 64 of [A-Za-z0-9._-], no dot first; create() makes it when it is empty
-  std::string kind = "move";
-  MoveOptions options;
+  MoveOptions options;                         // of a move
+  std::optional<RelocateOptions> relocation;   // there: it is a relocation
   Plan plan;                                 // guest, uuid, host, disks
   WallTime created{};                        // create() fills in this and the next
   pid_t pid = 0;                             // of the process that began it
   std::map<std::string, std::string> state;  // whatever else the job has to find again
 
+  [[nodiscard]] Kind kind() const { return relocation ? Kind::Relocate : Kind::Move; }
   [[nodiscard]] nlohmann::json to_json() const;
   // Strict: a member that is missing or of a wrong type or range is Protocol, a newer version
   // Incompatible. Members that are not known are ignored.
@@ -106,7 +108,8 @@ class StatusWriter {
   bool complained_ = false;
 };
 
-enum class Outcome { Moved, Undone };
+// Partly: a relocation some of whose disks went.
+enum class Outcome { Moved, Undone, Partly };
 std::string_view outcome_name(Outcome outcome);
 
 // One line of history.jsonl.

@@ -613,6 +613,9 @@ class Move {
       // Devices that came or went are looked at before the memory moves.
       case GuestEvent::Kind::DeviceAdded:
       case GuestEvent::Kind::DeviceRemoved:
+      case GuestEvent::Kind::CopyChanged:
+      case GuestEvent::Kind::CopyIoError:
+      case GuestEvent::Kind::CopyFailed:
       case GuestEvent::Kind::CpusRunning:
       case GuestEvent::Kind::Started:
       case GuestEvent::Kind::Shutdown:

@@ -58,12 +58,18 @@ enum class Phase {
   Memory,
   Barrier,
   Resume,
+  Switch,  // of a relocation: the guest goes over to the new images
   Commit,
   Done,
   Undo,
 };
 std::string_view phase_name(Phase phase);  // "plan", "reserve", ...
 std::optional<Phase> phase_of_name(std::string_view name);
+
+// What kind of job: the plan and the summary say it.
+enum class Kind { Move, Relocate };
+std::string_view kind_name(Kind kind);  // "move", "relocate"
+std::optional<Kind> kind_of_name(std::string_view name);
 
 struct DiskPlan {
   std::string disk;  // "vda"
@@ -74,14 +80,16 @@ struct DiskPlan {
   std::string target_format;
   bool target_block_device = false;
   bool delete_source = false;  // after Commit
+  bool renamed = false;        // Relocate: the same file gets another name, nothing is copied
   Length virtual_size;
   Length allocation;  // what it takes on the source; zero: not known
 };
 
 struct Plan {
+  Kind kind = Kind::Move;
   std::string guest;
   std::string uuid;
-  std::string host;
+  std::string host;  // Relocate: the directory or pool, or "other places"
   Length memory;
   std::vector<DiskPlan> disks;  // those that move
   std::vector<memmig::Finding> findings;
@@ -115,6 +123,7 @@ struct Progress {
 };
 
 struct Summary {
+  Kind kind = Kind::Move;
   std::string guest;
   std::string host;
   std::vector<DiskPlan> disks;

@@ -352,6 +352,7 @@ std::string_view phase_name(Phase phase) {
     case Phase::Memory: return "memory";
     case Phase::Barrier: return "barrier";
     case Phase::Resume: return "resume";
+    case Phase::Switch: return "switch";
     case Phase::Commit: return "commit";
     case Phase::Done: return "done";
     case Phase::Undo: return "undo";

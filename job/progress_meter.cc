@@ -22,26 +22,35 @@ void ProgressMeter::enter(Phase phase) {
 }
 
 void ProgressMeter::copy(const mirror::MirrorEngine::EngineStatus& status) {
-  progress_.disks.resize(status.disks.size());
-  progress_.data = progress_.copied = Length();
   progress_.mirrored_writes = 0;
   progress_.sent_again = Length();
   progress_.reconnects = status.link.reconnects;
-  for (std::size_t i = 0; i < status.disks.size(); ++i) {
-    const auto& disk = status.disks[i];
-    DiskProgress& shown = progress_.disks[i];
-    shown.disk = disk.name;
-    shown.size = disk.size;
-    shown.data = disk.data;
-    shown.dirty = disk.left;
-    // What guests write meanwhile makes chunks dirty again; what is shown does not fall for it.
-    if (disk.left < disk.data) shown.copied = std::max(shown.copied, disk.data - disk.left);
-    progress_.data += shown.data;
-    progress_.copied += shown.copied;
+  std::vector<DiskProgress> seen;
+  for (const auto& disk : status.disks) {
+    seen.push_back({.disk = disk.name,
+                    .size = disk.size,
+                    .data = disk.data,
+                    .copied = disk.left < disk.data ? disk.data - disk.left : Length(),
+                    .dirty = disk.left});
     progress_.mirrored_writes += disk.counters.guest_writes;
     progress_.sent_again += disk.counters.sent_again;
   }
   progress_.wire_bytes = Length(status.link.bytes_sent + status.link.memory_bytes);
+  disks(seen);
+}
+
+void ProgressMeter::disks(const std::vector<DiskProgress>& disks) {
+  progress_.disks.resize(disks.size());
+  progress_.data = progress_.copied = Length();
+  for (std::size_t i = 0; i < disks.size(); ++i) {
+    DiskProgress& shown = progress_.disks[i];
+    // What guests write meanwhile makes chunks dirty again; what is shown does not fall for it.
+    const Length copied = std::max(shown.copied, disks[i].copied);
+    shown = disks[i];
+    shown.copied = copied;
+    progress_.data += shown.data;
+    progress_.copied += shown.copied;
+  }
   const Instant time = now_();
   samples_.push_back({time, progress_.copied});
   while (samples_.size() > 2 && samples_.front().at < time - kRateWindow) samples_.pop_front();

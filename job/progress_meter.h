@@ -24,6 +24,8 @@ class ProgressMeter {
   // A new phase has begun.
   void enter(Phase phase);
   void copy(const mirror::MirrorEngine::EngineStatus& status);
+  // How far each disk's copy is; `copied` may fall, what is shown does not.
+  void disks(const std::vector<DiskProgress>& disks);
   void memory(Length total, Length remaining);
   // A quarter of a second has passed since the last progress().
   [[nodiscard]] bool due() const;

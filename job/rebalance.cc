@@ -295,10 +295,9 @@ class RealWorld final : public RebalanceWorld {
   }
 
   Status check(const RebalanceMove& move, Cancel& cancel) override {
-    return mover_.check ? mover_.check(move, cancel) : Status();
+    return mover_.check(move, cancel);
   }
   Status carry_out(const RebalanceMove& move, Observer& observer, Cancel& cancel) override {
-    if (!mover_.carry_out) return fail(Code::Incompatible, "this drover can't move disks");
     return mover_.carry_out(move, observer, cancel);
   }
 

@@ -80,11 +80,15 @@ class RebalanceWorld {
   RebalanceWorld() = default;
 };
 
-// How one disk is moved. Without functions nothing can be: then there are only proposals.
+// How one disk is moved.
 struct RebalanceMover {
   std::function<Status(const RebalanceMove&, Cancel&)> check;
   std::function<Status(const RebalanceMove&, Observer&, Cancel&)> carry_out;
 };
+// By relocating it (job/relocate.h). The new file keeps its name; if another has that already it is
+// named by the guest and the disk.
+RebalanceMover relocating_mover(const std::string& uri);
+
 std::unique_ptr<RebalanceWorld> real_rebalance_world(const std::string& uri, RebalanceMover mover);
 
 struct RebalanceProposal {

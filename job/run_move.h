@@ -48,6 +48,7 @@ struct MoveEnd {
   Result<Summary> result;
   // Nothing of it is left to be done: its files may go. Otherwise it can be resumed, or cancelled.
   bool over = true;
+  bool partly = false;  // an error, and something of what was asked for was done all the same
 };
 
 // Where QEMU reaches the job's endpoint of that name: a disk's, or its exports'.

@@ -2,6 +2,7 @@
 //
 // job::move(), resume() and cancel(): the job on disk, who listens to it, and run_move() in their middle.
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <utility>
 
@@ -15,17 +16,23 @@
 #include "job/move.h"
 #include "job/platform.h"
 #include "job/prepare.h"
+#include "job/prepare_relocation.h"
+#include "job/relocate.h"
 #include "job/run_move.h"
+#include "job/run_relocation.h"
 #include "mirror/receiver_record.h"
 
 namespace drover::job {
 namespace {
 
-Result<Summary> run_job(Platform& platform, Job& job, bool resumed, Observer& observer, Cancel& cancel,
-                        Prepared prepared, std::optional<Error> undo_because) {
+using Body = std::function<MoveEnd(Observer&, const JobFiles&)>;
+
+Result<Summary> run_job(Job& job, bool resumed, Observer& observer, Cancel& cancel, const Body& body) {
   if (const Status logged = log_to_file(job.log_path()); !logged) return fail(logged.error());
   StatusWriter status(job.status_path());
-  auto bandwidth = std::make_shared<std::atomic<std::uint64_t>>(job.record().options.bandwidth.bytes());
+  const JobRecord& record = job.record();
+  const Length limit = record.relocation ? record.relocation->bandwidth : record.options.bandwidth;
+  auto bandwidth = std::make_shared<std::atomic<std::uint64_t>>(limit.bytes());
   DROVER_ASSIGN(auto control, ControlServer::start(job.control_socket(), {
                                   .status = [&] { return status.current().to_json(); },
                                   .cancel = [&] { cancel.request(); },
@@ -35,15 +42,14 @@ Result<Summary> run_job(Platform& platform, Job& job, bool resumed, Observer& ob
                                   }}));
   Broadcast broadcast(observer, status, *control);
   broadcast.started(job.id());
-  broadcast.planned(prepared.plan);
+  broadcast.planned(record.plan);
   const JobFiles files{.id = job.id(),
                        .directory = job.directory(),
                        .journal = job.journal_directory(),
                        .resumed = resumed,
                        .state = [&](std::string_view name) { status.state(name); },
                        .bandwidth = bandwidth};
-  MoveEnd end = run_move(platform, job.record().options, broadcast, cancel, std::move(prepared), files,
-                         std::move(undo_because));
+  MoveEnd end = body(broadcast, files);
   if (!end.result) status.error(end.result.error());
   status.flush();
   if (end.over) {
@@ -51,7 +57,7 @@ Result<Summary> run_job(Platform& platform, Job& job, bool resumed, Observer& ob
     if (end.result) {
       ending.summary = *end.result;
     } else {
-      ending.outcome = Outcome::Undone;
+      ending.outcome = end.partly ? Outcome::Partly : Outcome::Undone;
       ending.reason = end.result.error();
     }
     if (const Status finished = job.finish(ending); !finished) log_error("{}", finished.error().to_string());
@@ -59,6 +65,22 @@ Result<Summary> run_job(Platform& platform, Job& job, bool resumed, Observer& ob
   broadcast.ended(end.result);
   control->stop();
   return std::move(end.result);
+}
+
+Result<Summary> run_move_job(Platform& platform, Job& job, bool resumed, Observer& observer, Cancel& cancel,
+                             Prepared prepared, std::optional<Error> undo_because) {
+  return run_job(job, resumed, observer, cancel, [&](Observer& listeners, const JobFiles& files) {
+    return run_move(platform, job.record().options, listeners, cancel, std::move(prepared), files,
+                    std::move(undo_because));
+  });
+}
+
+Result<Summary> run_relocation_job(Job& job, bool resumed, Observer& observer, Cancel& cancel,
+                                   PreparedRelocation prepared, std::optional<Error> undo_because) {
+  return run_job(job, resumed, observer, cancel, [&](Observer& listeners, const JobFiles& files) {
+    return run_relocation(*job.record().relocation, listeners, cancel, std::move(prepared), files,
+                          std::move(undo_because));
+  });
 }
 
 // What a process that was killed has left. Nobody listens there: the job's lock is ours.
@@ -98,25 +120,55 @@ Result<Summary> move(const MoveOptions& options, Observer& observer, Cancel& can
   }
   if (cancel.requested()) return fail(Code::Cancelled, "cancelled; nothing was changed");
   DROVER_ASSIGN(const auto job, JobStore().create({.options = options, .plan = prepared.plan}));
-  return run_job(*platform, *job, false, observer, cancel, std::move(prepared), std::nullopt);
+  return run_move_job(*platform, *job, false, observer, cancel, std::move(prepared), std::nullopt);
 }
 
-Result<Summary> resume(const std::string& id, Observer& observer, Cancel& cancel) {
-  const auto platform = real_platform();
+Result<Plan> plan_relocation(const RelocateOptions& options, Cancel& /*cancel*/) {
+  DROVER_ASSIGN(PreparedRelocation prepared, prepare_relocation(options));
+  DROVER_TRY(JobStore().check_no_job(prepared.plan));
+  return std::move(prepared.plan);
+}
+
+Result<Summary> relocate(const RelocateOptions& options, Observer& observer, Cancel& cancel) {
+  DROVER_ASSIGN(PreparedRelocation prepared, prepare_relocation(options));
+  DROVER_TRY(JobStore().check_no_job(prepared.plan));
+  if (prepared.plan.blocked()) {
+    observer.planned(prepared.plan);
+    return fail(Code::Blocked, "the disks of guest " + prepared.plan.guest + " can't be relocated to " +
+                                   prepared.plan.host + " as things are; nothing was changed",
+                "see what stops it above");
+  }
+  if (cancel.requested()) return fail(Code::Cancelled, "cancelled; nothing was changed");
+  DROVER_ASSIGN(const auto job, JobStore().create({.relocation = options, .plan = prepared.plan}));
+  return run_relocation_job(*job, false, observer, cancel, std::move(prepared), std::nullopt);
+}
+
+namespace {
+
+// `undo_because`: a job that is undone, if that is still possible.
+Result<Summary> take_up(const std::string& id, Observer& observer, Cancel& cancel, std::optional<Error> undo_because) {
   DROVER_ASSIGN(const auto job, JobStore().open(id));
-  DROVER_ASSIGN(Prepared prepared, prepare_again(*platform, job->record().options, job->record().plan));
+  const JobRecord& record = job->record();
+  if (record.relocation) {
+    DROVER_ASSIGN(PreparedRelocation prepared, prepare_relocation_again(*record.relocation, record.plan));
+    return run_relocation_job(*job, true, observer, cancel, std::move(prepared), std::move(undo_because));
+  }
+  const auto platform = real_platform();
+  DROVER_ASSIGN(Prepared prepared, prepare_again(*platform, record.options, record.plan));
   remove_sockets(prepared, id);
-  return run_job(*platform, *job, true, observer, cancel, std::move(prepared), std::nullopt);
+  return run_move_job(*platform, *job, true, observer, cancel, std::move(prepared), std::move(undo_because));
+}
+
+}  // namespace
+
+Result<Summary> resume(const std::string& id, Observer& observer, Cancel& cancel) {
+  return take_up(id, observer, cancel, std::nullopt);
 }
 
 Status cancel(const std::string& id, Observer& observer, Cancel& cancel) {
-  const auto platform = real_platform();
-  DROVER_ASSIGN(const auto job, JobStore().open(id));
-  DROVER_ASSIGN(Prepared prepared, prepare_again(*platform, job->record().options, job->record().plan));
-  remove_sockets(prepared, id);
-  const Error wish{Code::Cancelled, "the move was cancelled; the guest runs on where it was", "", false};
-  const auto ended = run_job(*platform, *job, true, observer, cancel, std::move(prepared), wish);
-  if (ended) return fail(Code::Held, "it was too late to cancel: the move is finished");
+  const Error wish{Code::Cancelled, "the job was cancelled; the guest runs on as it did before", "", false};
+  const auto ended = take_up(id, observer, cancel, wish);
+  if (ended) return fail(Code::Held, "it was too late to cancel: the job is finished");
   if (ended.error().code != Code::Cancelled) return fail(ended.error());
   return {};
 }

@@ -296,6 +296,52 @@ std::string disk_alias(const std::string& xml, std::string_view disk) {
   return attribute(find_disk(document, disk).child("alias"), "name");
 }
 
+std::optional<DiskMirror> disk_mirror(const std::string& xml, std::string_view disk) {
+  xml_document document;
+  if (!load(xml, document)) return std::nullopt;
+  const xml_node mirror = find_disk(document, disk).child("mirror");
+  if (attribute(mirror, "job") != "copy") return std::nullopt;
+  DiskMirror out;
+  const xml_node source = mirror.child("source");
+  for (const char* name : {"file", "dev"}) {
+    if (out.path.empty()) out.path = attribute(source, name);
+  }
+  out.ready = attribute(mirror, "ready") == "yes";
+  return out;
+}
+
+std::string copy_element(const std::string& xml, const TargetDisk& copy) {
+  xml_document document;
+  if (!load(xml, document)) return {};
+  const xml_node old = find_disk(document, copy.disk);
+  if (!old) return {};
+  xml_document out;
+  xml_node disk = out.append_child("disk");
+  set(disk, "type", copy.block_device ? "block" : "file");
+  set(disk.append_child("driver"), "type", copy.format);
+  xml_node source = disk.append_child("source");
+  set(source, copy.block_device ? "dev" : "file", copy.path);
+  for (const xml_node label : old.child("source").children("seclabel")) source.append_copy(label);
+  return serialise(out);
+}
+
+std::vector<ChainLink> disk_chain(const std::string& xml, std::string_view disk) {
+  std::vector<ChainLink> out;
+  xml_document document;
+  if (!load(xml, document)) return out;
+  const xml_node top = find_disk(document, disk);
+  const auto add = [&](const xml_node& source, const std::string& format) {
+    std::string path = attribute(source, "file");
+    if (path.empty()) path = attribute(source, "dev");
+    if (!path.empty()) out.push_back({std::move(path), format});
+  };
+  add(top.child("source"), attribute(top.child("driver"), "type"));
+  for (xml_node link = top.child("backingStore"); link; link = link.child("backingStore")) {
+    add(link.child("source"), attribute(link.child("format"), "type"));
+  }
+  return out;
+}
+
 Result<std::string> rewrite_definition(const std::string& xml, const Rewrite& rewrite) {
   xml_document document;
   DROVER_TRY(load(xml, document));

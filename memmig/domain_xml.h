@@ -13,6 +13,7 @@
 // there).
 #pragma once
 
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -31,6 +32,24 @@ Status parse_definition(const std::string& xml, GuestInfo& guest);
 unsigned disk_source_index(const std::string& xml, std::string_view disk);
 // The alias of the disk's device in a live definition ("virtio-disk0"), or empty.
 std::string disk_alias(const std::string& xml, std::string_view disk);
+
+// The copy job on a disk, as a live definition shows it; absent: there is none.
+struct DiskMirror {
+  std::string path;
+  bool ready = false;
+};
+std::optional<DiskMirror> disk_mirror(const std::string& xml, std::string_view disk);
+// The <disk> element for a copy of the disk at that place, with the labels that the administrator
+// gave the present one. Empty: there is no such disk.
+struct TargetDisk;
+std::string copy_element(const std::string& xml, const TargetDisk& copy);
+
+// The paths of a disk's image and of its backing files, the top one first, with their formats.
+struct ChainLink {
+  std::string path;
+  std::string format;
+};
+std::vector<ChainLink> disk_chain(const std::string& xml, std::string_view disk);
 
 // Where a disk lies on the target.
 struct TargetDisk {

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "memmig/disk_host.h"
+
 namespace drover::memmig {
 
 const GuestDisk* GuestInfo::disk(std::string_view target) const {
@@ -22,6 +24,17 @@ const Attached::Bitmap* Attached::recording(std::string_view disk) const {
     return bitmap.disk == disk && bitmap.recording;
   });
   return found == bitmaps.end() ? nullptr : &*found;
+}
+
+const DiskPlace* GuestPlaces::disk(std::string_view target) const {
+  const auto found = std::find_if(disks.begin(), disks.end(),
+                                  [&](const DiskPlace& disk) { return disk.disk == target; });
+  return found == disks.end() ? nullptr : &*found;
+}
+
+std::string ImageUse::user() const {
+  if (!volume.empty()) return "volume " + volume;
+  return "disk " + disk + " of guest " + guest;
 }
 
 std::string_view state_name(GuestState state) {
@@ -76,6 +89,9 @@ std::string_view event_name(GuestEvent::Kind kind) {
     case GuestEvent::Kind::Rebooted: return "rebooted";
     case GuestEvent::Kind::Defined: return "defined";
     case GuestEvent::Kind::Undefined: return "undefined";
+    case GuestEvent::Kind::CopyChanged: return "copy-changed";
+    case GuestEvent::Kind::CopyIoError: return "copy-io-error";
+    case GuestEvent::Kind::CopyFailed: return "copy-failed";
     case GuestEvent::Kind::MirrorEnded: return "mirror-ended";
     case GuestEvent::Kind::DeviceAdded: return "device-added";
     case GuestEvent::Kind::DeviceRemoved: return "device-removed";

@@ -330,6 +330,9 @@ struct GuestEvent {
     Rebooted,
     Defined,
     Undefined,
+    CopyChanged,     // libvirt's block job on `disk`: detail: "ready", "completed", "failed", "cancelled"
+    CopyIoError,     // that job could not "read" the disk or "write" the copy (detail)
+    CopyFailed,      // it has ended for that; detail: QEMU's words
     MirrorEnded,     // drover's mirror job on `disk` has ended or failed; detail: QEMU's words
     DeviceAdded,     // detail: the device's alias
     DeviceRemoved,   // the same

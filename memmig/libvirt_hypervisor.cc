@@ -30,6 +30,8 @@
 #include "memmig/convergence.h"
 #include "memmig/dirty_bitmap.h"
 #include "memmig/domain_xml.h"
+#include "memmig/libvirt_disks.h"
+#include "memmig/libvirt_support.h"
 
 namespace drover::memmig {
 namespace {
@@ -47,116 +49,6 @@ constexpr milliseconds kStatisticsInterval{200};
 constexpr const char* kPrivateParent = "/var/lib/libvirt/qemu";
 constexpr const char* kPidDirectory = "/run/libvirt/qemu";
 
-// ---- libvirt's handles --------------------------------------------------------------------------
-
-template <auto Free>
-struct Freer {
-  template <class T>
-  void operator()(T* object) const {
-    static_cast<void>(Free(object));
-  }
-};
-using Domain = std::unique_ptr<virDomain, Freer<virDomainFree>>;
-using Network = std::unique_ptr<virNetwork, Freer<virNetworkFree>>;
-using Pool = std::unique_ptr<virStoragePool, Freer<virStoragePoolFree>>;
-using Volume = std::unique_ptr<virStorageVol, Freer<virStorageVolFree>>;
-using Text = std::unique_ptr<char, Freer<std::free>>;
-
-std::string uuid_of(virDomainPtr domain) {
-  std::array<char, VIR_UUID_STRING_BUFLEN> uuid{};
-  return virDomainGetUUIDString(domain, uuid.data()) == 0 ? std::string(uuid.data())
-                                                          : std::string();
-}
-
-bool contains(std::string_view text, std::string_view part) {
-  return text.find(part) != std::string_view::npos;
-}
-
-// ---- errors -------------------------------------------------------------------------------------
-
-bool connection_is_gone(const virError& error) {
-  const std::string_view message = error.message == nullptr ? "" : error.message;
-  if (error.code == VIR_ERR_INVALID_CONN || error.code == VIR_ERR_NO_CONNECT) return true;
-  if (error.domain == VIR_FROM_RPC && error.code != VIR_ERR_AUTH_FAILED) return true;
-  return contains(message, "client socket is closed") || contains(message, "Cannot recv data") ||
-         contains(message, "Cannot write data") ||
-         contains(message, "End of file while reading data") ||
-         contains(message, "Failed to connect socket") ||
-         contains(message, "unable to connect to server");
-}
-
-// From the calling thread's last libvirt error.
-Error libvirt_error(std::string_view doing) {
-  const virError* last = virGetLastError();
-  Error error;
-  if (last == nullptr || last->code == VIR_ERR_OK) {
-    error.message = fmt::format("{}: libvirt failed without saying why", doing);
-    return error;
-  }
-  const std::string text = last->message == nullptr ? "" : last->message;
-  error.message = fmt::format("{}: {}", doing, text);
-  switch (last->code) {
-    case VIR_ERR_NO_DOMAIN:
-    case VIR_ERR_NO_NETWORK:
-    case VIR_ERR_NO_STORAGE_POOL:
-    case VIR_ERR_NO_STORAGE_VOL: error.code = Code::NotFound; break;
-    case VIR_ERR_DOM_EXIST: error.code = Code::AlreadyExists; break;
-    case VIR_ERR_OPERATION_TIMEOUT:
-    case VIR_ERR_RESOURCE_BUSY:
-      error.code = Code::Busy;
-      error.retryable = true;
-      break;
-    case VIR_ERR_AUTH_FAILED:
-    case VIR_ERR_AUTH_CANCELLED:
-    case VIR_ERR_AUTH_UNAVAILABLE:
-    case VIR_ERR_ACCESS_DENIED:
-    case VIR_ERR_OPERATION_DENIED: error.code = Code::Denied; break;
-    case VIR_ERR_OPERATION_ABORTED: error.code = Code::Cancelled; break;
-    case VIR_ERR_OPERATION_INVALID: error.code = Code::Busy; break;
-    case VIR_ERR_NO_SUPPORT:
-    case VIR_ERR_OPERATION_UNSUPPORTED:
-    case VIR_ERR_ARGUMENT_UNSUPPORTED:
-    case VIR_ERR_CONFIG_UNSUPPORTED:
-    case VIR_ERR_CPU_INCOMPATIBLE:
-    case VIR_ERR_MIGRATE_UNSAFE: error.code = Code::Incompatible; break;
-    case VIR_ERR_XML_ERROR:
-    case VIR_ERR_XML_DETAIL:
-    case VIR_ERR_INVALID_ARG: error.code = Code::InvalidArgument; break;
-    case VIR_ERR_NO_MEMORY: error.code = Code::NoSpace; break;
-    // Also what libvirt calls an internal error (a QEMU that died, for one): it is no bug of drover.
-    default: error.code = Code::Io; break;
-  }
-  if (connection_is_gone(*last)) {
-    error.code = Code::Unreachable;
-    error.retryable = true;
-  }
-  return error;
-}
-
-tl::unexpected<Error> libvirt_fail(std::string_view doing) {
-  return tl::unexpected<Error>(libvirt_error(doing));
-}
-
-// ---- JSON, without exceptions -------------------------------------------------------------------
-
-const json& field(const json& object, const char* name) {
-  static const json kNothing;
-  if (!object.is_object()) return kNothing;
-  const auto found = object.find(name);
-  return found == object.end() ? kNothing : *found;
-}
-std::string string_of(const json& object, const char* name) {
-  const json& value = field(object, name);
-  return value.is_string() ? value.get<std::string>() : std::string();
-}
-std::uint64_t number_of(const json& object, const char* name) {
-  const json& value = field(object, name);
-  return value.is_number_unsigned() ? value.get<std::uint64_t>() : 0;
-}
-bool bool_of(const json& object, const char* name) {
-  const json& value = field(object, name);
-  return value.is_boolean() && value.get<bool>();
-}
 std::string drover_name(const std::string& disk) { return std::string(kPrefix) + disk; }
 std::string filter_name(const std::string& disk) { return std::string(kPrefix) + "top-" + disk; }
 // The node, bitmap and export that exist while the bitmaps of a disk are read.
@@ -413,6 +305,18 @@ void on_device_removed(virConnectPtr, virDomainPtr domain, const char* alias, vo
   hub_of(opaque).deliver(uuid_of(domain), {GuestEvent::Kind::DeviceRemoved, alias, {}, now(), {}});
 }
 
+void on_block_job(virConnectPtr, virDomainPtr domain, const char* disk, int type, int status,
+                  void* opaque) {
+  if (type != VIR_DOMAIN_BLOCK_JOB_TYPE_COPY) return;
+  hub_of(opaque).deliver(
+      uuid_of(domain),
+      {GuestEvent::Kind::CopyChanged,
+       word(std::to_array<const char*>({"completed", "failed", "cancelled", "ready"}), status),
+       disk == nullptr ? "" : disk,
+       now(),
+       {}});
+}
+
 // What is asked of QEMU's own events.
 constexpr const char* kQemuEvents =
     "^(STOP|RESUME|MIGRATION|JOB_STATUS_CHANGE|BLOCK_JOB_.*|BLOCK_EXPORT_DELETED)$";
@@ -440,6 +344,14 @@ void on_qemu_event(virConnectPtr, virDomainPtr domain, const char* name, long lo
   } else if (event == "BLOCK_JOB_COMPLETED" || event == "BLOCK_JOB_CANCELLED" ||
              event == "BLOCK_JOB_ERROR") {
     const std::string job = string_of(data, "device");
+    if (const std::string copied = disk_of_copy_job(job); !copied.empty()) {
+      out.disk = copied;
+      const bool io_error = event == "BLOCK_JOB_ERROR";
+      out.kind = io_error ? GuestEvent::Kind::CopyIoError : GuestEvent::Kind::CopyFailed;
+      out.detail = string_of(data, io_error ? "operation" : "error");
+      if (!out.detail.empty()) hub.deliver(uuid_of(domain), out);
+      return;
+    }
     if (!is_drovers(job)) return;
     out.kind = GuestEvent::Kind::MirrorEnded;
     out.disk = job.substr(kPrefix.size());
@@ -534,6 +446,7 @@ Status Connected::watch(const ConnectOptions& options, const HubHandle& hub) {
   if (!add(VIR_DOMAIN_EVENT_ID_LIFECYCLE, on_lifecycle) ||
       !add(VIR_DOMAIN_EVENT_ID_REBOOT, on_reboot) ||
       !add(VIR_DOMAIN_EVENT_ID_IO_ERROR_REASON, on_disk_error) ||
+      !add(VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2, on_block_job) ||
       !add(VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, on_device_added) ||
       !add(VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, on_device_removed)) {
     return libvirt_fail(doing);
@@ -562,7 +475,7 @@ Status Connected::watch(const ConnectOptions& options, const HubHandle& hub) {
 
 // ---- the hypervisor -----------------------------------------------------------------------------
 
-class LibvirtHypervisor final : public Hypervisor {
+class LibvirtHypervisor final : public DiskHost {
  public:
   LibvirtHypervisor(std::shared_ptr<EventLoop> loop, HubHandle hub,
                     std::shared_ptr<Connected> connection, ConnectOptions options)
@@ -609,6 +522,18 @@ class LibvirtHypervisor final : public Hypervisor {
   Result<std::unique_ptr<Subscription>> subscribe(const std::string& guest,
                                                   EventHandler handler) override;
 
+  Result<GuestPlaces> disk_places(const std::string& guest) override;
+  Status start_copy(const std::string& guest, const DiskCopySpec& spec) override;
+  Status set_copy_bandwidth(const std::string& guest, const std::string& disk,
+                            Length per_second) override;
+  Status pivot_copy(const std::string& guest, const std::string& disk) override;
+  Status abort_copy(const std::string& guest, const std::string& disk) override;
+  Status flush_disk(const std::string& guest, const std::string& disk) override;
+  Status point_persistent(const std::string& guest, const std::vector<TargetDisk>& disks) override;
+  Result<std::vector<ImageUse>> image_uses() override;
+  Result<std::string> pool_directory(const std::string& pool) override;
+  void refresh_pools(const std::vector<std::string>& paths) override;
+
  private:
   struct Migration {
     std::mutex mutex;
@@ -620,11 +545,6 @@ class LibvirtHypervisor final : public Hypervisor {
 
   Result<Domain> find(const std::string& guest) const;
   Result<Domain> find_running(const std::string& guest) const;
-  Result<json> qmp(virDomainPtr domain, const char* command, const json& arguments,
-                   const std::string& doing) const;
-  Result<json> qmp(virDomainPtr domain, const char* command, const std::string& doing) const {
-    return qmp(domain, command, json::object(), doing);
-  }
   Status wait_for(std::chrono::seconds limit, const std::string& what,
                   const std::function<Result<bool>()>& done) const;
   Result<std::string> definition(virDomainPtr domain, unsigned flags) const;
@@ -704,37 +624,6 @@ Result<Domain> LibvirtHypervisor::find_running(const std::string& guest) const {
     return fail(Code::NotFound, fmt::format("guest {} is not running on {}", guest, uri_));
   }
   return domain;
-}
-
-Result<json> LibvirtHypervisor::qmp(virDomainPtr domain, const char* command, const json& arguments,
-                                    const std::string& doing) const {
-  json request = {{"execute", command}};
-  if (!arguments.empty()) request["arguments"] = arguments;
-  char* raw = nullptr;
-  const std::string text = request.dump(-1, ' ', false, json::error_handler_t::replace);
-  if (virDomainQemuMonitorCommand(domain, text.c_str(), &raw, 0) < 0) return libvirt_fail(doing);
-  const Text answer(raw);
-  json parsed = json::parse(raw == nullptr ? "" : raw, nullptr, false);
-  if (const json& error = field(parsed, "error"); error.is_object()) {
-    const std::string kind = string_of(error, "class");
-    const std::string description = string_of(error, "desc");
-    Error out{Code::Io, fmt::format("{}: QEMU says: {}", doing, description), {}, false};
-    if (kind == "DeviceNotFound" || contains(description, "Cannot find device") ||
-        contains(description, "not found") || contains(description, "Failed to find node")) {
-      out.code = Code::NotFound;
-    } else if (kind == "CommandNotFound") {
-      out.code = Code::Incompatible;
-    } else if (contains(description, "in use") || contains(description, "already running") ||
-               contains(description, "is busy")) {
-      out.code = Code::Busy;
-      out.retryable = true;
-    }
-    return fail(std::move(out));
-  }
-  if (!parsed.is_object() || !parsed.contains("return")) {
-    return fail(Code::Internal, fmt::format("{}: QEMU's answer makes no sense", doing));
-  }
-  return std::move(parsed["return"]);
 }
 
 // Waits for `done`, asking again at each of QEMU's events.
@@ -1991,14 +1880,96 @@ Result<std::unique_ptr<Subscription>> LibvirtHypervisor::subscribe(const std::st
   return std::make_unique<HubSubscription>(hub_, std::move(entry));
 }
 
+// ---- relocation ---------------------------------------------------------------------------------
+
+Result<GuestPlaces> LibvirtHypervisor::disk_places(const std::string& guest) {
+  DROVER_ASSIGN(const Domain domain, find(guest));
+  GuestPlaces places;
+  places.runs = virDomainIsActive(domain.get()) == 1;
+  places.persistent = virDomainIsPersistent(domain.get()) == 1;
+  GuestInfo persistent;
+  if (places.persistent) {
+    DROVER_ASSIGN(const std::string xml, definition(domain.get(), VIR_DOMAIN_XML_INACTIVE));
+    DROVER_TRY(parse_definition(xml, persistent));
+    resolve_volumes(persistent);
+  }
+  GuestInfo live = persistent;
+  std::string live_xml;
+  if (places.runs) {
+    DROVER_ASSIGN(live_xml, definition(domain.get(), 0));
+    live = {};
+    DROVER_TRY(parse_definition(live_xml, live));
+    resolve_volumes(live);
+  }
+  for (const GuestDisk& disk : live.disks) {
+    DiskPlace place{.disk = disk.target, .path = disk.path};
+    if (const GuestDisk* same = persistent.disk(disk.target)) place.persistent_path = same->path;
+    places.disks.push_back(std::move(place));
+  }
+  if (places.runs) look_at_copies(domain.get(), live_xml, places);
+  return places;
+}
+
+Status LibvirtHypervisor::start_copy(const std::string& guest, const DiskCopySpec& spec) {
+  DROVER_ASSIGN(const Domain domain, find_running(guest));
+  return start_block_copy(domain.get(), spec);
+}
+
+Status LibvirtHypervisor::set_copy_bandwidth(const std::string& guest, const std::string& disk,
+                                             Length per_second) {
+  DROVER_ASSIGN(const Domain domain, find_running(guest));
+  return set_block_copy_bandwidth(domain.get(), disk, per_second);
+}
+
+Status LibvirtHypervisor::pivot_copy(const std::string& guest, const std::string& disk) {
+  DROVER_ASSIGN(const Domain domain, find_running(guest));
+  return pivot_block_copy(domain.get(), disk);
+}
+
+Status LibvirtHypervisor::abort_copy(const std::string& guest, const std::string& disk) {
+  return in_running(guest, [&](virDomainPtr domain) { return abort_block_copy(domain, disk); });
+}
+
+Status LibvirtHypervisor::flush_disk(const std::string& guest, const std::string& disk) {
+  return in_running(guest, [&](virDomainPtr domain) { return flush_block_node(domain, disk); });
+}
+
+Status LibvirtHypervisor::point_persistent(const std::string& guest,
+                                           const std::vector<TargetDisk>& disks) {
+  DROVER_ASSIGN(const Domain domain, find(guest));
+  return point_persistent_disks(domain.get(), disks);
+}
+
+Result<std::vector<ImageUse>> LibvirtHypervisor::image_uses() {
+  const auto connected = connection();
+  DROVER_ASSIGN(std::vector<ImageUse> uses, images_of_guests(connected->get()));
+  std::vector<ImageUse> of_volumes = backing_files_of_volumes(connected->get());
+  std::move(of_volumes.begin(), of_volumes.end(), std::back_inserter(uses));
+  // What could not be asked must not look like what is not there.
+  if (!alive()) return fail(Code::Unreachable, "the connection to " + uri_ + " is gone");
+  return uses;
+}
+
+Result<std::string> LibvirtHypervisor::pool_directory(const std::string& pool) {
+  return directory_of_pool(connection()->get(), pool);
+}
+
+void LibvirtHypervisor::refresh_pools(const std::vector<std::string>& paths) {
+  refresh_pools_with(connection()->get(), paths);
+}
+
 }  // namespace
 
-Result<std::unique_ptr<Hypervisor>> connect_libvirt(const ConnectOptions& options) {
+Result<std::unique_ptr<DiskHost>> connect_disk_host(const ConnectOptions& options) {
   DROVER_ASSIGN(auto loop, EventLoop::get());
   auto hub = std::make_shared<Hub>();
   DROVER_ASSIGN(auto connected, Connected::open(options, hub));
   return std::make_unique<LibvirtHypervisor>(std::move(loop), std::move(hub), std::move(connected),
                                              options);
+}
+
+Result<std::unique_ptr<Hypervisor>> connect_libvirt(const ConnectOptions& options) {
+  return connect_disk_host(options);
 }
 
 }  // namespace drover::memmig

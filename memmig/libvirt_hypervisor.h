@@ -14,6 +14,7 @@
 #include <string>
 
 #include "base/result.h"
+#include "memmig/disk_host.h"
 #include "memmig/hypervisor.h"
 
 namespace drover::memmig {
@@ -28,6 +29,7 @@ struct ConnectOptions {
 
 // Unreachable, Denied (libvirt's or SSH's refusal), Incompatible (libvirt or QEMU too old).
 Result<std::unique_ptr<Hypervisor>> connect_libvirt(const ConnectOptions& options);
+Result<std::unique_ptr<DiskHost>> connect_disk_host(const ConnectOptions& options);
 
 // The oldest that drover works with.
 inline constexpr std::uint64_t kOldestLibvirt = 9000000;  // 9.0.0

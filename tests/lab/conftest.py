@@ -153,14 +153,23 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line("| " + " | ".join(line) + " |")
 
 
-# Of the outages and resumes these stand for the others in an ordinary run; all of them take a quarter of an hour more.
+# Of the outages, resumes and relocations these stand for the others in an ordinary run; all of them take 20 minutes
+# more.
 _QUICK = {"test_link_down_5_s[copy]", "test_receiver_killed[copy]", "test_runner_stopped_for_10_s[copy]",
-          "test_runner_killed[copy]", "test_a_second_move_of_the_same_guest_is_refused"}
+          "test_runner_killed[copy]", "test_a_second_move_of_the_same_guest_is_refused",
+          "test_a_running_guests_raw_and_qcow2_disks_there_and_back[unmap]", "test_the_guest_starts_from_its_new_disks",
+          "test_a_guest_that_is_off[False]",
+          "test_on_the_same_filesystem_a_guest_that_is_off_only_has_its_files_renamed", "test_ctrl_c_undoes_it[2]",
+          "test_a_target_that_gets_full_in_the_middle[raw-True]", "test_a_source_that_cannot_be_read",
+          "test_libvirtd_is_restarted_while_disks_are_copied[9]",
+          "test_drover_is_killed_and_resume_takes_the_copies_up", "test_a_killed_job_is_cancelled", "test_refusals",
+          "test_an_old_file_that_others_use_is_kept"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.environ.get("DROVER_LAB_LONG"):
         return
     for item in items:
-        if item.path.name in ("test_outages.py", "test_resume.py") and item.name not in _QUICK:
-            item.add_marker(pytest.mark.skip(reason="takes a quarter of an hour with its like: DROVER_LAB_LONG=1 runs it"))
+        long = item.path.name in ("test_outages.py", "test_resume.py", "test_relocate.py")
+        if long and item.name not in _QUICK:
+            item.add_marker(pytest.mark.skip(reason="takes minutes with its like: DROVER_LAB_LONG=1 runs it"))

@@ -8,7 +8,7 @@ from typing import Any, Iterator
 
 import pytest
 
-from lab import Disk, Lab
+from lab import Disk, Guest, Lab
 
 pytestmark = pytest.mark.usefixtures("drover")
 
@@ -162,3 +162,39 @@ def test_refusals(lab: Lab, storages: list[str]) -> None:
         refused(lab, "/mnt/a", "asleep", says="storage pool asleep is not active", code=IN_THE_WAY)
     finally:
         lab.a.virsh("pool-undefine", "asleep")
+
+
+def test_apply_does_what_the_dry_run_proposed(lab: Lab, storages: list[str]) -> None:
+    def moves(events: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+        return [(m["guest"], m["disk"], m["source"], m["target"]) for m in events]
+
+    # First those that are off stay on /mnt/a, so that the running guest's go.
+    pins = [word for name in ("web2", "web3") for word in ("--pin", f"{name}:vda")]
+    for options in (pins, []):
+        proposal = rebalance(lab, *storages, *options, "--tolerance", "12%")
+        p = lab.a.run(["drover", "rebalance", "--json", "--apply", *storages, *options, "--tolerance", "12%"])
+        events = [json.loads(line) for line in p.stdout.splitlines()]
+        done = [e for e in events if e["event"] == "move" and e["state"] == "done"]
+        assert moves(done) == moves(proposal["moves"])
+        assert [e["event"] for e in events].count("proposal") == 1, "it planned again"
+        end = events[-1]
+        assert end["event"] == "rebalanced" and end["reached"] and end["failed"] == 0
+        for where, s in zip(storages, end["storages"]):
+            space = os.statvfs(lab.a.path(where))
+            used = space.f_blocks - space.f_bfree
+            assert abs(used / (used + space.f_bavail) - end["mean"]) < 0.12 + 0.01, s
+        for move in done:
+            disks = Guest(lab, move["guest"]).disks(lab.a)
+            assert disks[move["disk"]].startswith(move["target"] + "/"), disks
+        if options:
+            assert "web1" in {m["guest"] for m in done}, "a running guest's disk was to go"
+    assert Guest(lab, "web1").verify()["ok"], Guest(lab, "web1").mismatches()
+    assert "Nothing is to be moved." in lab.a.run(["drover", "rebalance", *storages, "--tolerance", "12%"]).stdout
+    files = {name for where in storages for name in os.listdir(lab.a.path(where)) if name != "lost+found"}
+    assert files == {"web1.raw", "web1.qcow2", "web2.raw", "web3.raw", "db1.raw", "db2.raw"}
+
+
+def test_apply_reaches_the_default_tolerance(lab: Lab, storages: list[str]) -> None:
+    p = lab.a.run(["drover", "rebalance", "--apply", *storages])
+    assert "Each is within 5.0 points of the mean of" in p.stdout
+    assert Guest(lab, "web1").verify()["ok"], Guest(lab, "web1").mismatches()

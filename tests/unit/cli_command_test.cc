@@ -181,6 +181,48 @@ TEST(CommandLine, SaysWhatIsWrong) {
   }
 }
 
+TEST(CommandLine, RelocateTakesADirectoryAPoolOrPlaces) {
+  const auto options = [](const std::vector<std::string>& arguments) {
+    const auto command = parse(arguments);
+    EXPECT_TRUE(command.has_value()) << command.error().to_string();
+    return std::get<RelocateCommand>(*command).options;
+  };
+  EXPECT_EQ(options({"relocate", "web1", "/mnt/b"}).directory, "/mnt/b");
+  EXPECT_EQ(options({"relocate", "web1", "fast"}).pool, "fast");
+  const auto places = options({"relocate", "web1", "vda=/mnt/b", "vdb=/mnt/c/x=y.raw"}).places;
+  EXPECT_EQ(places,
+            (std::map<std::string, std::string>{{"vda", "/mnt/b"}, {"vdb", "/mnt/c/x=y.raw"}}));
+  const auto all =
+      parse({"relocate",      "web1",       "/mnt/b=c", "--disk",       "vdb",
+             "--disk",        "vda",        "--format", "qcow2",        "--bandwidth",
+             "100M",          "--parallel", "2",        "--source-uri", "qemu:///session",
+             "--keep-source", "--dry-run",  "--detach", "--json",       "--verbose"});
+  ASSERT_TRUE(all.has_value()) << all.error().to_string();
+  const auto& command = std::get<RelocateCommand>(*all);
+  EXPECT_EQ(command.options.directory, "/mnt/b=c") << "a path that begins with a slash is no place";
+  EXPECT_EQ(command.options.disks, (std::vector<std::string>{"vda", "vdb"}));
+  EXPECT_EQ(command.options.format, "qcow2");
+  EXPECT_EQ(command.options.bandwidth, 100_MiB);
+  EXPECT_EQ(command.options.parallel, 2U);
+  EXPECT_EQ(command.options.uri, "qemu:///session");
+  EXPECT_TRUE(command.options.keep_source && command.dry_run && command.detach && command.json &&
+              command.verbose);
+}
+
+TEST(CommandLine, RelocateSaysWhatIsWrong) {
+  EXPECT_THAT(error_of({"relocate", "web1"}), HasSubstr("DEST"));
+  EXPECT_THAT(error_of({"relocate", "web1", "/a", "/b"}), HasSubstr("more than one DEST"));
+  EXPECT_THAT(error_of({"relocate", "web1", "/a", "vda=/b"}), HasSubstr("exclude"));
+  EXPECT_THAT(error_of({"relocate", "web1", "vda=/b", "--disk", "vda"}), HasSubstr("exclude"));
+  EXPECT_THAT(error_of({"relocate", "web1", "vda=/b", "vda=/c"}), HasSubstr("named before"));
+  EXPECT_THAT(error_of({"relocate", "web1", "=/b"}), HasSubstr("TARGET=PATH"));
+  EXPECT_THAT(error_of({"relocate", "web1", "/a", "--format", "vmdk"}), HasSubstr("neither"));
+  EXPECT_THAT(error_of({"relocate", "web1", "/a", "--parallel", "0"}), HasSubstr("--parallel"));
+  EXPECT_THAT(error_of({"relocate", "web1", "/a", "--bandwidth", "5"}), HasSubstr("--bandwidth"));
+  EXPECT_THAT(error_of({"relocate", "web1", "/a", "--disk", "vda", "--disk", "vda"}),
+              HasSubstr("twice"));
+}
+
 TEST(CommandLine, ErrorsShowNoControlCharacters) {
   EXPECT_EQ(error_of({"\x1b[2J"}), "unknown command '\\x1b[2J'");
   EXPECT_EQ(error_of({"move", "web1", "hostb", "--x\x1b[2J"}), "unknown option '--x\\x1b[2J'");

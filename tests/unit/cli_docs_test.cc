@@ -32,7 +32,8 @@ using testing::sample_summary;
 using Names = std::set<std::string>;
 
 const std::vector<std::string> kPages = {"drover.1", "drover-move.1", "drover-check.1",
-                                         "drover-jobs.1", "drover-rebalance.1"};
+                                         "drover-jobs.1", "drover-rebalance.1",
+                                         "drover-relocate.1"};
 
 std::string page_path(const std::string& page) {
   return std::string(DROVER_SOURCE) + "/docs/" + page;
@@ -94,6 +95,7 @@ Names options_of_page(const std::string& page) {
 TEST(ManualPages, ListTheOptionsOfHelpAndNoOthers) {
   EXPECT_EQ(options_of_page("drover-move.1"), options_of_help({"move", "--help"}));
   EXPECT_EQ(options_of_page("drover-check.1"), options_of_help({"check", "--help"}));
+  EXPECT_EQ(options_of_page("drover-relocate.1"), options_of_help({"relocate", "--help"}));
   EXPECT_EQ(options_of_page("drover.1"), options_of_help({"--help"}));
   Names of_jobs;
   for (const char* command : {"jobs", "status", "watch", "cancel", "resume", "history", "set"}) {
@@ -302,6 +304,7 @@ Names completions(const std::vector<std::string>& words) {
 TEST(Completion, OffersTheOptionsOfHelpAndNoOthers) {
   for (const std::vector<std::string>& command : {std::vector<std::string>{"move"},
                                                   {"check"},
+                                                  {"relocate"},
                                                   {"jobs"},
                                                   {"status"},
                                                   {"watch"},
@@ -323,9 +326,11 @@ TEST(Completion, OffersTheOptionsOfHelpAndNoOthers) {
 }
 
 TEST(Completion, KnowsCommandsGuestsAndDisks) {
-  EXPECT_EQ(completions({""}), (Names{"cancel", "check", "history", "jobs", "move", "rebalance",
+  EXPECT_EQ(completions({""}), (Names{"cancel", "check", "history", "jobs", "move", "rebalance", "relocate",
                                       "resume", "set", "status", "watch"}));
   EXPECT_EQ(completions({"mo"}), (Names{"move"}));
+  EXPECT_EQ(completions({"relocate", "web1", "/mnt", "--disk", ""}), (Names{"vda", "vdb"}));
+  EXPECT_EQ(completions({"relocate", "w"}), (Names{"web1"}));
   EXPECT_EQ(completions({"move", ""}), (Names{"db1", "web1"}));
   EXPECT_EQ(completions({"move", "--port", "1", "w"}), (Names{"web1"}));
   EXPECT_EQ(completions({"move", "--port", "=", "1", "w"}), (Names{"web1"}));

@@ -377,6 +377,34 @@ nlohmann::json parsed(const std::string& text) {
   return nlohmann::json::parse(text);
 }
 
+TEST(RenderRelocation, SaysWhatGoesWhereWithoutMemory) {
+  job::Plan plan = sample_plan();
+  plan.kind = job::Kind::Relocate;
+  plan.host = "/mnt/b";
+  plan.disks[0].renamed = true;
+  const std::string text = render_plan(plan, Purpose::Examine, kPlain);
+  EXPECT_THAT(text, HasSubstr("Relocate web1 to /mnt/b: 2 disks of 5.0 GiB"));
+  EXPECT_THAT(text, Not(HasSubstr("memory")));
+  EXPECT_THAT(text, HasSubstr("only renamed"));
+  EXPECT_THAT(text, HasSubstr("the disks of web1 can go to /mnt/b. Nothing was changed."));
+}
+
+TEST(RenderRelocation, SummaryAndInterruption) {
+  job::Summary summary = sample_summary();
+  summary.kind = job::Kind::Relocate;
+  summary.host = "/mnt/b";
+  const std::string text = render_summary(summary, kPlain);
+  EXPECT_THAT(text, HasSubstr("the disks of web1 are on /mnt/b. It took 1:29."));
+  EXPECT_THAT(text, HasSubstr("vda is /srv/nvme/web1.raw"));
+  EXPECT_THAT(text, Not(HasSubstr("stood still")));
+  Interruption interruption{sample_progress(), "web1", "/mnt/b", false, job::Kind::Relocate};
+  EXPECT_EQ(render_interruption(interruption, Purpose::Move),
+            "interrupted: undoing the relocation; the disks of web1 stay where they are. Please "
+            "wait.");
+  interruption.progress.phase = job::Phase::Switch;
+  EXPECT_THAT(render_interruption(interruption, Purpose::Move), HasSubstr("too late to undo"));
+}
+
 TEST(Json, Plan) {
   job::Plan plan = sample_plan();
   plan.findings = {sample_warning(), sample_blocker()};

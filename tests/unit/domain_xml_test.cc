@@ -73,6 +73,46 @@ std::string wrap(const std::string& devices, const std::string& more = "") {
          more + "<devices>" + devices + "</devices></domain>";
 }
 
+constexpr const char* kCopied = R"(<domain type='kvm'><name>web1</name>
+<uuid>00000000-0000-4000-8000-000000000001</uuid><devices>
+<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>
+ <source file='/mnt/a/web1.qcow2' index='1'><seclabel model='dac' relabel='no'/></source>
+ <backingStore type='file' index='3'><format type='raw'/><source file='/mnt/a/base.raw'/>
+  <backingStore/></backingStore>
+ <mirror type='file' file='/mnt/b/web1.qcow2' format='qcow2' job='copy' ready='yes'>
+  <format type='qcow2'/><source file='/mnt/b/web1.qcow2' index='5'/></mirror>
+ <target dev='vda' bus='virtio'/></disk>
+<disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='/dev/vg0/x'/>
+ <mirror type='file' job='active-commit'><source file='/x'/></mirror>
+ <target dev='vdb' bus='virtio'/></disk></devices></domain>)";
+
+TEST(DomainXml, SeesTheCopyOfADisk) {
+  const auto mirror = disk_mirror(kCopied, "vda");
+  ASSERT_TRUE(mirror.has_value());
+  EXPECT_EQ(mirror->path, "/mnt/b/web1.qcow2");
+  EXPECT_TRUE(mirror->ready);
+  EXPECT_FALSE(disk_mirror(kCopied, "vdb").has_value()) << "a job of another kind";
+  EXPECT_FALSE(disk_mirror(kCopied, "vdc").has_value());
+}
+
+TEST(DomainXml, TheElementForACopyHasThePlaceAndTheLabels) {
+  EXPECT_EQ(copy_element(kCopied, {"vda", "/mnt/b/a&b.raw", "raw", false}),
+            "<disk type=\"file\"><driver type=\"raw\"/><source file=\"/mnt/b/a&amp;b.raw\">"
+            "<seclabel model=\"dac\" relabel=\"no\"/></source></disk>");
+  EXPECT_EQ(copy_element(kCopied, {"vdb", "/dev/vg0/y", "raw", true}),
+            "<disk type=\"block\"><driver type=\"raw\"/><source dev=\"/dev/vg0/y\"/></disk>");
+  EXPECT_EQ(copy_element(kCopied, {"vdc", "/x", "raw", false}), "");
+}
+
+TEST(DomainXml, ListsADisksChain) {
+  const auto chain = disk_chain(kCopied, "vda");
+  ASSERT_EQ(chain.size(), 2U);
+  EXPECT_EQ(chain[0].path, "/mnt/a/web1.qcow2");
+  EXPECT_EQ(chain[1].path, "/mnt/a/base.raw");
+  EXPECT_EQ(chain[1].format, "raw");
+  EXPECT_EQ(disk_chain(kCopied, "vdb").at(0).path, "/dev/vg0/x");
+}
+
 TEST(DomainXml, ReadsTheGuest) {
   const GuestInfo guest = parsed(sample("rich-inactive"));
   EXPECT_EQ(guest.name, "rich");

@@ -69,7 +69,7 @@ TEST_F(Store, AJobIsReadBackAsItWasWritten) {
   ASSERT_TRUE(job.has_value()) << job.error().to_string();
   const JobRecord& got = (*job)->record();
   EXPECT_EQ(got.id, id);
-  EXPECT_EQ(got.kind, "move");
+  EXPECT_EQ(got.kind(), Kind::Move);
   EXPECT_EQ(got.options.disk_paths, record.options.disk_paths);
   EXPECT_EQ(got.options.bandwidth, record.options.bandwidth);
   EXPECT_EQ(got.options.link_timeout, record.options.link_timeout);
@@ -399,6 +399,51 @@ TEST_F(Store, TheStatusIsWrittenAtOnceForNewsAndElseNowAndThen) {
   writer.progress(progress);
   writer.flush();
   EXPECT_EQ(store.look(job->id())->status->progress.copied, 3_GiB);
+}
+
+TEST_F(Store, ARelocationIsReadBackAsItWasWritten) {
+  JobRecord record = sample_record();
+  record.options = {};
+  record.relocation = RelocateOptions{.guest = "web1",
+                                      .pool = "fast",
+                                      .places = {{"vda", "/mnt/b"}},
+                                      .disks = {"vda", "vdb"},
+                                      .format = "qcow2",
+                                      .uri = "test:///default",
+                                      .keep_source = true,
+                                      .bandwidth = 100_MiB,
+                                      .parallel = 7};
+  record.plan.kind = Kind::Relocate;
+  record.plan.disks[0].renamed = true;
+  const auto back = JobRecord::from_json([&] {
+    JobRecord with_id = record;
+    with_id.id = "web1-0a";
+    return with_id.to_json();
+  }());
+  ASSERT_TRUE(back.has_value()) << back.error().to_string();
+  EXPECT_EQ(back->kind(), Kind::Relocate);
+  ASSERT_TRUE(back->relocation.has_value());
+  EXPECT_EQ(back->relocation->guest, "web1");
+  EXPECT_EQ(back->relocation->pool, "fast");
+  EXPECT_EQ(back->relocation->places, record.relocation->places);
+  EXPECT_EQ(back->relocation->disks, record.relocation->disks);
+  EXPECT_EQ(back->relocation->format, "qcow2");
+  EXPECT_EQ(back->relocation->uri, "test:///default");
+  EXPECT_TRUE(back->relocation->keep_source);
+  EXPECT_EQ(back->relocation->bandwidth, 100_MiB);
+  EXPECT_EQ(back->relocation->parallel, 7U);
+  EXPECT_EQ(back->plan.kind, Kind::Relocate);
+  EXPECT_TRUE(back->plan.disks[0].renamed);
+}
+
+TEST_F(Store, AJobOfAnUnknownKindIsLeftToTheDroverThatBeganIt) {
+  JobRecord record = sample_record();
+  record.id = "web1-0a";
+  nlohmann::json json = record.to_json();
+  json["kind"] = "teleport";
+  const auto back = JobRecord::from_json(json);
+  ASSERT_FALSE(back.has_value());
+  EXPECT_EQ(back.error().code, Code::Incompatible);
 }
 
 TEST_F(Store, ADamagedStatusIsSaidAndTheJobIsStillAJob) {

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "blockcopy/image_file.h"
+
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <sys/xattr.h>
+#include <unistd.h>
+
+#include <array>
+#include <cerrno>
+#include <charconv>
+#include <cstdio>
+#include <optional>
+#include <string_view>
+
+#include "base/unique_fd.h"
+
+namespace drover::blockcopy {
+namespace {
+
+constexpr mode_t kPermissions = 07777;
+
+std::string directory_of(const std::string& path) {
+  const std::size_t slash = path.rfind('/');
+  return slash == 0 ? "/" : path.substr(0, slash);
+}
+
+Status sync_directory(const std::string& directory) {
+  const UniqueFd fd(::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  // EINVAL: this filesystem has nothing to synchronise in a directory.
+  if (!fd || (::fsync(fd.get()) != 0 && errno != EINVAL)) {
+    return fail_errno(errno, "flushing the directory " + directory);
+  }
+  return {};
+}
+
+Status in_the_way(const std::string& path) {
+  return fail(Code::AlreadyExists, path + " already exists",
+              "drover never overwrites a file: move it away or choose another path");
+}
+
+struct Owner {
+  uid_t user = 0;
+  gid_t group = 0;
+};
+
+// libvirt's note of a file's owner from before it was QEMU's: "+UID:+GID".
+std::optional<Owner> owner_before_libvirt(int fd) {
+  std::array<char, 64> text{};
+  const ssize_t length = ::fgetxattr(fd, "trusted.libvirt.security.dac", text.data(), text.size());
+  if (length <= 0) return std::nullopt;
+  const std::string_view value(text.data(), static_cast<std::size_t>(length));
+  const std::size_t colon = value.find(':');
+  if (colon == std::string_view::npos) return std::nullopt;
+  const auto number = [](std::string_view part) -> std::optional<unsigned> {
+    if (!part.starts_with('+')) return std::nullopt;
+    part.remove_prefix(1);
+    while (!part.empty() && part.back() == '\0') part.remove_suffix(1);
+    unsigned out = 0;
+    const auto [end, error] = std::from_chars(part.data(), part.data() + part.size(), out);
+    if (error != std::errc() || end != part.data() + part.size()) return std::nullopt;
+    return out;
+  };
+  const auto user = number(value.substr(0, colon));
+  const auto group = number(value.substr(colon + 1));
+  if (!user || !group) return std::nullopt;
+  return Owner{*user, *group};
+}
+
+}  // namespace
+
+std::string staged_path(const std::string& path, const std::string& tag) {
+  const std::string directory = directory_of(path);
+  return (directory == "/" ? "" : directory) + "/.drover-" + tag;
+}
+
+Result<ImageIdentity> identify_file(const std::string& path) {
+  struct stat status {};
+  if (::lstat(path.c_str(), &status) != 0) return fail_errno(errno, "looking at " + path);
+  if (S_ISBLK(status.st_mode)) return ImageIdentity{status.st_rdev, 0};
+  return ImageIdentity{status.st_dev, status.st_ino};
+}
+
+bool same_file(const std::string& a, const std::string& b) {
+  struct stat one {};
+  struct stat other {};
+  if (::stat(a.c_str(), &one) != 0 || ::stat(b.c_str(), &other) != 0) return false;
+  if (S_ISBLK(one.st_mode) && S_ISBLK(other.st_mode)) return one.st_rdev == other.st_rdev;
+  return one.st_dev == other.st_dev && one.st_ino == other.st_ino;
+}
+
+Result<Length> allocated(const std::string& path) {
+  constexpr std::uint64_t kUnit = 512;  // stat(2)
+  struct stat status {};
+  if (::stat(path.c_str(), &status) != 0) return fail_errno(errno, "looking at " + path);
+  return Length(static_cast<std::uint64_t>(status.st_blocks) * kUnit);
+}
+
+Status take_after(const std::string& example, const std::string& path) {
+  const UniqueFd from(::open(example.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  struct stat status {};
+  if (!from || ::fstat(from.get(), &status) != 0) return fail_errno(errno, "looking at " + example);
+  // A device's owner and mode are not a file's.
+  if (!S_ISREG(status.st_mode)) return {};
+  const Owner owner =
+      owner_before_libvirt(from.get()).value_or(Owner{status.st_uid, status.st_gid});
+  const UniqueFd to(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW));
+  if (!to || ::fchown(to.get(), owner.user, owner.group) != 0 ||
+      ::fchmod(to.get(), status.st_mode & kPermissions) != 0) {
+    return fail_errno(errno, "setting the owner and mode of " + path);
+  }
+  return {};
+}
+
+Status publish(const std::string& staged, const std::string& path) {
+  const std::string doing = "renaming " + staged + " to " + path;
+  if (::renameat2(AT_FDCWD, staged.c_str(), AT_FDCWD, path.c_str(), RENAME_NOREPLACE) != 0) {
+    if (errno == EEXIST) return in_the_way(path);
+    if (errno != EINVAL && errno != ENOSYS) return fail_errno(errno, doing);
+    // This filesystem (NFS) can't; a link is exclusive on every one that has links.
+    if (::link(staged.c_str(), path.c_str()) != 0) {
+      if (errno == EEXIST) return in_the_way(path);
+      return fail_errno(errno, doing);
+    }
+    if (::unlink(staged.c_str()) != 0) return fail_errno(errno, doing);
+  }
+  return sync_directory(directory_of(path));
+}
+
+Status link_file(const std::string& path, const std::string& second) {
+  if (::link(path.c_str(), second.c_str()) != 0) {
+    if (errno == EEXIST) return in_the_way(second);
+    Error error = error_from_errno(errno, "giving " + path + " the name " + second);
+    if (errno == EXDEV || errno == EPERM || errno == EMLINK || errno == EOPNOTSUPP) {
+      error.code = Code::Incompatible;
+    }
+    return fail(std::move(error));
+  }
+  return sync_directory(directory_of(second));
+}
+
+Status clone_file(const std::string& path, const std::string& copy) {
+  const std::string doing = "cloning " + path + " as " + copy;
+  const UniqueFd from(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!from) return fail_errno(errno, doing);
+  const UniqueFd to(::open(copy.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
+  if (!to) return errno == EEXIST ? in_the_way(copy) : Status(fail_errno(errno, doing));
+  if (::ioctl(to.get(), FICLONE, from.get()) == 0 && ::fsync(to.get()) == 0) return {};
+  Error error = error_from_errno(errno, doing);
+  if (errno == EOPNOTSUPP || errno == ENOTTY || errno == EXDEV || errno == EINVAL) {
+    error.code = Code::Incompatible;
+  }
+  ::unlink(copy.c_str());
+  return fail(std::move(error));
+}
+
+Status sync_file(const std::string& path) {
+  const UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!fd || ::fsync(fd.get()) != 0) return fail_errno(errno, "flushing " + path);
+  return sync_directory(directory_of(path));
+}
+
+Status remove_file(const std::string& path, const ImageIdentity& identity) {
+  const auto present = identify_file(path);
+  if (!present && present.error().code == Code::NotFound) return {};
+  if (!present) return fail(present.error());
+  if (*present != identity) {
+    return fail(Code::Busy, path + " is another file by now; it was left alone");
+  }
+  if (::unlink(path.c_str()) != 0 && errno != ENOENT) {
+    return fail_errno(errno, "deleting " + path);
+  }
+  return sync_directory(directory_of(path));
+}
+
+}  // namespace drover::blockcopy

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What is done with image files besides reading and writing them: an image is made under a hidden
+// name and gets its own when it may be seen, exclusively; it is removed only while it is the same
+// file; it gets another one's owner.
+//
+//   const std::string staged = staged_path("/mnt/b/web1.raw", "web1-1f3a5c77-vda");
+//   ... create_target({.path = staged, ...}), release() ...
+//   DROVER_TRY(take_after("/mnt/a/web1.raw", staged));
+//   DROVER_TRY(publish(staged, "/mnt/b/web1.raw"));
+//
+// So whoever is killed in between leaves only a hidden file whose name says whose it is.
+//
+// Threads: any; all of it blocks on the disk.
+#pragma once
+
+#include <string>
+
+#include "base/result.h"
+#include "base/units.h"
+#include "blockcopy/image.h"
+
+namespace drover::blockcopy {
+
+// In the same directory, so that a rename is enough.
+std::string staged_path(const std::string& path, const std::string& tag);
+
+// NotFound if there is nothing; links are not followed.
+Result<ImageIdentity> identify_file(const std::string& path);
+// Both name the same file or device; links are followed. False if one of them is not there.
+bool same_file(const std::string& a, const std::string& b);
+// The bytes that it takes on its filesystem.
+Result<Length> allocated(const std::string& path);
+
+// Owner, group and mode as the other file has them, or had them before libvirt gave it to QEMU
+// (which it notes in an extended attribute while a guest uses it).
+Status take_after(const std::string& example, const std::string& path);
+
+// The other name instead of the first, durably; AlreadyExists if anything has that name.
+Status publish(const std::string& staged, const std::string& path);
+// The file has a second name, durably; AlreadyExists as above; Incompatible if it can't have
+// (another filesystem, or one without hard links).
+Status link_file(const std::string& path, const std::string& second);
+// A copy that shares the first one's blocks, under a new name; Incompatible where the filesystem
+// can't do that.
+Status clone_file(const std::string& path, const std::string& copy);
+
+// Its data, and its directory's entry, are on stable storage.
+Status sync_file(const std::string& path);
+// Durably, if it is still that file: Busy if another has taken its name. Gone already: fine.
+Status remove_file(const std::string& path, const ImageIdentity& identity);
+
+}  // namespace drover::blockcopy

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The copier: over fakes that tear, delay and fail, and over real images; and what is done with
+// image files beside it.
+#include "blockcopy/copy.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+
+#include "base/subprocess.h"
+#include "blockcopy/image_file.h"
+#include "tests/fakes/fake_image.h"
+
+namespace drover::blockcopy {
+namespace {
+
+using fakes::FakeImage;
+using fakes::FakeImageOptions;
+
+class Copying : public ::testing::Test {
+ protected:
+  Copying() : loop_(std::move(*Loop::create())) {
+    std::string name = "/tmp/drover-copy-XXXXXX";
+    CHECK(::mkdtemp(name.data()) != nullptr, "a temporary directory can be made");
+    directory_ = name;
+  }
+  ~Copying() override {
+    std::error_code ignored;
+    std::filesystem::remove_all(directory_, ignored);
+  }
+
+  // Steps of the fakes, as the loop takes them.
+  FakeImage::Schedule schedule() {
+    return [this](std::function<void()> step) { loop_->post(std::move(step)); };
+  }
+  [[nodiscard]] std::string path(const std::string& name) const { return directory_ + "/" + name; }
+
+  // Data in the middle, at an odd place, and zeroes within them.
+  void fill(FakeImage& image) {
+    std::vector<std::byte> bytes((3_MiB).bytes() + 777, std::byte{0x5a});
+    std::fill_n(bytes.begin() + (1 << 20), 300'000, std::byte{0});
+    image.preset(Offset(12'345), bytes);
+  }
+
+  std::unique_ptr<Loop> loop_;
+  std::string directory_;
+};
+
+TEST_F(Copying, EveryByteArrivesWhateverTheOrder) {
+  for (std::uint64_t seed = 1; seed <= 20; ++seed) {
+    FakeImage source(8_MiB, seed, schedule());
+    FakeImage target(8_MiB, seed + 1, schedule());
+    fill(source);
+    Length copied;
+    Length data;
+    const auto reader = source.open_reader();
+    const auto writer = target.open_writer();
+    const Status done = copy_image(*loop_, *reader, *writer,
+                                   {.target_zero = true, .progress = [&](Length now, Length all) {
+                                      EXPECT_GE(now, copied);
+                                      copied = now;
+                                      data = all;
+                                    }});
+    ASSERT_TRUE(done.has_value()) << done.error().to_string();
+    EXPECT_TRUE(std::ranges::equal(source.content(), target.content())) << seed;
+    EXPECT_EQ(copied, data);
+    EXPECT_EQ(target.overlaps(), 0U);
+    EXPECT_LT(target.allocated(), 4_MiB) << "holes and zeroes are not written";
+  }
+}
+
+TEST_F(Copying, ATargetThatIsNotZeroIsOverwrittenAsAWhole) {
+  FakeImage source(4_MiB, 1, schedule());
+  FakeImage target(4_MiB, 2, schedule());
+  fill(source);
+  target.preset(Offset(), std::vector<std::byte>((4_MiB).bytes(), std::byte{0xee}));
+  const auto reader = source.open_reader();
+  const auto writer = target.open_writer();
+  ASSERT_TRUE(copy_image(*loop_, *reader, *writer, {}).has_value());
+  EXPECT_TRUE(std::ranges::equal(source.content(), target.content()));
+}
+
+TEST_F(Copying, AFailureEndsItWhenAllIsQuiet) {
+  for (const bool reading : {true, false}) {
+    FakeImage source(8_MiB, 1, schedule());
+    FakeImage target(8_MiB, 2, schedule());
+    fill(source);
+    const auto reader = source.open_reader();
+    const auto writer = target.open_writer();
+    if (reading) source.fail_next_reads(1);
+    if (!reading) target.fail_next_writes(1, Code::NoSpace);
+    const Status done = copy_image(*loop_, *reader, *writer, {.target_zero = true});
+    ASSERT_FALSE(done.has_value());
+    EXPECT_EQ(done.error().code, reading ? Code::Io : Code::NoSpace);
+    EXPECT_EQ(source.in_flight() + target.in_flight(), 0U);
+  }
+}
+
+TEST_F(Copying, StopsWhenItIsAskedTo) {
+  FakeImage source(8_MiB, 1, schedule());
+  FakeImage target(8_MiB, 2, schedule());
+  fill(source);
+  int asked = 0;
+  const auto reader = source.open_reader();
+  const auto writer = target.open_writer();
+  const Status done =
+      copy_image(*loop_, *reader, *writer,
+                 {.target_zero = true, .in_flight = 1, .stopped = [&] { return ++asked > 2; }});
+  ASSERT_FALSE(done.has_value());
+  EXPECT_EQ(done.error().code, Code::Cancelled);
+}
+
+TEST_F(Copying, ALimitMakesItWaitAndMayBeLifted) {
+  FakeImage source(8_MiB, 1, schedule());
+  FakeImage target(8_MiB, 2, schedule());
+  fill(source);
+  int asked = 0;
+  const auto reader = source.open_reader();
+  const auto writer = target.open_writer();
+  // At a byte a second it would never end.
+  const auto limit = [&] { return ++asked < 4 ? Length(1) : Length(); };
+  ASSERT_TRUE(
+      copy_image(*loop_, *reader, *writer, {.target_zero = true, .bandwidth = limit}).has_value());
+  EXPECT_TRUE(std::ranges::equal(source.content(), target.content()));
+}
+
+TEST_F(Copying, FromARawFileIntoAQcow2ImageOfTheSameContent) {
+  {
+    std::ofstream file(path("source.raw"), std::ios::binary);
+    file.seekp(5'000'000);
+    file << std::string(70'000, 'x');
+  }
+  std::filesystem::resize_file(path("source.raw"), (64_MiB).bytes());
+  TargetSpec spec;
+  spec.path = path("target.qcow2");
+  spec.format = Format::Qcow2;
+  spec.size = 64_MiB;
+  spec.work_directory = directory_;
+  auto target = create_target(spec);
+  ASSERT_TRUE(target.has_value()) << target.error().to_string();
+  {
+    auto reader = open_raw_reader(*loop_, {.path = path("source.raw")});
+    auto writer = (*target)->open_writer(*loop_);
+    ASSERT_TRUE(reader.has_value() && writer.has_value());
+    const Status done =
+        copy_image(*loop_, **reader, **writer, {.target_zero = (*target)->initially_zero()});
+    ASSERT_TRUE(done.has_value()) << done.error().to_string();
+  }
+  ASSERT_TRUE((*target)->release().has_value());
+  const auto compared = run_process({"qemu-img", "compare", "-f", "raw", "-F", "qcow2",
+                                     path("source.raw"), path("target.qcow2")});
+  ASSERT_TRUE(compared.has_value());
+  EXPECT_EQ(compared->exit_code, 0) << compared->out << compared->err;
+  EXPECT_LT(*allocated(path("target.qcow2")), 1_MiB);
+}
+
+// ---- files --------------------------------------------------------------------------------------
+
+class ImageFiles : public Copying {
+ protected:
+  std::string file(const std::string& name, const std::string& text = "data") {
+    std::ofstream(path(name)) << text;
+    return path(name);
+  }
+};
+
+TEST_F(ImageFiles, PublishingNeverOverwrites) {
+  const std::string staged = staged_path(path("web1.raw"), "job-vda");
+  EXPECT_EQ(staged, path(".drover-job-vda"));
+  file(".drover-job-vda", "new");
+  file("web1.raw", "old");
+  EXPECT_EQ(publish(staged, path("web1.raw")).error().code, Code::AlreadyExists);
+  ::unlink(path("web1.raw").c_str());
+  ::symlink("/nowhere", path("web1.raw").c_str());
+  EXPECT_EQ(publish(staged, path("web1.raw")).error().code, Code::AlreadyExists);
+  ::unlink(path("web1.raw").c_str());
+  EXPECT_TRUE(publish(staged, path("web1.raw")).has_value());
+  EXPECT_FALSE(std::filesystem::exists(staged));
+}
+
+TEST_F(ImageFiles, OnlyTheSameFileIsRemoved) {
+  const auto identity = identify_file(file("a"));
+  ASSERT_TRUE(identity.has_value());
+  std::filesystem::rename(path("a"), path("kept"));
+  file("a", "another");
+  EXPECT_EQ(remove_file(path("a"), *identity).error().code, Code::Busy);
+  EXPECT_TRUE(std::filesystem::exists(path("a")));
+  EXPECT_TRUE(remove_file(path("kept"), *identity).has_value());
+  EXPECT_FALSE(std::filesystem::exists(path("kept")));
+  EXPECT_TRUE(remove_file(path("kept"), *identity).has_value()) << "gone already";
+}
+
+TEST_F(ImageFiles, ALinkIsTheSameFileUnderASecondName) {
+  file("a");
+  ASSERT_TRUE(link_file(path("a"), path("b")).has_value());
+  EXPECT_TRUE(same_file(path("a"), path("b")));
+  EXPECT_EQ(link_file(path("a"), path("b")).error().code, Code::AlreadyExists);
+  // Another filesystem.
+  if (const std::string other = "/dev/shm" + directory_.substr(4);
+      std::filesystem::exists("/dev/shm")) {
+    EXPECT_EQ(link_file(path("a"), other).error().code, Code::Incompatible);
+  }
+  EXPECT_FALSE(same_file(path("a"), path("nothing")));
+}
+
+TEST_F(ImageFiles, AFailedCloneLeavesNothing) {
+  file("a");
+  const Status cloned = clone_file(path("a"), path("b"));
+  if (!cloned) {
+    EXPECT_EQ(cloned.error().code, Code::Incompatible) << cloned.error().to_string();
+    EXPECT_FALSE(std::filesystem::exists(path("b")));
+  }
+  file("c", "other");
+  EXPECT_EQ(clone_file(path("a"), path("c")).error().code, Code::AlreadyExists);
+}
+
+TEST_F(ImageFiles, OwnerAndModeAreTheOtherOnes) {
+  if (::geteuid() != 0) GTEST_SKIP() << "needs root";
+  file("a");
+  file("b");
+  ASSERT_EQ(::chown(path("a").c_str(), 1234, 2345), 0);
+  ASSERT_EQ(::chmod(path("a").c_str(), 0640), 0);
+  ASSERT_TRUE(take_after(path("a"), path("b")).has_value());
+  struct stat status {};
+  ASSERT_EQ(::stat(path("b").c_str(), &status), 0);
+  EXPECT_EQ(status.st_uid, 1234U);
+  EXPECT_EQ(status.st_gid, 2345U);
+  EXPECT_EQ(status.st_mode & 07777U, 0640U);
+}
+
+}  // namespace
+}  // namespace drover::blockcopy
