@@ -8,6 +8,7 @@
 #include "cli/finding.h"
 #include "cli/job_commands.h"
 #include "cli/output.h"
+#include "cli/rebalance_run.h"
 #include "cli/render.h"
 #include "cli/reporter.h"
 #include "cli/run_job.h"
@@ -91,6 +92,8 @@ int run(const std::vector<std::string>& arguments, const Services& services,
           return services.receive(wanted);
         } else if constexpr (std::is_same_v<Wanted, CheckCommand>) {
           return examine(wanted, services, surroundings);
+        } else if constexpr (std::is_same_v<Wanted, RebalanceCommand>) {
+          return run_rebalance(wanted, services, surroundings);
         } else if constexpr (std::is_same_v<Wanted, RelocateCommand>) {
           return relocate(wanted, services, surroundings);
         } else if constexpr (std::is_same_v<Wanted, JobsCommand>) {

@@ -15,6 +15,7 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -24,6 +25,7 @@
 #include "cli/terminal.h"
 #include "job/job_store.h"
 #include "job/move.h"
+#include "job/rebalance.h"
 #include "job/relocate.h"
 
 namespace drover::cli {
@@ -40,6 +42,8 @@ struct Services {
   std::function<Result<job::Summary>(const job::RelocateOptions&, job::Observer&, job::Cancel&)>
       relocate;
   std::function<Result<job::Plan>(const job::RelocateOptions&, job::Cancel&)> plan_relocation;
+  // This host's storages, by the URI of its libvirt.
+  std::function<std::unique_ptr<job::RebalanceWorld>(const std::string& uri)> rebalance_world;
 };
 
 struct Surroundings {

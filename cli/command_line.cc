@@ -22,11 +22,13 @@ constexpr const char* kMainExamples = R"(Examples:
   drover check web1 hostb                     what would stop a move, on both hosts
   drover move web1 hostb                      the running guest and all its disks
   drover relocate web1 /mnt/array2            its disks to another storage of this host
+  drover rebalance /mnt/a /mnt/b              which disks to move so that both are evenly used
   drover jobs                                 what is on its way, and what was interrupted
   drover move --help                          the options of a command
 
 `drover receive` is the target's side; drover starts it there itself, over SSH.
-Manual pages: drover(1), drover-move(1), drover-check(1), drover-relocate(1), drover-jobs(1).)";
+Manual pages: drover(1), drover-move(1), drover-check(1), drover-relocate(1), drover-rebalance(1),
+drover-jobs(1).)";
 
 constexpr const char* kMoveExamples = R"(Examples:
   drover move web1 hostb
@@ -378,9 +380,10 @@ tl::unexpected<Error> parse_error(const CLI::ParseError& error, const CLI::App& 
       return usage("", "no command was given", "drover --help lists the commands");
     }
     const CLI::App& one = *used.front();
-    const std::string what = one.get_option_no_throw("DEST") != nullptr ? "VM DEST"
-                             : one.get_option_no_throw("VM") != nullptr ? "VM HOST"
-                                                                        : "JOB";
+    const std::string what = one.get_option_no_throw("STORAGE") != nullptr ? "STORAGE STORAGE..."
+                             : one.get_option_no_throw("DEST") != nullptr  ? "VM DEST"
+                             : one.get_option_no_throw("VM") != nullptr    ? "VM HOST"
+                                                                           : "JOB";
     return usage(command, printable(error.what()),
                  fmt::format("usage: drover{} {} [OPTION...]; --help says more", command, what));
   }
@@ -426,6 +429,8 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments,
   add_common(*check, written, defaults);
   add_output(*check, written, file.path);
 
+  WrittenRebalance rebalancing;
+  CLI::App* const rebalance = add_rebalance(app, rebalancing);
   WrittenRelocation relocation;
   CLI::App* const relocate = add_relocate(app, relocation);
 
@@ -539,6 +544,11 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments,
       return usage(" set", taken.error().message, taken.error().hint);
     }
     return command;
+  }
+  if (rebalance->parsed()) {
+    auto command = rebalance_command(rebalancing);
+    if (!command) return usage(" rebalance", command.error().message, command.error().hint);
+    return std::move(*command);
   }
   job::MoveOptions options = defaults;
   if (const Status applied = apply(written, options); !applied) {

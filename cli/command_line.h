@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "base/result.h"
+#include "cli/rebalance_command.h"
 #include "cli/relocate_command.h"
 #include "job/move.h"
 #include "mirror/receiver_record.h"
@@ -86,9 +87,9 @@ struct ShowCommand {
   std::string text;
 };
 
-using Command =
-    std::variant<MoveCommand, CheckCommand, RelocateCommand, JobsCommand, StatusCommand, WatchCommand, CancelCommand,
-                 ResumeCommand, HistoryCommand, SetCommand, ReceiveCommand, ShowCommand>;
+using Command = std::variant<MoveCommand, CheckCommand, RelocateCommand, RebalanceCommand, JobsCommand,
+                             StatusCommand, WatchCommand, CancelCommand, ResumeCommand, HistoryCommand,
+                             SetCommand, ReceiveCommand, ShowCommand>;
 
 // `arguments` without the program's name.
 Result<Command> parse_command_line(const std::vector<std::string>& arguments,

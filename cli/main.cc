@@ -5,6 +5,7 @@
 #include "cli/app.h"
 #include "cli/receive.h"
 #include "job/move.h"
+#include "job/rebalance.h"
 #include "job/relocate.h"
 #include "mirror/endpoint_watchdog.h"
 
@@ -19,6 +20,9 @@ int main(int argc, char** argv) {
   return drover::cli::run(
       {argv + 1, argv + argc},
       {drover::job::move, drover::job::plan_move, drover::cli::receive, drover::job::resume,
-       drover::job::cancel, drover::job::relocate, drover::job::plan_relocation},
+       drover::job::cancel, drover::job::relocate, drover::job::plan_relocation,
+       [](const std::string& uri) {
+         return drover::job::real_rebalance_world(uri, drover::job::relocating_mover(uri));
+       }},
       {});
 }

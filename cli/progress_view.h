@@ -52,7 +52,7 @@ class ProgressPace {
     std::string waiting_for;
     std::chrono::milliseconds elapsed;
   };
-  const std::chrono::milliseconds interval_;
+  std::chrono::milliseconds interval_;
   std::optional<Shown> shown_;
 };
 

@@ -50,6 +50,21 @@ void Reporter::note(const std::string& text) {
   output_.out(options_.json ? json_note(text) + "\n" : render_note(text, style_));
 }
 
+void Reporter::say(const std::string& text, const std::string& json) {
+  const std::lock_guard lock(mutex_);
+  output_.out(options_.json ? json + "\n" : text);
+}
+
+void Reporter::next(const std::string& guest) {
+  const std::lock_guard lock(mutex_);
+  tracker_ = {};
+  pace_ = ProgressPace(options_.json ? kJsonInterval : kLineInterval);
+  interruption_ = {};
+  interruption_.kind = options_.kind;
+  interruption_.guest = guest;
+  interruption_.host = options_.host;
+}
+
 void Reporter::finished(const job::Summary& summary) {
   const std::lock_guard lock(mutex_);
   output_.out(options_.json ? json_summary(summary) + "\n"

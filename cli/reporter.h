@@ -46,6 +46,10 @@ class Reporter : public job::Observer {
   void progress(const job::Progress& progress) override;
   void note(const std::string& text) override;
 
+  // A block of text for people, or the line (without its new line) for programs.
+  void say(const std::string& text, const std::string& json);
+  // Another job begins, of that guest: its progress starts from nothing.
+  void next(const std::string& guest);
   void finished(const job::Summary& summary);
   void failed(const Error& error);
   // Something about the command itself: for people on standard error, for programs a note.

@@ -123,6 +123,14 @@ Result<std::chrono::milliseconds> parse_time(std::string_view text) {
   return std::chrono::milliseconds(static_cast<std::int64_t>(whole));
 }
 
+Result<double> parse_percent(std::string_view text) {
+  static constexpr std::string_view kHint = "write it like 5% or 0.5%";
+  const auto number = leading_number(text);
+  if (!number || number->rest != "%") return refuse(text, "is not a percentage", kHint);
+  if (number->value > 100) return refuse(text, "is more than all of it", kHint);
+  return number->value / 100;
+}
+
 Result<std::uint64_t> parse_count(std::string_view text, Range range) {
   const std::string hint = fmt::format("give a number from {} to {}", range.least, range.most);
   std::uint64_t value = 0;
@@ -196,6 +204,8 @@ std::string format_time(std::chrono::milliseconds time) {
   return count != 0 && count % 1000 == 0 ? fmt::format("{}s", count / 1000)
                                          : fmt::format("{}ms", count);
 }
+
+std::string format_percent(double share) { return fmt::format("{:g}%", share * 100); }
 
 std::string format_clock(std::chrono::seconds time) {
   const auto seconds = std::max<std::chrono::seconds::rep>(time.count(), 0);

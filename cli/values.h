@@ -34,6 +34,9 @@ Result<Length> parse_rate(std::string_view text);
 // "300ms", "0.5s", "2min": a unit is needed, and the result must be a whole number of milliseconds.
 Result<std::chrono::milliseconds> parse_time(std::string_view text);
 
+// "5%", "0.5%": a share, 0 to 1. The sign is needed.
+Result<double> parse_percent(std::string_view text);
+
 struct Range {
   std::uint64_t least;
   std::uint64_t most;
@@ -50,6 +53,7 @@ Status check_host(std::string_view host);
 std::string format_rate(Length per_second);               // "100.0 MiB/s"
 std::string format_rate_setting(Length per_second);       // as parse_rate reads it: "100M", "none"
 std::string format_time(std::chrono::milliseconds time);  // as parse_time reads it: "500ms", "2s"
+std::string format_percent(double share);                 // as parse_percent reads it: "5%"
 std::string format_clock(std::chrono::seconds time);      // "0:25", "1:02:03"
 std::string format_span(std::chrono::milliseconds time);  // "61 ms", "6.2 s", "1:02"
 std::string format_count(std::uint64_t count);            // "1,234,567"

@@ -16,6 +16,8 @@
 #include "cli/exit_codes.h"
 #include "cli/jobs_view.h"
 #include "cli/json_events.h"
+#include "cli/rebalance_view.h"
+#include "tests/fakes/fake_rebalance_world.h"
 #include "tests/unit/cli_fake_job.h"
 
 namespace drover::cli {
@@ -30,7 +32,8 @@ using testing::sample_summary;
 using Names = std::set<std::string>;
 
 const std::vector<std::string> kPages = {"drover.1", "drover-move.1", "drover-check.1",
-                                         "drover-jobs.1", "drover-relocate.1"};
+                                         "drover-jobs.1", "drover-rebalance.1",
+                                         "drover-relocate.1"};
 
 std::string page_path(const std::string& page) {
   return std::string(DROVER_SOURCE) + "/docs/" + page;
@@ -99,6 +102,7 @@ TEST(ManualPages, ListTheOptionsOfHelpAndNoOthers) {
     of_jobs.merge(options_of_help({command, "--help"}));
   }
   EXPECT_EQ(options_of_page("drover-jobs.1"), of_jobs);
+  EXPECT_EQ(options_of_page("drover-rebalance.1"), options_of_help({"rebalance", "--help"}));
   EXPECT_GE(options_of_page("drover-move.1").size(), 15U);  // or the patterns above are wrong
   EXPECT_TRUE(options_of_page("drover-move.1").contains("--max-downtime"));
   EXPECT_TRUE(options_of_page("drover.1").contains("-h"));
@@ -181,6 +185,44 @@ TEST(ManualPages, ListTheFieldsOfEachEvent) {
     const std::string entry = json.substr(start, json.find("\n.TP", start + 4) - start);
     Names documented = all_matches(entry, R"(\n\.BR? ([a-z_]+))");
     documented.erase(event);
+    EXPECT_EQ(documented, fields) << event;
+  }
+}
+
+TEST(ManualPages, ListTheFieldsOfWhatRebalanceSays) {
+  job::testing::FakeRebalanceWorld world;
+  job::testing::FakeRebalanceWorld::fill_one(world);
+  for (auto& disk : world.disks) disk.busy = 1;
+  job::Cancel cancel;
+  const auto proposal = job::propose_rebalance({.storages = {"/mnt/a", "/mnt/b", "/mnt/c"},
+                                                .by = job::RebalanceProblem::By::Io,
+                                                .tolerance = 0.15},
+                                               world, cancel);
+  ASSERT_TRUE(proposal.has_value());
+  ASSERT_FALSE(proposal->moves.empty());
+  const MoveView view{1, proposal->moves[0]};
+  const std::map<std::string, std::string> events = {
+      {"proposal", json_proposal(*proposal, "why")},
+      {"move", json_end(view, {})},
+      {"rebalanced", json_rebalanced({.last = *proposal})}};
+  const std::string section_text = section(page_text("drover-rebalance.1"), ".SS JSON");
+  for (const auto& [event, text] : events) {
+    Names fields;
+    const nlohmann::json object = nlohmann::json::parse(text);
+    for (const auto& [name, value] : object.items()) {
+      if (name != "event") fields.insert(name);
+      if (event == "proposal") collect(value, fields);  // storages are described only there
+    }
+    const std::size_t start = section_text.find(".TP\n.B " + event + "\n");
+    ASSERT_NE(start, std::string::npos) << event;
+    const std::string entry =
+        section_text.substr(start, section_text.find("\n.TP", start + 4) - start);
+    Names documented = all_matches(entry, R"(\n\.BR? ([a-z_]+)(?! \())");
+    documented.erase(event);
+    // The events of the moves themselves are only named.
+    if (event == "move") {
+      for (const char* other : {"started", "progress", "note", "drover"}) documented.erase(other);
+    }
     EXPECT_EQ(documented, fields) << event;
   }
 }
@@ -272,6 +314,7 @@ TEST(Completion, OffersTheOptionsOfHelpAndNoOthers) {
                                                   {"history"},
                                                   {"set"},
                                                   {"receive"},
+                                                  {"rebalance"},
                                                   {}}) {
     std::vector<std::string> words = command;
     words.emplace_back("-");
@@ -284,7 +327,7 @@ TEST(Completion, OffersTheOptionsOfHelpAndNoOthers) {
 }
 
 TEST(Completion, KnowsCommandsGuestsAndDisks) {
-  EXPECT_EQ(completions({""}), (Names{"cancel", "check", "history", "jobs", "move", "relocate",
+  EXPECT_EQ(completions({""}), (Names{"cancel", "check", "history", "jobs", "move", "rebalance", "relocate",
                                       "resume", "set", "status", "watch"}));
   EXPECT_EQ(completions({"mo"}), (Names{"move"}));
   EXPECT_EQ(completions({"relocate", "web1", "/mnt", "--disk", ""}), (Names{"vda", "vdb"}));
