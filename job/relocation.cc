@@ -475,28 +475,48 @@ class Relocation {
 
   // --- the end ---
 
+  // What went over all the same stays: a pivot that an earlier process asked for may come before
+  // the abort.
   Status drop() {
     cold_.reset();
-    auto places = patiently([&] { return host().disk_places(uuid()); });
-    if (!places && places.error().code == Code::NotFound) places = GuestPlaces{};
-    DROVER_ASSIGN(places_, std::move(places));
+    DROVER_TRY(end_copies());
     Status dropped;
+    bool some_went = false;
     for (const DiskPlan& disk : disks()) {
       const DiskPlace* place = places_.disk(disk.disk);
-      const bool used = place != nullptr && (place->path == disk.target_path ||
-                                             place->persistent_path == disk.target_path);
-      if (used) continue;  // it went over
-      Status one;
-      if (place != nullptr && place->copying && place->copy_path == disk.target_path) {
-        one = patiently([&] { return host().abort_copy(uuid(), disk.disk); });
+      if (place != nullptr &&
+          (place->path == disk.target_path || place->persistent_path == disk.target_path)) {
+        some_went = true;
+        continue;
       }
       // libvirt may have lost a guest that it takes for off; its QEMU may use the new image.
-      if (one) one = let_go(disk.target_path);
+      Status one = let_go(disk.target_path);
       if (one) one = images_->remove(disk);
       if (!one && dropped) dropped = std::move(one);
     }
-    if (dropped) inbox_.push(Dropped{});
+    if (dropped) inbox_.push(Dropped{some_went});
     return dropped;
+  }
+
+  // Until none is left. One that is about to finish can't be ended, and is waited for.
+  Status end_copies() {
+    const Instant deadline = now() + kLetGoPatience;
+    for (Status ended;; std::this_thread::sleep_for(kLetGoPause)) {
+      auto places = patiently([&] { return host().disk_places(uuid()); });
+      if (!places && places.error().code == Code::NotFound) places = GuestPlaces{};
+      DROVER_ASSIGN(places_, std::move(places));
+      bool copying = false;
+      for (const DiskPlan& disk : disks()) {
+        const DiskPlace* place = places_.disk(disk.disk);
+        if (place == nullptr || !place->copying || place->copy_path != disk.target_path) continue;
+        copying = true;
+        ended = patiently([&] { return host().abort_copy(uuid(), disk.disk); });
+      }
+      if (!copying) return {};
+      if (now() > deadline) {
+        return ended ? fail(Code::Busy, "libvirt does not end its copy job", "try again") : ended;
+      }
+    }
   }
 
   Status commit() {
