@@ -35,8 +35,11 @@ Status ColdCopy::run() {
   for (const Disk& disk : disks_) {
     auto lock = memmig::lock_image(disk.plan.source_path);
     if (!lock && lock.error().code == Code::Busy) {
-      return fail(Code::Busy, disk.plan.source_path + " is in use: was the guest started?",
-                  "try again: a running guest's disks can be relocated, too");
+      return fail(
+          Code::Busy,
+          "a QEMU has " + disk.plan.source_path + " open, though libvirt takes the guest for off",
+          "if it was started meanwhile, try again. If `virsh list` does not show it, libvirt "
+          "has lost it: see to that process first, and do not start the guest");
     }
     if (!lock) return fail(std::move(lock).error());
     locks_.push_back(std::move(*lock));

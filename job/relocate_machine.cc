@@ -98,7 +98,8 @@ Step on(Settling state, const Event& event, const Limits& limits) {
   std::vector<Stage> disks(limits.disks, Stage::Waiting);
   advance(disks, *seen);
   if (all_switched(disks)) return commit();
-  if (state.undo) return give_up(*state.undo, any_switched(disks));
+  // Of a job that has begun to change over the rest follows: all disks or none.
+  if (state.undo && !any_switched(disks)) return give_up(*state.undo, false);
   if (!seen->runs) return go_cold(disks);
   return {Making{any_switched(disks)}, {{Do::Make}}};
 }
@@ -111,8 +112,8 @@ Step on(Making state, const Event& event, const Limits& limits) {
   if (const auto* failed = std::get_if<ActionFailed>(&event)) {
     return give_up(failed->error, state.some_switched);
   }
-  if (std::holds_alternative<CancelWished>(event)) {
-    return give_up(cancelled(), state.some_switched);
+  if (std::holds_alternative<CancelWished>(event) && !state.some_switched) {
+    return give_up(cancelled(), false);
   }
   return stay(state);
 }
@@ -151,8 +152,8 @@ Step on(Copying state, const Event& event, const Limits& limits) {
     if (failed->action.what == Do::StartCopy) state.disks[failed->action.disk] = Stage::Waiting;
     return stay(std::move(state));
   }
-  if (std::holds_alternative<CancelWished>(event)) {
-    return give_up(cancelled(), any_switched(state.disks));
+  if (std::holds_alternative<CancelWished>(event) && !any_switched(state.disks)) {
+    return give_up(cancelled(), false);
   }
   return stay(std::move(state));
 }
@@ -186,8 +187,8 @@ Step on(CopyingCold state, const Event& event, const Limits& /*limits*/) {
   if (const auto* failed = std::get_if<ActionFailed>(&event)) {
     return give_up(failed->error, state.some_switched);
   }
-  if (std::holds_alternative<CancelWished>(event)) {
-    return give_up(cancelled(), state.some_switched);
+  if (std::holds_alternative<CancelWished>(event) && !state.some_switched) {
+    return give_up(cancelled(), false);
   }
   return stay(state);
 }
@@ -213,7 +214,10 @@ Step on(Committing state, const Event& event, const Limits& /*limits*/) {
 }
 
 Step on(Undoing state, const Event& event, const Limits& /*limits*/) {
-  if (std::holds_alternative<Dropped>(event)) return stay(Undone{std::move(state.reason), true});
+  if (const auto* dropped = std::get_if<Dropped>(&event)) {
+    if (dropped->some_went) return commit(std::move(state.reason));
+    return stay(Undone{std::move(state.reason), true});
+  }
   const auto* failed = std::get_if<ActionFailed>(&event);
   if (failed != nullptr && failed->action.what == Do::Drop) {
     Error reason = std::move(state.reason);

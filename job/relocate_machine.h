@@ -52,9 +52,11 @@ struct Seen {
   bool runs = false;  // or stands still
   std::vector<DiskSeen> disks;
 };
-struct Copied {};   // cold
-struct Pointed {};  // the definition names the new images
-struct Dropped {};  // nothing is left of the images that are not used
+struct Copied {};          // cold
+struct Pointed {};         // the definition names the new images
+struct Dropped {           // nothing is left of the images that are not used
+  bool some_went = false;  // and some are: those disks had gone over already
+};
 struct Committed {};
 struct CancelWished {};
 struct Woken {};  // something may be seen now; the machine itself has no use for it

@@ -37,6 +37,8 @@ using memmig::GuestPlaces;
 constexpr auto kLookInterval = 250ms;    // without an event
 constexpr auto kLibvirtPatience = 120s;  // for a libvirtd that is being restarted
 constexpr auto kPatientPause = 500ms;
+constexpr auto kLetGoPatience = 10s;
+constexpr auto kLetGoPause = 50ms;
 constexpr auto kFailurePatience = 1s;  // for QEMU's word on why a copy ended
 // Of data that QEMU has in flight for a disk. Measured on a machine whose disk is the limit, 2 GiB:
 // 16 MiB (QEMU's own choice), 4, 2 and 1 took 3.6, 3.8, 3.5 and 4.0 s, while the guest's writes
@@ -473,26 +475,48 @@ class Relocation {
 
   // --- the end ---
 
+  // What went over all the same stays: a pivot that an earlier process asked for may come before
+  // the abort.
   Status drop() {
     cold_.reset();
-    auto places = patiently([&] { return host().disk_places(uuid()); });
-    if (!places && places.error().code == Code::NotFound) places = GuestPlaces{};
-    DROVER_ASSIGN(places_, std::move(places));
+    DROVER_TRY(end_copies());
     Status dropped;
+    bool some_went = false;
     for (const DiskPlan& disk : disks()) {
       const DiskPlace* place = places_.disk(disk.disk);
-      const bool used = place != nullptr && (place->path == disk.target_path ||
-                                             place->persistent_path == disk.target_path);
-      if (used) continue;  // it went over
-      Status one;
-      if (place != nullptr && place->copying && place->copy_path == disk.target_path) {
-        one = patiently([&] { return host().abort_copy(uuid(), disk.disk); });
+      if (place != nullptr &&
+          (place->path == disk.target_path || place->persistent_path == disk.target_path)) {
+        some_went = true;
+        continue;
       }
+      // libvirt may have lost a guest that it takes for off; its QEMU may use the new image.
+      Status one = let_go(disk.target_path);
       if (one) one = images_->remove(disk);
       if (!one && dropped) dropped = std::move(one);
     }
-    if (dropped) inbox_.push(Dropped{});
+    if (dropped) inbox_.push(Dropped{some_went});
     return dropped;
+  }
+
+  // Until none is left. One that is about to finish can't be ended, and is waited for.
+  Status end_copies() {
+    const Instant deadline = now() + kLetGoPatience;
+    for (Status ended;; std::this_thread::sleep_for(kLetGoPause)) {
+      auto places = patiently([&] { return host().disk_places(uuid()); });
+      if (!places && places.error().code == Code::NotFound) places = GuestPlaces{};
+      DROVER_ASSIGN(places_, std::move(places));
+      bool copying = false;
+      for (const DiskPlan& disk : disks()) {
+        const DiskPlace* place = places_.disk(disk.disk);
+        if (place == nullptr || !place->copying || place->copy_path != disk.target_path) continue;
+        copying = true;
+        ended = patiently([&] { return host().abort_copy(uuid(), disk.disk); });
+      }
+      if (!copying) return {};
+      if (now() > deadline) {
+        return ended ? fail(Code::Busy, "libvirt does not end its copy job", "try again") : ended;
+      }
+    }
   }
 
   Status commit() {
@@ -556,10 +580,31 @@ class Relocation {
     }
   }
 
+  // No QEMU writes to it, whatever libvirt says.
+  static Status unused(const std::string& path) {
+    const auto lock = memmig::lock_image(path);
+    if (lock || lock.error().code == Code::NotFound) return {};
+    return fail(lock.error());
+  }
+
+  // The same of a copy that has ended just now: QEMU closes its image a moment later.
+  static Status let_go(const std::string& path) {
+    const Instant deadline = now() + kLetGoPatience;
+    for (;;) {
+      Status free = unused(path);
+      if (free || free.error().code != Code::Busy || now() > deadline) return free;
+      std::this_thread::sleep_for(kLetGoPause);
+    }
+  }
+
   // Nobody else may hold the only copy of what is deleted next.
   bool make_durable(const DiskPlan& disk) {
     Status done;
-    if (places_.runs) done = patiently([&] { return host().flush_disk(uuid(), disk.disk); });
+    if (places_.runs) {
+      done = patiently([&] { return host().flush_disk(uuid(), disk.disk); });
+    } else {
+      done = unused(disk.target_path);
+    }
     if (done) done = blockcopy::sync_file(disk.target_path);
     if (!done) note("the old image of " + disk.disk + " was kept: " + done.error().message);
     return done.has_value();
@@ -583,12 +628,8 @@ class Relocation {
     const std::string user =
         memmig::other_user(uses, disk.source_path, plan().guest, disk.disk, blockcopy::same_file);
     if (!user.empty()) return fail(Code::Busy, "it is used by " + user);
-    // No QEMU writes to it. (One that was renamed is the guest's own disk now.)
-    if (!disk.renamed) {
-      const auto lock = memmig::lock_image(disk.source_path);
-      if (!lock && lock.error().code == Code::NotFound) return {};  // by an earlier process
-      if (!lock) return fail(lock.error());
-    }
+    // One that was renamed is the guest's own disk now.
+    if (!disk.renamed) DROVER_TRY(unused(disk.source_path));
     return images_->remove_source(disk);
   }
 
