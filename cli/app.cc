@@ -80,7 +80,7 @@ int run(const std::vector<std::string>& arguments, const Services& services,
         const Surroundings& surroundings) {
   const Result<Command> command = parse_command_line(arguments, surroundings.config_path);
   if (!command) {
-    refuse(command.error(), surroundings);
+    refuse(command.error(), false, surroundings);
     return kExitUsage;
   }
   return std::visit(

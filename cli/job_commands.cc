@@ -9,6 +9,7 @@
 #include "cli/background.h"
 #include "cli/exit_codes.h"
 #include "cli/jobs_view.h"
+#include "cli/json_events.h"
 #include "cli/output.h"
 #include "cli/signals.h"
 #include "cli/values.h"
@@ -191,12 +192,12 @@ int resume_all(const ResumeCommand& command, const Services& services,
                const Surroundings& surroundings) {
   const JobStore store(surroundings.places);
   const Result<std::vector<JobView>> jobs = store.list();
-  if (!jobs) return refuse(jobs.error(), surroundings);
+  if (!jobs) return refuse(jobs.error(), command.json, surroundings);
   int code = kExitOk;
   const auto failed = [&](const JobView& view, const Error& error) {
     const int its = refuse({error.code, fmt::format("job {}: {}", view.id, error.message),
                             error.hint, error.retryable},
-                           surroundings);
+                           command.json, surroundings);
     if (code == kExitOk) code = its;
   };
   for (const JobView& view : *jobs) {
@@ -232,7 +233,8 @@ int resume_all(const ResumeCommand& command, const Services& services,
 
 }  // namespace
 
-int refuse(const Error& error, const Surroundings& surroundings) {
+int refuse(const Error& error, bool json, const Surroundings& surroundings) {
+  if (json) write_all(surroundings.out, json_error(error) + "\n");
   const Style style(terminal_of(surroundings.err, surroundings.environment).colours);
   write_all(surroundings.err, render_error(error, style));
   return exit_code(error.code);
@@ -245,7 +247,7 @@ int run_in_front(const Request& request, const Surroundings& surroundings, const
 
 int run_in_background(const Request& request, const Surroundings& surroundings, const Work& work) {
   const Result<Background> background = start(request, surroundings, work);
-  if (!background) return refuse(background.error(), surroundings);
+  if (!background) return refuse(background.error(), request.json, surroundings);
   std::string id;
   Request in_front = leaving(request);
   in_front.on_started = [&](const std::string& its) { id = its; };
@@ -270,7 +272,7 @@ int run_in_background(const Request& request, const Surroundings& surroundings, 
 
 int list_jobs(const JobsCommand& command, const Surroundings& surroundings) {
   const Result<std::vector<JobView>> jobs = JobStore(surroundings.places).list();
-  if (!jobs) return refuse(jobs.error(), surroundings);
+  if (!jobs) return refuse(jobs.error(), command.json, surroundings);
   if (!command.json) return print(render_jobs(*jobs, output_style(surroundings)), surroundings);
   std::vector<std::string> lines;
   for (const JobView& view : *jobs) lines.push_back(json_job(view));
@@ -280,7 +282,7 @@ int list_jobs(const JobsCommand& command, const Surroundings& surroundings) {
 int show_status(const StatusCommand& command, const Surroundings& surroundings) {
   const JobStore store(surroundings.places);
   Result<JobView> view = find_job(store, command.job);
-  if (!view) return refuse(view.error(), surroundings);
+  if (!view) return refuse(view.error(), command.json, surroundings);
   // Fresher than the file, if its process answers.
   if (Result<ControlClient> client = connect(store, *view)) {
     if (const auto answer = client->call({{"op", "status"}});
@@ -299,7 +301,7 @@ int show_status(const StatusCommand& command, const Surroundings& surroundings) 
 int watch_job(const WatchCommand& command, const Surroundings& surroundings) {
   const JobStore store(surroundings.places);
   const Result<JobView> view = find_job(store, command.job);
-  if (!view) return refuse(view.error(), surroundings);
+  if (!view) return refuse(view.error(), command.json, surroundings);
   if (!view->alive && !command.json) {
     (void)print(render_job(*view, output_style(surroundings)), surroundings);
   }
@@ -320,7 +322,7 @@ int cancel_job(const CancelCommand& command, const Services& services,
                const Surroundings& surroundings) {
   const JobStore store(surroundings.places);
   const Result<JobView> view = find_job(store, command.job);
-  if (!view) return refuse(view.error(), surroundings);
+  if (!view) return refuse(view.error(), command.json, surroundings);
   if (view->alive) return cancel_live(*view, command.json, surroundings);
   return run_in_front(
       request_for(*view, command.json), surroundings, [&](Reporter& reporter, job::Cancel& cancel) {
@@ -335,7 +337,7 @@ int resume_job(const ResumeCommand& command, const Services& services,
                const Surroundings& surroundings) {
   if (command.job.empty()) return resume_all(command, services, surroundings);
   const Result<JobView> view = find_job(JobStore(surroundings.places), command.job);
-  if (!view) return refuse(view.error(), surroundings);
+  if (!view) return refuse(view.error(), command.json, surroundings);
   Request request = request_for(*view, command.json);
   request.verbose = command.verbose;
   const Work work = resuming(services, view->id);
@@ -345,7 +347,7 @@ int resume_job(const ResumeCommand& command, const Services& services,
 
 int show_history(const HistoryCommand& command, const Surroundings& surroundings) {
   const Result<job::History> history = JobStore(surroundings.places).history();
-  if (!history) return refuse(history.error(), surroundings);
+  if (!history) return refuse(history.error(), command.json, surroundings);
   if (!command.json) {
     return print(render_history(*history, output_style(surroundings)), surroundings);
   }
@@ -357,11 +359,11 @@ int show_history(const HistoryCommand& command, const Surroundings& surroundings
 int set_job(const SetCommand& command, const Surroundings& surroundings) {
   const JobStore store(surroundings.places);
   const Result<JobView> view = find_job(store, command.job);
-  if (!view) return refuse(view.error(), surroundings);
+  if (!view) return refuse(view.error(), false, surroundings);
   Result<ControlClient> client = connect(store, *view);
-  if (!client) return refuse(client.error(), surroundings);
+  if (!client) return refuse(client.error(), false, surroundings);
   const auto answer = client->call({{"op", "set"}, {"bandwidth", command.bandwidth.bytes()}});
-  if (!answer) return refuse(answer.error(), surroundings);
+  if (!answer) return refuse(answer.error(), false, surroundings);
   return print(
       fmt::format("job {}: bandwidth {}\n", view->id, format_rate_setting(command.bandwidth)),
       surroundings);

@@ -28,6 +28,6 @@ int run_in_background(const Request& request, const Surroundings& surroundings, 
 int run_in_front(const Request& request, const Surroundings& surroundings, const Work& work);
 
 // For what fails before there is anything to report about.
-int refuse(const Error& error, const Surroundings& surroundings);
+int refuse(const Error& error, bool json, const Surroundings& surroundings);
 
 }  // namespace drover::cli

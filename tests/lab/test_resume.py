@@ -318,12 +318,12 @@ def test_resumed_twice(lab: Lab, small: Guest, seen: Seen) -> None:
     first.wait_for_phase("copy")
     second = resume(lab.a, job)
     assert second.exit_code == IN_THE_WAY, second.text()
-    assert job in second.text(), second.text()
+    assert job in second.error["message"], second.text()
     first.hurry()
     moved(lab, small, seen, first.end(), "resumed")
     third = resume(lab.a, job)
     assert third.exit_code == NOT_FOUND, third.text()
-    assert "has ended" in third.text(), third.text()
+    assert "has ended" in third.error["message"], third.text()
 
 
 def test_a_second_move_of_the_same_guest_is_refused(lab: Lab, small: Guest, seen: Seen) -> None:

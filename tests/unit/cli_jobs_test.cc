@@ -223,6 +223,10 @@ TEST_F(Jobs, OneThatHasEndedIsSaidToHave) {
   const auto result = run({"watch", id});
   EXPECT_EQ(result.code, kExitNotFound);
   EXPECT_THAT(result.err, HasSubstr("job " + id + " has ended: web1 runs on hostb"));
+  // Programs are told the same.
+  const auto told = nlohmann::json::parse(run({"resume", id, "--json"}).out);
+  EXPECT_EQ(told.at("event"), "error");
+  EXPECT_EQ(told.at("code"), "not-found");
 }
 
 // ---- watch --------------------------------------------------------------------------------------
