@@ -11,6 +11,7 @@
 
 #include "base/log.h"
 #include "blockcopy/image_file.h"
+#include "memmig/image_lock.h"
 
 namespace drover::job {
 namespace {
@@ -103,6 +104,9 @@ Status NewImages::remove(const DiskPlan& disk) {
   }
   DROVER_ASSIGN(const auto identity, noted(image_key(disk)));
   if (!identity) return {};
+  // Whatever libvirt says of the guest.
+  const auto lock = memmig::lock_image(disk.target_path);
+  if (!lock && lock.error().code != Code::NotFound) return fail(lock.error());
   Status removed = blockcopy::remove_file(disk.target_path, *identity);
   // Somebody else's file has that name: nothing of ours is left.
   if (!removed && removed.error().code == Code::Busy) {

@@ -48,8 +48,8 @@ class NewImages {
   // The error with the image's own name instead of the hidden one.
   [[nodiscard]] Error in_its_own_name(const DiskPlan& disk, Error error) const;
 
-  // Hidden or not, if it is still the file that was noted; one that is not stays, which is fine. A
-  // block device stays.
+  // Busy: a QEMU writes to it. Hidden or not, if it is still the file that was noted; one that is
+  // not stays, which is fine. A block device stays.
   Status remove(const DiskPlan& disk);
 
   // Which file the source is, noted when the job begins: no other is ever deleted in its place.

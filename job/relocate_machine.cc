@@ -92,6 +92,9 @@ Step on(Settling state, const Event& event, const Limits& limits) {
     state.undo = cancelled();
     return stay(std::move(state));
   }
+  if (const auto* doubtful = std::get_if<Doubtful>(&event)) {
+    return state.undo ? give_up(*state.undo, false) : stay(Held{doubtful->error});
+  }
   const auto* seen = std::get_if<Seen>(&event);
   if (seen == nullptr) return stay(std::move(state));
   if (!seen->exists) return give_up(state.undo.value_or(guest_is_gone()), false);
@@ -146,6 +149,7 @@ Step on(Copying state, const Event& event, const Limits& limits) {
   if (const auto* seen = std::get_if<Seen>(&event)) {
     return on_seen(std::move(state), *seen, limits);
   }
+  if (const auto* doubtful = std::get_if<Doubtful>(&event)) return stay(Held{doubtful->error});
   if (const auto* failed = std::get_if<ActionFailed>(&event)) {
     if (!passes(failed->error)) return give_up(failed->error, any_switched(state.disks));
     // Whether it has begun all the same, the next look says.
@@ -159,6 +163,7 @@ Step on(Copying state, const Event& event, const Limits& limits) {
 }
 
 Step on(Switching state, const Event& event, const Limits& /*limits*/) {
+  if (const auto* doubtful = std::get_if<Doubtful>(&event)) return stay(Held{doubtful->error});
   if (const auto* seen = std::get_if<Seen>(&event)) {
     if (!seen->exists) return commit(guest_is_gone());
     const DiskSeen* const lost = lost_copy(state.disks, *seen);
@@ -248,9 +253,9 @@ Step step(State state, const Event& event, const Limits& limits) {
 }
 
 std::string_view event_name(const Event& event) {
-  static constexpr auto kNames =
-      std::to_array<std::string_view>({"begin", "made", "seen", "copied", "pointed", "dropped",
-                                       "committed", "cancel-wished", "woken", "action-failed"});
+  static constexpr auto kNames = std::to_array<std::string_view>(
+      {"begin", "made", "seen", "copied", "pointed", "dropped", "committed", "cancel-wished",
+       "doubtful", "woken", "action-failed"});
   static_assert(kNames.size() == std::variant_size_v<Event>);
   return kNames[event.index()];
 }

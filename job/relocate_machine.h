@@ -59,6 +59,11 @@ struct Dropped {           // nothing is left of the images that are not used
 };
 struct Committed {};
 struct CancelWished {};
+// Which of its images is the newest cannot be told: it ended, or libvirt lost it, as it changed
+// over.
+struct Doubtful {
+  Error error;
+};
 struct Woken {};  // something may be seen now; the machine itself has no use for it
 enum class Do {
   Make,       // the images of all disks that are neither switched nor being copied, anew
@@ -79,7 +84,7 @@ struct ActionFailed {
   Error error;
 };
 using Event = std::variant<Begin, Made, Seen, Copied, Pointed, Dropped, Committed, CancelWished,
-                           Woken, ActionFailed>;
+                           Doubtful, Woken, ActionFailed>;
 std::string_view event_name(const Event& event);
 std::string_view action_name(Do action);
 

@@ -152,11 +152,18 @@ class Relocation {
     journaled_state_ = state.value_or("");
     if (state) {
       log_info("the journal says: {}", journaled_state_);
+      for (const DiskPlan& disk : disks()) {
+        DROVER_ASSIGN(const auto asked, journal_->get(asked_key(disk.disk)));
+        if (asked) asked_.insert(disk.disk);
+      }
       return {};
     }
     for (const DiskPlan& disk : disks()) DROVER_TRY(images_->note_source(disk));
     return {};
   }
+
+  // That disk was told to go over.
+  static std::string asked_key(const std::string& disk) { return "asked/" + disk; }
 
   // What is about to be done is on stable storage first.
   Status journal_state() {
@@ -210,6 +217,7 @@ class Relocation {
     if (host().alive()) return true;
     waiting_for_ = "libvirt on this host";
     if (!host().reconnect()) return false;
+    reconnected_ = true;
     log_info("connected to {} again", host().uri());
     waiting_for_.clear();
     return true;
@@ -246,6 +254,10 @@ class Relocation {
       return;
     }
     places_ = std::move(*places);
+    if (const auto doubt = doubtful()) {
+      handle(Doubtful{*doubt});
+      return;
+    }
     Seen seen{.exists = true, .runs = places_.runs};
     for (std::size_t i = 0; i < disks().size(); ++i) {
       const std::optional<DiskSeen> disk = see(i);
@@ -255,6 +267,33 @@ class Relocation {
     const std::string_view before = state_name(state_);
     handle(seen);
     if (state_name(state_) != before) look_soon();
+  }
+
+  // It was told to go over, its libvirt was away meanwhile, and now it is off. libvirt that sees
+  // both happen has them in its definition; else nobody knows which came first.
+  [[nodiscard]] bool doubtful(const DiskPlan& disk) const {
+    const DiskPlace* place = places_.disk(disk.disk);
+    return reconnected_ && !places_.runs && asked_.contains(disk.disk) && place != nullptr &&
+           place->persistent_path != disk.target_path;
+  }
+
+  [[nodiscard]] std::optional<Error> doubtful() const {
+    for (const DiskPlan& disk : disks()) {
+      if (!doubtful(disk)) continue;
+      const bool lost = !unused(disk.source_path) || !unused(disk.target_path);
+      const std::string newest = !unused(disk.target_path) ? "the QEMU uses " + disk.target_path
+                                 : !unused(disk.source_path)
+                                     ? "the QEMU uses " + disk.source_path
+                                     : "which of " + disk.source_path + " and " + disk.target_path +
+                                           " is newer is not known";
+      return Error{Code::Held,
+                   fmt::format("{} while disk {} changed over: {}",
+                               lost ? "libvirt has lost the guest, whose QEMU still runs,"
+                                    : "libvirt was away and the guest ended",
+                               disk.disk, newest),
+                   "", false};
+    }
+    return std::nullopt;
   }
 
   void look_soon() { look_now_.store(true); }
@@ -348,6 +387,11 @@ class Relocation {
       failures_.erase(disk.disk);
     }
     gone_since_.erase(index);
+    if (asked_.erase(disk.disk) != 0) {
+      DROVER_TRY(
+          journal_->write(Journal::Batch().remove(asked_key(disk.disk)), Journal::Sync::Yes));
+    }
+    DROVER_TRY(host().end_stray_copy(uuid(), disk.disk, disk.target_path));
     const Length share = bandwidth_share(1);
     DROVER_TRY(
         unless_off(host().start_copy(uuid(), {.disk = disk.disk,
@@ -365,6 +409,9 @@ class Relocation {
   Status pivot(std::size_t index) {
     // A limit would make the guest's last writes slow to follow.
     const std::string& disk = disks()[index].disk;
+    DROVER_TRY(journal_->put(asked_key(disk), "1"));
+    asked_.insert(disk);
+    reconnected_ = false;
     DROVER_TRY(unless_off(host().set_copy_bandwidth(uuid(), disk, Length())));
     DROVER_TRY(unless_off(host().pivot_copy(uuid(), disk)));
     look_soon();
@@ -489,8 +536,15 @@ class Relocation {
         some_went = true;
         continue;
       }
+      if (doubtful(disk)) {
+        observer_.note("both images of " + disk.disk + " were kept: " + disk.source_path + " and " +
+                       disk.target_path);
+        continue;
+      }
       // libvirt may have lost a guest that it takes for off; its QEMU may use the new image.
-      Status one = let_go(disk.target_path);
+      Status one =
+          patiently([&] { return host().end_stray_copy(uuid(), disk.disk, disk.target_path); });
+      if (one) one = let_go(disk.target_path);
       if (one) one = images_->remove(disk);
       if (!one && dropped) dropped = std::move(one);
     }
@@ -661,9 +715,12 @@ class Relocation {
       return {fail(std::move(error)), undone->complete};
     }
     if (const auto* held = std::get_if<Held>(&state_)) {
-      return {fail(Code::Held, held->reason.message,
-                   fmt::format("nothing was deleted; `drover resume {}` tries again", files_.id)),
-              false};
+      return {
+          fail(Code::Held, held->reason.message,
+               fmt::format("nothing was deleted, and the guest must not be started before that is "
+                           "clear; `drover resume {}` looks again",
+                           files_.id)),
+          false};
     }
     if (const auto& partly = std::get<Finished>(state_).partly)
       return {partly_done(*partly), true, true};
@@ -726,6 +783,8 @@ class Relocation {
   Instant next_look_{};
   std::atomic<bool> look_now_{false};
   std::string waiting_for_;
+  std::set<std::string> asked_;                // disks that were told to go over
+  bool reconnected_ = true;                    // libvirt may have been away since then
   std::set<std::size_t> started_;              // copies that were there
   std::map<std::size_t, Instant> gone_since_;  // those that are gone, unexplained
   std::map<std::size_t, Length> given_;        // their limits

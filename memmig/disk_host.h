@@ -87,6 +87,11 @@ class DiskHost : public Hypervisor {
   virtual Status pivot_copy(const std::string& guest, const std::string& disk) = 0;
   // Ends the job; the guest goes on with the old image. None: fine.
   virtual Status abort_copy(const std::string& guest, const std::string& disk) = 0;
+  // Removes from QEMU what a libvirtd that was killed while it began a copy has left there and
+  // knows nothing of: the job (libvirt then says that the disk has one already), or the image's
+  // nodes ("Duplicate nodes"). Nothing like that, or no running guest: fine.
+  virtual Status end_stray_copy(const std::string& guest, const std::string& disk,
+                                const std::string& target_path) = 0;
   // What QEMU still holds of a running guest's disk is in its file afterwards (qcow2's tables).
   virtual Status flush_disk(const std::string& guest, const std::string& disk) = 0;
 

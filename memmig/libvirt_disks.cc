@@ -139,6 +139,25 @@ Status abort_block_copy(virDomainPtr domain, const std::string& disk) {
   return fail(std::move(error));
 }
 
+Result<std::vector<std::string>> stray_nodes(virDomainPtr domain, const std::string& live,
+                                             const std::string& path) {
+  constexpr std::string_view kBegin = "libvirt-";
+  DROVER_ASSIGN(const json nodes, qmp(domain, "query-named-block-nodes", {{"flat", true}},
+                                      "looking for what is left of a copy into " + path));
+  std::vector<std::string> out;
+  for (const char* layer : {"-format", "-storage"}) {
+    for (const json& node : nodes) {
+      const std::string name = string_of(node, "node-name");
+      if (string_of(node, "file") != path || !name.starts_with(kBegin) || !name.ends_with(layer)) {
+        continue;
+      }
+      const std::string index = name.substr(kBegin.size(), name.rfind('-') - kBegin.size());
+      if (!contains(live, fmt::format("index='{}'", index))) out.push_back(name);
+    }
+  }
+  return out;
+}
+
 // QEMU has no command for it that is meant for programs. This one is a debugging aid that has been
 // there since 1.2, and does what the guest's own flush does.
 Status flush_block_node(virDomainPtr domain, const std::string& disk) {

@@ -27,6 +27,9 @@ Status start_block_copy(virDomainPtr domain, const DiskCopySpec& spec);
 Status set_block_copy_bandwidth(virDomainPtr domain, const std::string& disk, Length per_second);
 Status pivot_block_copy(virDomainPtr domain, const std::string& disk);
 Status abort_block_copy(virDomainPtr domain, const std::string& disk);
+// The nodes of that image that libvirt does not know, those first that stand on others.
+Result<std::vector<std::string>> stray_nodes(virDomainPtr domain, const std::string& live,
+                                             const std::string& path);
 Status flush_block_node(virDomainPtr domain, const std::string& disk);
 Status point_persistent_disks(virDomainPtr domain, const std::vector<TargetDisk>& disks);
 

@@ -528,6 +528,8 @@ class LibvirtHypervisor final : public DiskHost {
                             Length per_second) override;
   Status pivot_copy(const std::string& guest, const std::string& disk) override;
   Status abort_copy(const std::string& guest, const std::string& disk) override;
+  Status end_stray_copy(const std::string& guest, const std::string& disk,
+                        const std::string& target_path) override;
   Status flush_disk(const std::string& guest, const std::string& disk) override;
   Status point_persistent(const std::string& guest, const std::vector<TargetDisk>& disks) override;
   Result<std::vector<ImageUse>> image_uses() override;
@@ -1920,6 +1922,37 @@ Status LibvirtHypervisor::pivot_copy(const std::string& guest, const std::string
 
 Status LibvirtHypervisor::abort_copy(const std::string& guest, const std::string& disk) {
   return in_running(guest, [&](virDomainPtr domain) { return abort_block_copy(domain, disk); });
+}
+
+Status LibvirtHypervisor::end_stray_copy(const std::string& guest, const std::string& disk,
+                                         const std::string& target_path) {
+  return in_running(guest, [&](virDomainPtr domain) -> Status {
+    const std::string doing = fmt::format("removing what is left of a copy of disk {}", disk);
+    DROVER_ASSIGN(const std::string live, definition_of(domain, 0));
+    if (disk_mirror(live, disk)) return {};  // libvirt knows it
+    DROVER_ASSIGN(const json jobs, qmp(domain, "query-jobs", doing));
+    for (const json& job : jobs) {
+      const std::string id = string_of(job, "id");
+      if (disk_of_copy_job(id) != disk) continue;
+      log_warning("guest {}: QEMU has the job {}, of which libvirt knows nothing",
+                  virDomainGetName(domain), id);
+      // By force: it carries none of the guest's writes (memmig/libvirt_disks.cc, start_block_copy()).
+      DROVER_TRY(
+          gone_is_fine(qmp(domain, "block-job-cancel", {{"device", id}, {"force", true}}, doing)));
+      DROVER_TRY(wait_for(kMirrorEnd, doing, [&]() -> Result<bool> {
+        DROVER_ASSIGN(const json left, qmp(domain, "query-jobs", doing));
+        return std::none_of(left.begin(), left.end(), [&](const json& one) {
+          return string_of(one, "id") == id && string_of(one, "status") != "concluded";
+        });
+      }));
+      DROVER_TRY(gone_is_fine(qmp(domain, "job-dismiss", {{"id", id}}, doing)));
+    }
+    DROVER_ASSIGN(const std::vector<std::string> nodes, stray_nodes(domain, live, target_path));
+    for (const std::string& node : nodes) {
+      DROVER_TRY(gone_is_fine(qmp(domain, "blockdev-del", {{"node-name", node}}, doing)));
+    }
+    return {};
+  });
 }
 
 Status LibvirtHypervisor::flush_disk(const std::string& guest, const std::string& disk) {

@@ -260,6 +260,32 @@ def test_libvirtd_is_restarted_while_disks_are_copied(lab: Lab, sig: int) -> Non
     sound(guest)
 
 
+def test_a_guest_that_libvirt_loses_keeps_all_its_images(lab: Lab) -> None:
+    # As libvirt 9.0 was seen to do when it was killed while a guest changed over: its status can't be read again,
+    # it takes the guest for off, and QEMU runs.
+    guest = two_disks(lab, rate="idle")
+    running = Relocation(guest, B, "--bandwidth", SLOW)
+    running.wait_for_copied(0.1)
+    [qemu] = [pid for pid, line in lab.a.processes().items() if "guest=web1," in line]
+    lab.a.stop_libvirtd(signal.SIGKILL)
+    status = lab.a.path("/run/libvirt/qemu/web1.xml")
+    status.write_text(status.read_text().replace(" job='copy'", " job=''"))
+    lab.a.start_libvirtd()
+    outcome = running.end()
+    assert outcome.exit_code == 7, outcome.text()
+    assert "libvirt takes the guest for off" in outcome.error["message"], outcome.error
+    opened = [os.readlink(f"/proc/{qemu}/fd/{fd}") for fd in os.listdir(f"/proc/{qemu}/fd")]
+    images = {f"{where}/web1.{form}" for where in (A, B) for form in ("raw", "qcow2")}
+    assert images <= set(opened), "none of them was deleted"
+    assert files(lab.a, A, B) == images
+    os.kill(qemu, signal.SIGKILL)
+    wait_for("QEMU's end", lambda: not os.path.exists(f"/proc/{qemu}"))
+    lab.a.run(["drover", "cancel", "web1"])
+    is_on(guest, A)
+    start_again(guest)
+    sound(guest)
+
+
 def killed_when_copied(lab: Lab, guest: Guest, share: float = 0.1, *options: str) -> str:
     running = Relocation(guest, B, "--bandwidth", SLOW, *options)
     running.wait_for_copied(share)

@@ -173,6 +173,18 @@ TEST_F(RelocateMachine, ADefinitionOfWhichNobodyKnowsWhetherItWasChangedHolds) {
   EXPECT_EQ(tell(ActionFailed{{Do::Point}, kBroken}), (Actions{{Do::Drop}})) << "refused: undone";
 }
 
+TEST_F(RelocateMachine, WhereTheNewestImageIsNotKnownNothingIsDecided) {
+  copy_both();
+  tell(live({ready(), ready()}));
+  EXPECT_EQ(tell(Doubtful{kBroken}), Actions{});
+  in<Held>();
+  state_ = Settling{};
+  EXPECT_EQ(tell(Doubtful{kBroken}), Actions{});
+  in<Held>();
+  state_ = Settling{kBroken};
+  EXPECT_EQ(tell(Doubtful{kBroken}), (Actions{{Do::Drop}})) << "which keeps both";
+}
+
 TEST_F(RelocateMachine, AnUndoThatCouldNotClearUpSaysSo) {
   copy_both();
   tell(CancelWished{});
