@@ -190,17 +190,16 @@ class Move {
       // What it said must not be believed: nothing is known but what both hosts say. All is copied again.
       log_warning("{}", journal.error().to_string());
       observer_.note("the job's journal is damaged: what the target has is not known");
-      may_have_resumed_ = true;
-      DROVER_ASSIGN(journal_, platform_.open_journal(files_.journal + ".new", Journal::Make::IfMissing));
-      return {};
+      journal = platform_.open_journal(files_.journal + ".new", Journal::Make::IfMissing);
     }
     if (!journal) return fail(journal.error());
     journal_ = std::move(*journal);
     DROVER_ASSIGN(const auto state, journal_->get(kStateKey));
     DROVER_ASSIGN(const auto barrier, journal_->get(kBarrierKey));
     if (state) journaled_state_ = *state;
+    const bool unknown = !state;  // begun beside a damaged one
     barrier_journaled_ = barrier.has_value();
-    may_have_resumed_ = journaled_state_ == "resuming" || journaled_state_ == "committing" ||
+    may_have_resumed_ = unknown || journaled_state_ == "resuming" || journaled_state_ == "committing" ||
                         journaled_state_ == "committed";
     log_info("the journal says: {}{}", journaled_state_, barrier_journaled_ ? ", the barrier was passed" : "");
     return {};
@@ -267,6 +266,7 @@ class Move {
     events.link_up = [this](const std::vector<mirror::TargetDisk>& targets) {
       log_info("the link is up again");
       const std::lock_guard lock(targets_mutex_);
+      if (std::exchange(known_targets_, targets) != targets) verify_again_.store(true);
       targets_ = targets;
       queue_->push(LinkUp{});
     };
@@ -392,6 +392,7 @@ class Move {
     DROVER_ASSIGN(std::vector<mirror::TargetDisk> targets, ask_targets());
     engine_->know_targets(targets);
     const std::lock_guard lock(targets_mutex_);
+    known_targets_ = targets;
     targets_ = std::move(targets);
     return {};
   }
@@ -478,10 +479,25 @@ class Move {
     source_guard_.clear();
     mirrors_may_go_.store(true);  // those that are replaced
     Status attached = attach_mirrors();
-    mirrors_may_go_.store(false);
     mirror_lost_.store(false);
+    mirrors_may_go_.store(false);
     DROVER_TRY(std::move(attached));
+    DROVER_TRY(look_for_lost_mirrors());
     return copy_what_was_missed();
+  }
+
+  // One that was lost while others were still being replaced was taken for one of those.
+  Status look_for_lost_mirrors() {
+    DROVER_ASSIGN(const memmig::Attached there, source().attached(uuid()));
+    for (const memmig::PlannedDisk& disk : prepared_.move_plan.disks) {
+      const bool alive = std::ranges::any_of(there.mirrors, [&](const memmig::Attached::Mirror& mirror) {
+        return mirror.disk == disk.disk && mirror.alive();
+      });
+      if (!disk.mirror || alive) continue;
+      mirror_lost_.store(true);
+      queue_->push(HandoverFailed{Error{Code::Io, "QEMU let go of the mirror of disk " + disk.disk + " at once", "", true}});
+    }
+    return {};
   }
 
   Status copy_what_was_missed() {
@@ -584,9 +600,14 @@ class Move {
 
   // --verify: everything was compared, or is to be, which begins here.
   bool verified() {
+    // What the target has lost since is sent again, and not what was compared.
+    if (verify_again_.exchange(false)) verifying_ = summary_.verified = false;
     if (!options_.verify || summary_.verified) return true;
     if (!verifying_) {
-      if (!engine_->link().call({{"op", "flush"}}, kReserveTimeout)) return false;
+      if (const auto flushed = engine_->link().call({{"op", "flush"}}, kReserveTimeout); !flushed) {
+        log_warning("flushing the target: {}", flushed.error().to_string());
+        return false;
+      }
       engine_->verify();
       verifying_ = true;
       return false;
@@ -1323,8 +1344,10 @@ class Move {
   bool verifying_ = false;
   Duration handover_pause_ = kFirstHandoverPause;
   Instant handover_not_before_{};
-  std::mutex targets_mutex_;  // guards the next
+  std::mutex targets_mutex_;  // guards the next two
   std::optional<std::vector<mirror::TargetDisk>> targets_;  // not noted yet
+  std::vector<mirror::TargetDisk> known_targets_;
+  std::atomic<bool> verify_again_{false};
   std::vector<std::string> attached_;
   // Before the engine: its thread uses it until it ends.
   std::atomic<bool> mirrors_may_go_{false};

@@ -260,11 +260,18 @@ CopyTicket Arbiter::ticket_for(ChunkIndex chunk) {
 }
 
 std::optional<CopyTicket> Arbiter::start_verify() {
+  constexpr std::uint64_t kMostLooks = 4096;  // a call of this is on the way of a guest's write
   if (strict_ || to_verify_.count() == 0) return std::nullopt;
+  if (std::ranges::all_of(lane_down_, [](bool down) { return down; })) return std::nullopt;
+  std::uint64_t looks = 0;
   for (const bool wrapped : {false, true}) {
     const ChunkIndex end = wrapped ? verify_cursor_ : chunks_;
     auto chunk = to_verify_.next(wrapped ? 0 : verify_cursor_);
     for (; chunk && *chunk < end; chunk = to_verify_.next(*chunk + 1)) {
+      if (++looks > kMostLooks) {
+        verify_cursor_ = *chunk;
+        return std::nullopt;
+      }
       if (lane_down_[lane_of(*chunk)] || !is_copied(*chunk)) continue;
       to_verify_.erase(*chunk);
       verify_cursor_ = *chunk + 1;
@@ -363,7 +370,7 @@ void Arbiter::copy_acked(TicketId id) {
   if (!options_.mutation.forget_redo) dirty(copy.chunk, copy.redo);
 }
 
-std::optional<Extent> Arbiter::copy_differs(TicketId id, BlockMask blocks, Instant now) {
+std::optional<Arbiter::Damage> Arbiter::copy_differs(TicketId id, BlockMask blocks, Instant now) {
   const auto found = copies_.find(id);
   if (found == copies_.end()) return std::nullopt;
   CHECK(found->second.state == CopyState::Sending && found->second.compare,
@@ -391,6 +398,8 @@ std::optional<Extent> Arbiter::copy_differs(TicketId id, BlockMask blocks, Insta
   const BlockMask damaged =
       options_.mutation.damaged_at_once ? unexplained : unexplained & doubt.differed;
   doubt.differed = unexplained.without(damaged);
+  const bool again = !(damaged & doubt.mended).empty();
+  doubt.mended |= damaged;
   const bool enough = ++doubt.tries >= options_.verify_tries;
   dirty(copy.chunk, enough ? blocks : damaged);  // whatever it was, it is sent once more
   if (enough) {
@@ -403,7 +412,7 @@ std::optional<Extent> Arbiter::copy_differs(TicketId id, BlockMask blocks, Insta
   ++damaged_;
   const Extent whole = chunk_extent(copy.chunk);
   const Offset start = whole.offset + kBlock * damaged.first();
-  return Extent{start, std::min(whole.end(), whole.offset + kBlock * damaged.end()) - start};
+  return Damage{{start, std::min(whole.end(), whole.offset + kBlock * damaged.end()) - start}, again};
 }
 
 // That it differed may be because of what happened now.

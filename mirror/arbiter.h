@@ -215,9 +215,13 @@ class Arbiter {
   // The target has applied the chunk, or has the same content. Unknown tickets (from before a lane was
   // lost) are ignored.
   void copy_acked(TicketId id);
-  // The target has another content in these blocks of the chunk (bits beyond it are ignored). The
-  // extent: where verify() found it damaged.
-  std::optional<Extent> copy_differs(TicketId id, BlockMask blocks, Instant now);
+  // What verify() found damaged. Again: it had been sent again already, to no avail.
+  struct Damage {
+    Extent extent;
+    bool again = false;
+  };
+  // The target has another content in these blocks of the chunk (bits beyond it are ignored).
+  std::optional<Damage> copy_differs(TicketId id, BlockMask blocks, Instant now);
   // From now on each chunk is compared once, in turns with copies, outside strict mode. Begins anew if it was
   // under way.
   void verify();
@@ -377,6 +381,7 @@ class Arbiter {
   struct Doubt {
     unsigned tries = 0;
     BlockMask differed;  // and were not written since
+    BlockMask mended;    // were damaged, and sent again
   };
 
   Options options_;

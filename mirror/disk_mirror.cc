@@ -172,7 +172,12 @@ void DiskMirror::applied(std::uint64_t token) {
 
 void DiskMirror::differs(std::uint64_t token, const BlockMask& blocks) {
   const auto damaged = arbiter_.copy_differs(token >> 1, blocks, events_.now());
-  if (damaged && events_.damaged) events_.damaged(*damaged);
+  if (!damaged) return;
+  if (events_.damaged) events_.damaged(damaged->extent);
+  if (damaged->again && !stopped_) {
+    events_.failed({Code::Io, "the target does not keep what is written to it: what had differed was sent again, and differs",
+                    "its storage or memory is failing: see the job's log for where", false});
+  }
 }
 
 void DiskMirror::refused(std::uint64_t /*token*/, const Error& error) { events_.failed(error); }

@@ -295,6 +295,7 @@ class LaneSender {
   struct Unanswered {
     std::uint16_t disk = 0;
     std::uint64_t token = 0;
+    bool compare = false;
     bool answered = false;
   };
   struct Current {
@@ -404,7 +405,7 @@ class LaneSender {
       case FrameType::Failed: CHECK(false, "only the target answers");
     }
     encode_header(header, next.header);
-    unanswered_.push_back({frame.disk, frame.token, false});
+    unanswered_.push_back({frame.disk, frame.token, frame.type == FrameType::Compare, false});
     {
       const std::lock_guard lock(mutex_);
       digest_.add(next.header);
@@ -459,6 +460,7 @@ class LaneSender {
     Delivery::Event event{.lane = index_, .disk = frame.disk, .token = frame.token};
     const auto payload = std::span<const std::byte>(answer_).subspan(kHeaderSize, header.payload_length);
     if (header.type == FrameType::Differs) {
+      if (!frame.compare) return fail(Code::Protocol, "the target compared what it was to write");
       event.kind = Delivery::Event::Kind::Differs;
       DROVER_ASSIGN(event.blocks, decode_differs(payload));
     }

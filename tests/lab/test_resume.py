@@ -64,13 +64,13 @@ def test_runner_killed_in_the_middle_of_a_copy(lab: Lab, seen: Seen, size: int, 
 
 def at_the_barrier_equal(lab: Lab, guest: Guest, running: Running) -> Outcome:
     """The rest of a move that was begun with --hold-barrier."""
-    formats, disks, differences = disk_formats(guest), guest.disks(), {}
+    formats, disks = disk_formats(guest), guest.disks()
     held = lab.a.path(HOLD)
     wait_for("the barrier", lambda: held.exists() or running.process.poll() is not None, 120)
-    if held.exists():
-        differences = {disk: lab.compare(lab.a, path, lab.b, path, formats[disk], formats[disk])
-                       for disk, path in disks.items()}
-        held.unlink()
+    assert held.exists(), running.events[-3:]
+    differences = {disk: lab.compare(lab.a, path, lab.b, path, formats[disk], formats[disk])
+                   for disk, path in disks.items()}
+    held.unlink()
     outcome = running.end()
     assert outcome.exit_code == 0, outcome.text()
     assert not any(differences.values()), differences

@@ -364,7 +364,8 @@ class Verification : public ArbiterRules {
       EXPECT_TRUE(arbiter_.copy_read(ticket->id, actions_));
       if (ticket->compare && differs(ticket->chunk)) {
         if (const auto found = arbiter_.copy_differs(ticket->id, BlockMask::range(1, 3), now_)) {
-          damaged.push_back(found->offset.bytes() / kChunk.bytes());
+          EXPECT_EQ(found->again, !sent_.empty());
+          damaged.push_back(found->extent.offset.bytes() / kChunk.bytes());
         }
       } else {
         arbiter_.copy_acked(ticket->id);
@@ -401,6 +402,17 @@ TEST_F(Verification, AChunkThatDiffersTwiceIsReportedSentAgainAndLookedAtAgain) 
   EXPECT_EQ(arbiter_.summary().to_verify, 0U);
   EXPECT_EQ(arbiter_.summary().damaged, 1U);
   EXPECT_EQ(arbiter_.summary().unverified, 0U);
+}
+
+TEST_F(Verification, WhatIsDamagedAgainAfterItWasSentAgainIsSaidToBe) {
+  copy_all();
+  arbiter_.verify();
+  for (int looks = 0; looks < 2; ++looks) {
+    EXPECT_TRUE(round(third).empty());
+    pause();
+    EXPECT_EQ(round(third), std::vector<ChunkIndex>{3});
+    pause();
+  }
 }
 
 // It was on the source already when that was read, and arrives after the answer.
