@@ -217,7 +217,7 @@ class Copy {
   std::deque<MappedExtent> ahead_;  // what is to be copied next
   bool asking_ = false;
   Loop::Handle timer_ = 0;  // the throttle's
-  unsigned running_ = 0;  // chunks and runs of zeroes
+  unsigned running_ = 0;    // chunks and runs of zeroes
   Length data_;
   Length copied_;
   Status result_;

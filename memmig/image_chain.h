@@ -18,8 +18,8 @@ namespace drover::memmig {
 
 struct ImageLayout {
   Length virtual_size;
-  Length allocation;                // with all its backing files
-  Length cluster_size;              // qcow2; else zero
+  Length allocation;                 // with all its backing files
+  Length cluster_size;               // qcow2; else zero
   std::vector<std::string> backing;  // its backing files, from the image's own one down
   bool encrypted = false;
 };
