@@ -193,6 +193,7 @@ void SimReceiver::hello(const ConnectionPtr& connection, Answer answer) {
   tasks_.push_back([this, connection, answer = std::move(answer)](const Task& next) {
     when_idle([this, connection, answer, next] {
       drop_lanes();
+      flush_failed_ = false;
       if (connection == connection_) attach(connection);
       answer(nlohmann::json{{"images", describe_images()}});
       next();
@@ -213,9 +214,12 @@ json SimReceiver::describe_images() {
   return list;
 }
 
-// Once it failed, what was written before may be lost, whatever a later flush says.
+// Once it failed, what was written before may be lost: none succeeds until the images are opened again
+// (blockcopy/image.h), which the next epoch does.
 Status SimReceiver::flush() {
+  if (flush_failed_) return fail(Code::Io, "flushing: it failed before");
   if (target_.host_.write_errors) {
+    flush_failed_ = true;
     for (SimTarget::Record::Image& image : record().images) ++image.losses;
     return fail(Code::Io, "flushing: I/O error");
   }

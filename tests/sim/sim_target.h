@@ -154,6 +154,7 @@ class SimReceiver : public std::enable_shared_from_this<SimReceiver> {
   bool working_ = false;
   bool kept_ = false;
   bool barrier_passed_ = false;
+  bool flush_failed_ = false;  // since the images were opened
   bool finished_ = false;
   bool ending_ = false;
   bool orderly_ = false;  // finished or removed
