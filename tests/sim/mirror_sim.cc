@@ -16,12 +16,11 @@
 #include "base/random.h"
 #include "mirror/disk_mirror.h"
 #include "mirror/lane_queue.h"
+#include "tests/sim/sim_frame.h"
 
 namespace drover::sim {
 namespace {
 
-using mirror::FrameHeader;
-using mirror::FrameType;
 using mirror::LaneIndex;
 using mirror::NbdRequest;
 using Bytes = std::vector<std::byte>;
@@ -416,61 +415,19 @@ void SimLanes::come_back(LaneIndex index, std::uint64_t delay) {
 
 void SimLanes::encode_one(Lane& lane) {
   const mirror::OutFrame frame = *lane.queue->pop();
-  FrameHeader header;
-  header.type = frame.type;
-  header.disk = frame.disk;
-  header.extent = frame.extent;
-  header.flags = frame.fresh ? mirror::kFlagFresh : 0;
-  header.sequence = ++lane.sequence;
-  std::span<const std::byte> payload;
-  static thread_local Bytes scratch(mirror::kEncodeScratch);
   mirror::EncodeOptions encode;
   if (sim_.random_.one_in(4)) encode.encoding = mirror::Encoding::Lz4;
-  if (frame.type == FrameType::Copy) {
-    payload = encode_copy(header, frame.content, frame.blocks, encode, scratch);
-  } else if (frame.type == FrameType::Write) {
-    encode_write(header, frame.content);
-    payload = frame.content;
-  } else if (frame.type == FrameType::Compare) {
-    payload = encode_compare(header, frame.content, scratch);
-  }
-  Bytes bytes(mirror::kHeaderSize + payload.size());
-  encode_header(header, std::span(bytes).first<mirror::kHeaderSize>());
-  if (!payload.empty()) {
-    std::memcpy(bytes.data() + mirror::kHeaderSize, payload.data(), payload.size());
-  }
-  lane.tokens.emplace(header.sequence, frame.token);
-  lane.wire.push_back(std::move(bytes));
+  lane.tokens.emplace(++lane.sequence, frame.token);
+  lane.wire.push_back(encode_frame(frame, lane.sequence, encode));
 }
 
 void SimLanes::deliver_one(Lane& lane) {
+  static thread_local BufferPool pool(Length(1U << 16), 4096);
   const Bytes bytes = std::move(lane.wire.front());
   lane.wire.pop_front();
-  const auto header =
-      decode_header(std::span(bytes).first<mirror::kHeaderSize>(), sim_.limits_);
-  if (!header) return sim_.violate("the codec refuses its own header: " + header.error().message);
-  static thread_local Bytes scratch(mirror::kMaxPayload);
-  std::vector<mirror::Run> runs;
-  const Status status =
-      decode_payload(*header, std::span(bytes).subspan(mirror::kHeaderSize), scratch, runs);
-  if (!status) {
-    return sim_.violate("the codec refuses its own payload: " + status.error().message);
-  }
-  // The runs refer to bytes that go away: keep them, as the receiver's Buffer does.
-  Buffer keep;
-  if (header->payload_length > 0) {
-    static thread_local BufferPool pool(Length(1U << 16), 4096);
-    keep = pool.try_take();
-    if (!keep) return sim_.violate("the receiver holds more frames than it may");
-    std::size_t used = 0;
-    for (mirror::Run& run : runs) {
-      if (run.bytes.empty()) continue;
-      std::memcpy(keep.bytes().data() + used, run.bytes.data(), run.bytes.size());
-      run.bytes = std::span<const std::byte>(keep.bytes()).subspan(used, run.bytes.size());
-      used += run.bytes.size();
-    }
-  }
-  lane.applier->apply(*header, std::move(keep), runs);
+  auto in = decode_frame(bytes, sim_.limits_, pool);
+  if (!in) return sim_.violate("a frame did not arrive: " + in.error().message);
+  lane.applier->apply(in->header, std::move(in->buffer), in->runs);
 }
 
 bool SimLanes::step() {
@@ -1071,6 +1028,20 @@ std::optional<std::string> MirrorSim::run(MirrorSimStats* stats) {
 }
 
 }  // namespace
+
+MirrorSimStats& MirrorSimStats::operator+=(const MirrorSimStats& other) {
+  steps += other.steps;
+  guest_writes += other.guest_writes;
+  forwarded += other.forwarded;
+  copies += other.copies;
+  expired += other.expired;
+  lanes_lost += other.lanes_lost;
+  crashes += other.crashes;
+  restarts += other.restarts;
+  rotations += other.rotations;
+  damaged += other.damaged;
+  return *this;
+}
 
 std::optional<std::string> run_mirror_sim(std::uint64_t seed, const MirrorSimOptions& options,
                                           MirrorSimStats* stats) {

@@ -56,6 +56,8 @@ struct MirrorSimStats {
   std::uint64_t restarts = 0;   // of the target
   std::uint64_t rotations = 0;  // of QEMU's bitmaps
   std::uint64_t damaged = 0;    // chunks that verification found
+
+  MirrorSimStats& operator+=(const MirrorSimStats& other);
 };
 
 // Runs one seed to its end. The violation it found, or nothing. Same seed, same run, always.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tests/sim/sim_runner.h"
+#include "tests/sim/sim_frame.h"
 
 #include <algorithm>
 #include <deque>
@@ -13,8 +14,6 @@ namespace drover::sim {
 namespace {
 
 using namespace std::chrono_literals;
-using mirror::FrameHeader;
-using mirror::FrameType;
 using nlohmann::json;
 
 Error unreachable(std::string what) { return {Code::Unreachable, std::move(what), "", true}; }
@@ -355,27 +354,8 @@ class SimLink final : public mirror::Link,
   }
 
   std::shared_ptr<Bytes> encode(Lane& lane, const mirror::OutFrame& frame) {
-    FrameHeader header;
-    header.type = frame.type;
-    header.disk = frame.disk;
-    header.extent = frame.extent;
-    header.flags = frame.fresh ? mirror::kFlagFresh : 0;
-    header.sequence = ++lane.sequence;
-    std::span<const std::byte> payload;
-    static thread_local Bytes scratch(mirror::kEncodeScratch);
-    if (frame.type == FrameType::Copy) {
-      payload = encode_copy(header, frame.content, frame.blocks, encode_, scratch);
-    } else if (frame.type == FrameType::Write) {
-      encode_write(header, frame.content);
-      payload = frame.content;
-    } else if (frame.type == FrameType::Compare) {
-      payload = encode_compare(header, frame.content, scratch);
-    }
-    auto bytes = std::make_shared<Bytes>(mirror::kHeaderSize + payload.size());
-    const auto head = std::span(*bytes).first<mirror::kHeaderSize>();
-    encode_header(header, head);
-    lane.digest.add(head);
-    std::ranges::copy(payload, bytes->begin() + mirror::kHeaderSize);
+    auto bytes = std::make_shared<Bytes>(encode_frame(frame, ++lane.sequence, encode_));
+    lane.digest.add(std::span(*bytes).first<mirror::kHeaderSize>());
     return bytes;
   }
 

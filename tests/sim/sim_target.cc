@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tests/sim/sim_target.h"
+#include "tests/sim/sim_frame.h"
 
 #include <algorithm>
 #include <utility>
@@ -263,33 +264,13 @@ void SimReceiver::frame(const ConnectionPtr& connection, unsigned index, const B
     });
     return;
   }
-  const auto head = std::span(bytes).first<mirror::kHeaderSize>();
-  const auto header = decode_header(head, connection->limits);
-  if (!header) return world_.violate("the codec refuses its own header: " + header.error().message);
-  if (header->sequence != ++lane.sequence)
+  static thread_local BufferPool pool(Length(1U << 15), 4096);
+  auto in = decode_frame(bytes, connection->limits, pool);
+  if (!in) return world_.violate("a frame did not arrive: " + in.error().message);
+  if (in->header.sequence != ++lane.sequence)
     return world_.violate("a lane lost a frame or doubled it");
-  lane.digest.add(head);
-  static thread_local Bytes scratch(mirror::kMaxPayload);
-  std::vector<mirror::Run> runs;
-  const Status status =
-      decode_payload(*header, std::span(bytes).subspan(mirror::kHeaderSize), scratch, runs);
-  if (!status)
-    return world_.violate("the codec refuses its own payload: " + status.error().message);
-  // The runs refer to bytes that go away: keep them, as the receiver's Buffer does.
-  Buffer keep;
-  if (header->payload_length > 0) {
-    static thread_local BufferPool pool(Length(1U << 15), 4096);
-    keep = pool.try_take();
-    if (!keep) return world_.violate("the receiver holds more frames than it may");
-    std::size_t used = 0;
-    for (mirror::Run& run : runs) {
-      if (run.bytes.empty()) continue;
-      std::ranges::copy(run.bytes, keep.bytes().begin() + static_cast<std::ptrdiff_t>(used));
-      run.bytes = std::span<const std::byte>(keep.bytes()).subspan(used, run.bytes.size());
-      used += run.bytes.size();
-    }
-  }
-  lane.applier->apply(*header, std::move(keep), runs);
+  lane.digest.add(std::span(bytes).first<mirror::kHeaderSize>());
+  lane.applier->apply(in->header, std::move(in->buffer), in->runs);
 }
 
 // --- control ---
