@@ -331,7 +331,7 @@ std::string render_summary(const job::Summary& summary, const Style& style) {
                                        printable(summary.host), slowdown_text(summary.slowdown)));
   }
   if (summary.verified) {
-    std::string verified = summary.damaged == 0 ? "all equal on stable storage"
+    std::string verified = summary.damaged == 0 ? "what was read back on the target is equal"
                                                 : plural(summary.damaged, "chunk") + " differed and were sent again";
     if (summary.unverified > 0) {
       verified += fmt::format("; {} written too often to tell", plural(summary.unverified, "chunk"));

@@ -472,9 +472,7 @@ class Move {
     if (memory_started_) {
       engine_->link().stop_relay();
       target_events_.reset();
-      if (const Status gone = end_target_guest(); !gone) {
-        log_warning("ending what is left of the guest on the target: {}", gone.error().to_string());
-      }
+      target_guest_left_ = true;
     }
     source_guard_.clear();
     mirrors_may_go_.store(true);  // those that are replaced
@@ -761,7 +759,12 @@ class Move {
 
   // What needs both hosts, before anything is begun.
   Status prepare_memory() {
-    if (!target().alive()) DROVER_TRY(target().reconnect());
+    if (!target().alive()) {
+      DROVER_TRY(target_in_reach());
+      DROVER_TRY(target().reconnect());
+    }
+    if (target_guest_left_) DROVER_TRY(end_target_guest());
+    target_guest_left_ = false;
     DROVER_TRY(describe_again());
     // Should all connections break now, the target's images may be needed to go on.
     DROVER_TRY(engine_->link().call({{"op", "keep"}}, kControlTimeout));
@@ -827,12 +830,20 @@ class Move {
     return {};
   }
 
+  // libvirt's own ssh waits for as long as TCP does, two minutes and more: ours is asked first.
+  Status target_in_reach() {
+    if (target().uri().find("+ssh:") == std::string::npos) return {};
+    DROVER_TRY(platform_.run_on_target(plan().host, {.argv = {"true"}}));
+    return {};
+  }
+
   // The guest's state on one host. Over a new connection when the old one is gone: libvirt's daemon may
   // have been restarted. No thread of libvirt's call is left here.
   Result<GuestState> state_on(std::unique_ptr<memmig::Hypervisor>& host) {
     Result<GuestState> state = host->state(uuid());
     if (!state && state.error().code == Code::NotFound) return GuestState::ShutOff;
     if (state || host->alive()) return state;
+    if (host == prepared_.target) DROVER_TRY(target_in_reach());
     DROVER_TRY(host->reconnect());
     log_info("connected to {} again", host->uri());
     state = host->state(uuid());
@@ -1339,6 +1350,7 @@ class Move {
   std::uint64_t generation_ = 1;  // of the bitmaps
   int rejoins_ = 0;
   bool handover_begun_ = false;
+  bool target_guest_left_ = false;  // of a handover that failed: ended before the next, when the target is in reach
   int failed_handovers_ = 0;
   std::atomic<int> slow_handovers_{0};  // that ended because a write would have waited for too long
   bool verifying_ = false;

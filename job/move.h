@@ -46,7 +46,8 @@ struct MoveOptions {
   // In the handover a guest's write waits for the target when the link is slower than the guest writes; one that would
   // wait for longer ends that handover. 10 ms to 1 min.
   std::chrono::milliseconds max_slowdown{5000};
-  // Before the handover all that the target has on stable storage is compared with the source.
+  // Before the handover all that the target has is read back, past its caches where its filesystem can, and
+  // compared with the source.
   bool verify = false;
   std::chrono::milliseconds link_timeout{0};  // without a link for so long it is undone; 0: never
   // Test switch: at the barrier, when both sides are equal and still, this file is created and the job
@@ -153,7 +154,7 @@ struct Summary {
   std::vector<std::string> deleted;  // source files
   std::vector<std::string> kept;     // and those that were left, with why in the notes
   std::vector<std::string> notes;    // what the user should know
-  bool verified = false;             // all was compared on stable storage before the handover
+  bool verified = false;             // all was read back and compared before the handover
   std::uint64_t damaged = 0;         // chunks that differed, and were sent again
   std::uint64_t unverified = 0;      // chunks that the guest wrote too often to tell
   Slowdown slowdown;                 // as in Progress

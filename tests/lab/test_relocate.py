@@ -244,6 +244,16 @@ def test_a_source_that_cannot_be_read(lab: Lab) -> None:
         lab.a.umount("/mnt/c")
 
 
+def ends_on_b(lab: Lab, guest: Guest, running: Running) -> None:
+    """Without a limit from here on."""
+    running.hurry()
+    outcome = running.end()
+    assert outcome.exit_code == 0, outcome.text()
+    is_on(guest, B)
+    assert lab.leftovers() == []
+    sound(guest)
+
+
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
 def test_libvirtd_is_restarted_while_disks_are_copied(lab: Lab, sig: int) -> None:
     guest = two_disks(lab)
@@ -252,12 +262,7 @@ def test_libvirtd_is_restarted_while_disks_are_copied(lab: Lab, sig: int) -> Non
     lab.a.stop_libvirtd(sig)
     running.wait_for(lambda e: "libvirt" in (e.get("waiting_for") or ""))
     lab.a.start_libvirtd()
-    running.hurry()
-    outcome = running.end()
-    assert outcome.exit_code == 0, outcome.text()
-    is_on(guest, B)
-    assert lab.leftovers() == []
-    sound(guest)
+    ends_on_b(lab, guest, running)
 
 
 def test_a_guest_that_libvirt_loses_keeps_all_its_images(lab: Lab) -> None:
@@ -317,12 +322,7 @@ def test_drover_is_killed_and_one_copy_has_ended_meanwhile(lab: Lab) -> None:
     job = killed_when_copied(lab, guest)
     lab.a.virsh("blockjob", "web1", "vdb", "--abort")
     resumed = Running(lab.a, "resume", job)
-    resumed.hurry()
-    outcome = resumed.end()
-    assert outcome.exit_code == 0, outcome.text()
-    is_on(guest, B)
-    assert lab.leftovers() == []
-    sound(guest)
+    ends_on_b(lab, guest, resumed)
 
 
 def test_drover_is_killed_and_the_guest_has_changed_over(lab: Lab) -> None:

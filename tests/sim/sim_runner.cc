@@ -854,6 +854,7 @@ Status SimPlatform::stop_receiver(const std::string&, const std::string& id) {
 Result<ProcessResult> SimPlatform::run_on_target(const std::string&, const Command& command) {
   DROVER_TRY(reach_target(kSshTimeout));
   const auto has = [&](const char* word) { return std::ranges::count(command.argv, word) > 0; };
+  if (has("true")) return ProcessResult{};  // only asks whether the host is in reach
   CHECK(has("--cleanup"), "nothing else is run there after the plan");
   // One that is just ending is waited for.
   constexpr auto kPatience = 15s;

@@ -198,7 +198,7 @@ TEST(RenderVerification, SaysWhatIsToBeSeenAndWhatWasFound) {
   job::Summary summary = sample_summary();
   EXPECT_THAT(render_summary(summary, kPlain), Not(HasSubstr("verified")));
   summary.verified = true;
-  EXPECT_THAT(render_summary(summary, kPlain), HasSubstr("\n  verified  all equal on stable storage\n"));
+  EXPECT_THAT(render_summary(summary, kPlain), HasSubstr("\n  verified  what was read back on the target is equal\n"));
   summary.damaged = 2;
   summary.unverified = 1;
   EXPECT_THAT(render_summary(summary, kPlain),
