@@ -12,9 +12,11 @@
 #include <array>
 #include <cerrno>
 #include <charconv>
+#include <chrono>
 #include <cstdio>
 #include <optional>
 #include <string_view>
+#include <thread>
 
 #include "base/unique_fd.h"
 
@@ -40,6 +42,25 @@ Status sync_directory(const std::string& directory) {
 Status in_the_way(const std::string& path) {
   return fail(Code::AlreadyExists, path + " already exists",
               "drover never overwrites a file: move it away or choose another path");
+}
+
+// Nobody can reach the file but by this descriptor. (A lease is granted to whoever has it open
+// alone.)
+bool is_ours_alone(int fd) {
+  struct stat status {};
+  if (::fstat(fd, &status) != 0 || !S_ISREG(status.st_mode) || status.st_nlink != 0) return false;
+  if (::fcntl(fd, F_SETLEASE, F_WRLCK) != 0) return false;
+  return ::fcntl(fd, F_SETLEASE, F_UNLCK) == 0;
+}
+
+// Frees its blocks for half of the time. What it can't free goes when the file is closed.
+void free_in_pieces(int fd) {
+  constexpr off_t kPiece = off_t{2} << 20;
+  for (off_t at = ::lseek(fd, 0, SEEK_DATA); at >= 0; at = ::lseek(fd, at + kPiece, SEEK_DATA)) {
+    const auto start = std::chrono::steady_clock::now();
+    if (::fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, kPiece) != 0) return;
+    std::this_thread::sleep_for(std::chrono::steady_clock::now() - start);
+  }
 }
 
 struct Owner {
@@ -163,6 +184,15 @@ Status sync_file(const std::string& path) {
   return sync_directory(directory_of(path));
 }
 
+Status unlink_file(const std::string& path) {
+  const UniqueFd fd(::open(path.c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
+  if (::unlink(path.c_str()) != 0 && errno != ENOENT) {
+    return fail_errno(errno, "deleting " + path);
+  }
+  if (fd && is_ours_alone(fd.get())) free_in_pieces(fd.get());
+  return {};
+}
+
 Status remove_file(const std::string& path, const ImageIdentity& identity) {
   const auto present = identify_file(path);
   if (!present && present.error().code == Code::NotFound) return {};
@@ -170,9 +200,7 @@ Status remove_file(const std::string& path, const ImageIdentity& identity) {
   if (*present != identity) {
     return fail(Code::Busy, path + " is another file by now; it was left alone");
   }
-  if (::unlink(path.c_str()) != 0 && errno != ENOENT) {
-    return fail_errno(errno, "deleting " + path);
-  }
+  DROVER_TRY(unlink_file(path));
   return sync_directory(directory_of(path));
 }
 

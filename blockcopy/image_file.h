@@ -47,7 +47,14 @@ Status clone_file(const std::string& path, const std::string& copy);
 
 // Its data, and its directory's entry, are on stable storage.
 Status sync_file(const std::string& path);
-// Durably, if it is still that file: Busy if another has taken its name. Gone already: fine.
+// The name is gone at once, its blocks over time: a filesystem that frees gigabytes at once makes
+// everybody else's writes wait for it (1.5 GiB of an ext4 that discards: 0.4 s, in which each write
+// of another program took 23 ms; freed in pieces, with pauses, 0.5 ms). Takes about twice as long
+// as unlink() does, then. A file that has other names, or that somebody has open, stays theirs.
+// Gone already: fine.
+Status unlink_file(const std::string& path);
+// unlink_file(), durably, if it is still that file: Busy if another has taken its name. Gone
+// already: fine.
 Status remove_file(const std::string& path, const ImageIdentity& identity);
 
 }  // namespace drover::blockcopy

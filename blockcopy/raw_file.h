@@ -70,9 +70,10 @@ constexpr std::uint64_t round_up(std::uint64_t value, Length alignment) {
 inline constexpr int kMaxAttempts = 16;
 bool worth_another_attempt(int result);
 
-// One io_uring transfer moves at most this much, well below Loop's limit and a multiple of any
-// alignment.
-inline constexpr std::uint64_t kMaxTransfer = std::uint64_t{256} << 20;
+// One io_uring transfer moves at most this much: a guest's write stands behind less in the disk's
+// queue (a 4 KiB write beside a copy at full speed: 0.9 ms with transfers of 1 MiB, 0.25 with
+// these, at the same rate). A multiple of any alignment.
+inline constexpr std::uint64_t kMaxTransfer = std::uint64_t{256} << 10;
 
 // Aligned memory for what can't be transferred directly from or to the caller's: bounded, and those
 // who get none wait in line.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <utility>
+#include <vector>
 
 namespace drover::job {
 namespace {
@@ -36,6 +37,7 @@ Length CopyPace::look(Instant now, const memmig::GuestIo& io, Length read) {
   fastest_ = std::max(fastest_, measured);
   if (operations < kEnough) {
     awake_ = false;
+    recent_.clear();
     latency_ = Duration::zero();
     rate_ = Length();
   } else if (!std::exchange(awake_, true) && copying_) {
@@ -43,7 +45,7 @@ Length CopyPace::look(Instant now, const memmig::GuestIo& io, Length read) {
     rate_ = kStart;
   } else {
     const Duration mean = (io.time - io_.time) / static_cast<Duration::rep>(operations);
-    latency_ = latency_ == Duration::zero() ? mean : (latency_ + mean) / 2;
+    note(mean);
     if (baseline_ == Duration::zero() || latency_ < baseline_) baseline_ = latency_;
     if (copying_) {
       adjust(now, measured);
@@ -56,6 +58,17 @@ Length CopyPace::look(Instant now, const memmig::GuestIo& io, Length read) {
   read_ = read;
   return rate_;
 }
+
+void CopyPace::note(Duration mean) {
+  recent_.push_back(mean);
+  if (recent_.size() > kWindows) recent_.pop_front();
+  std::vector<Duration> sorted(recent_.begin(), recent_.end());
+  const auto middle = sorted.begin() + static_cast<std::ptrdiff_t>(sorted.size() / 2);
+  std::ranges::nth_element(sorted, middle);
+  latency_ = *middle;
+}
+
+Length CopyPace::handover() const { return rate_ == Length() ? rate_ : std::max(rate_, kStart); }
 
 Length CopyPace::least() const { return std::max(kLeast, Length(fastest_.bytes() / kLeastShare)); }
 

@@ -16,7 +16,9 @@
 // Threads: none; use from one.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <deque>
 
 #include "base/clock.h"
 #include "base/units.h"
@@ -33,6 +35,9 @@ class CopyPace {
   // A mean of fewer requests says little; so many are waited for, at most so long.
   static constexpr std::uint64_t kEnough = 40;
   static constexpr Duration kPatience = std::chrono::seconds(1);
+  // Of so many windows the median counts: a disk that hangs for a moment, as all do now and then,
+  // is no reason to slow down.
+  static constexpr std::size_t kWindows = 5;
   static constexpr Length kStart = Length(std::uint64_t{128} << 20);  // per second
   static constexpr Length kLeast = Length(std::uint64_t{8} << 20);
   static constexpr std::uint64_t kLeastShare =
@@ -43,10 +48,15 @@ class CopyPace {
   // began. The rate from now on, per second; zero: no limit.
   Length look(Instant now, const memmig::GuestIo& io, Length read);
 
-  [[nodiscard]] Duration latency() const { return latency_; }    // of the guest, now (smoothed)
+  // While the disks are kept equal and the memory follows, of which little is left to copy: as
+  // before, but never a reason for the handover to take long.
+  [[nodiscard]] Length handover() const;
+
+  [[nodiscard]] Duration latency() const { return latency_; }    // of the guest, now
   [[nodiscard]] Duration baseline() const { return baseline_; }  // and without us
 
  private:
+  void note(Duration mean);
   void adjust(Instant now, Length measured);
   [[nodiscard]] Length least() const;
 
@@ -55,10 +65,11 @@ class CopyPace {
   memmig::GuestIo io_;  // at that time
   Length read_;
   bool copying_ = false;
-  bool awake_ = false;   // the guest asks something of its disks
-  Duration latency_{};   // zero: not known
-  Duration baseline_{};  // zero: not known
-  Length rate_;          // zero: no limit
+  bool awake_ = false;           // the guest asks something of its disks
+  std::deque<Duration> recent_;  // means of the last kWindows windows
+  Duration latency_{};           // their median; zero: not known
+  Duration baseline_{};          // zero: not known
+  Length rate_;                  // zero: no limit
   Length fastest_;
   bool at_least_ = false;  // the rate is at its least, since:
   Instant least_since_{};

@@ -691,32 +691,43 @@ class Move {
     }
   }
 
-  // The guest first: the copy is as fast as its disks' latency allows (job/copy_pace.h). Up to the handover,
-  // of which little is left then.
+  // The guest first: the copy is as fast as its disks' latency allows (job/copy_pace.h).
   void keep_pace() {
+    if (platform_.now() < next_look_) return;
     const bool before = std::holds_alternative<Reserving>(state_) || std::holds_alternative<Attaching>(state_);
-    if ((!before && !std::holds_alternative<Copying>(state_)) || platform_.now() < next_look_) return;
+    const bool copying = std::holds_alternative<Copying>(state_);
+    const bool handing_over =
+        std::holds_alternative<Synchronising>(state_) || std::holds_alternative<MovingMemory>(state_);
+    if (!before && !copying && !handing_over) return;
     const Instant start = platform_.now();
+    next_look_ = start + kLookInterval;
+    if (handing_over) {
+      if (engine_) engine_->set_bandwidth(allowed(pace_.handover()));
+      return;
+    }
     const Result<memmig::GuestIo> io = source().disk_io(uuid());
     // A libvirt that is slow to answer is not asked all the time.
     next_look_ = platform_.now() + std::max<Duration>(kLookInterval, 10 * (platform_.now() - start));
     if (!io) return;
     Length read;
-    if (!before) {
+    if (copying) {
       for (const auto& disk : engine_->status().disks) read += disk.counters.read_bytes;
     }
     const Length pace = pace_.look(platform_.now(), *io, read);
-    if (!engine_) return;
+    if (engine_) engine_->set_bandwidth(allowed(pace));
+  }
+
+  // The user may have wished for less; zero: no limit.
+  [[nodiscard]] Length allowed(Length pace) const {
     const Length wished = bandwidth();
-    const bool limited = wished > Length() && (pace == Length() || wished < pace);
-    engine_->set_bandwidth(limited ? wished : pace);
+    return wished > Length() && (pace == Length() || wished < pace) ? wished : pace;
   }
 
   // --- handover ---
 
   Status enter_strict() {
     stop_checkpoints();
-    engine_->set_bandwidth(bandwidth());
+    engine_->set_bandwidth(allowed(pace_.handover()));
     rejoins_ = 0;
     if (const Status entered = engine_->enter_strict(); !entered) {
       queue_->push(HandoverFailed{entered.error()});  // the link went down just now
@@ -1035,6 +1046,7 @@ class Move {
     }
     if (!files_.mutation.delete_before_journal) DROVER_TRY(journal_->put(kStateKey, "committed"));
     read_counters();
+    end_receiver();  // lets go of the source's images, too
     if (prepared_.guest.autostart) {
       note_if_failed("setting autostart on the target", target().set_autostart(uuid(), true));
     }
@@ -1047,7 +1059,6 @@ class Move {
       source_guard_.clear();
       for (const DiskPlan& disk : plan().disks) delete_source(disk);
     }
-    end_receiver();
     queue_->push(Committed{});
     return {};
   }

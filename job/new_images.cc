@@ -99,9 +99,7 @@ Error NewImages::in_its_own_name(const DiskPlan& disk, Error error) const {
 Status NewImages::remove(const DiskPlan& disk) {
   if (disk.target_block_device) return {};
   const std::string path = staged(disk);
-  if (::unlink(path.c_str()) != 0 && errno != ENOENT) {
-    return fail_errno(errno, "deleting " + path);
-  }
+  DROVER_TRY(blockcopy::unlink_file(path));
   DROVER_ASSIGN(const auto identity, noted(image_key(disk)));
   if (!identity) return {};
   // Whatever libvirt says of the guest.

@@ -1,15 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "job/platform.h"
 
-#include <unistd.h>
-
-#include <cerrno>
 #include <fstream>
 #include <map>
 #include <mutex>
 #include <thread>
 #include <utility>
 
+#include "blockcopy/image_file.h"
 #include "memmig/image_lock.h"
 #include "memmig/libvirt_hypervisor.h"
 #include "mirror/session.h"
@@ -60,8 +58,7 @@ class RealPlatform final : public Platform {
   }
 
   Status remove_image(const std::string& path) override {
-    if (::unlink(path.c_str()) == 0 || errno == ENOENT) return {};
-    return fail_errno(errno, "deleting the source's " + path);
+    return blockcopy::unlink_file(path);
   }
 
   Length peak_memory() override {

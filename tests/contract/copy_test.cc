@@ -4,6 +4,7 @@
 // image files beside it.
 #include "blockcopy/copy.h"
 
+#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
@@ -14,6 +15,7 @@
 #include <fstream>
 
 #include "base/subprocess.h"
+#include "base/unique_fd.h"
 #include "blockcopy/image_file.h"
 #include "tests/fakes/fake_image.h"
 
@@ -194,6 +196,33 @@ TEST_F(ImageFiles, OnlyTheSameFileIsRemoved) {
   EXPECT_TRUE(remove_file(path("kept"), *identity).has_value());
   EXPECT_FALSE(std::filesystem::exists(path("kept")));
   EXPECT_TRUE(remove_file(path("kept"), *identity).has_value()) << "gone already";
+}
+
+TEST_F(ImageFiles, WhatNobodyElseHasIsFreed) {
+  const std::string name = file("a", std::string(std::size_t{1} << 20, 'x'));
+  const UniqueFd known(::open(name.c_str(), O_PATH | O_CLOEXEC));  // not open, and keeps the inode
+  ASSERT_TRUE(unlink_file(name).has_value());
+  EXPECT_FALSE(std::filesystem::exists(name));
+  struct stat status {};
+  ASSERT_EQ(::fstat(known.get(), &status), 0);
+  EXPECT_EQ(status.st_blocks, 0) << "left to the last close";
+  EXPECT_TRUE(unlink_file(name).has_value()) << "gone already";
+}
+
+TEST_F(ImageFiles, WhatOthersHaveStaysTheirs) {
+  const std::string text(std::size_t{1} << 20, 'x');
+  const auto content = [&](int fd) {
+    std::string bytes(text.size(), 0);
+    EXPECT_EQ(::pread(fd, bytes.data(), bytes.size(), 0), static_cast<ssize_t>(bytes.size()));
+    return bytes;
+  };
+  const UniqueFd reader(::open(file("read", text).c_str(), O_RDONLY | O_CLOEXEC));
+  ASSERT_TRUE(unlink_file(path("read")).has_value());
+  EXPECT_EQ(content(reader.get()), text) << "somebody reads it";
+
+  std::filesystem::create_hard_link(file("linked", text), path("second"));
+  ASSERT_TRUE(unlink_file(path("linked")).has_value());
+  EXPECT_EQ(content(UniqueFd(::open(path("second").c_str(), O_RDONLY | O_CLOEXEC)).get()), text);
 }
 
 TEST_F(ImageFiles, ALinkIsTheSameFileUnderASecondName) {

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <functional>
 
 namespace drover::job {
@@ -79,6 +80,35 @@ TEST(CopyPaceTest, GuestThatIsNotDisturbedLetsTheCopyRun) {
   world.steps(5, false);
   world.steps(40, true);
   EXPECT_GT(world.mean_rate(10), 1500);
+}
+
+TEST(CopyPaceTest, DiskThatHangsNowAndThenIsNoReasonToSlowDown) {
+  World world(1000, [](double) { return microseconds(500); });
+  world.steps(5, false);
+  world.steps(40, true);
+  double slowest = 1e9;
+  for (int i = 0; i < 40; ++i) {
+    const int hang = i % 8 == 0 ? 20 : 1;
+    world.set([hang](double) { return hang * microseconds(500); });
+    slowest = std::min(slowest, world.mean_rate(1));
+  }
+  EXPECT_GT(slowest, 1500);
+}
+
+TEST(CopyPaceTest, HandoverGoesOnAsTheCopyDidButNotSlowly) {
+  World idle(0, rising(200));
+  idle.steps(20, true);
+  EXPECT_EQ(idle.pace().handover(), Length());
+  World slow(1000, [](double rate) { return rate > 0 ? milliseconds(100) : microseconds(100); });
+  slow.steps(5, false);
+  slow.steps(15, true);
+  EXPECT_LT(slow.rate(), CopyPace::kStart);
+  EXPECT_EQ(slow.pace().handover(), CopyPace::kStart);
+  World fast(1000, rising(200));
+  fast.steps(5, false);
+  fast.steps(60, true);
+  EXPECT_GT(fast.rate(), CopyPace::kStart);
+  EXPECT_EQ(fast.pace().handover(), fast.rate());
 }
 
 TEST(CopyPaceTest, IdleGuestIsNoReasonToWait) {
