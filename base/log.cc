@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "base/log.h"
 
+#include <algorithm>
 #include <memory>
+#include <mutex>
 #include <utility>
 
 #include <spdlog/sinks/basic_file_sink.h>
@@ -13,13 +15,40 @@ namespace drover {
 
 namespace {
 
-std::shared_ptr<spdlog::logger>& logger() {
-  static std::shared_ptr<spdlog::logger> instance = [] {
+using Logger = std::shared_ptr<spdlog::logger>;
+
+// Several jobs in one process each have a log, on threads of their own: a thread writes to the one
+// that it opened, and one that has opened none to the one that was opened last.
+class Loggers {
+ public:
+  Logger mine() {
+    if (own()) return own();
+    const std::lock_guard lock(mutex_);
+    return last_;
+  }
+  void set(Logger made) {
+    own() = made;
+    const std::lock_guard lock(mutex_);
+    last_ = std::move(made);
+  }
+
+ private:
+  static Logger& own() {
+    thread_local Logger instance;
+    return instance;
+  }
+  static Logger to_stderr() {
     auto made = std::make_shared<spdlog::logger>(
         "drover", std::make_shared<spdlog::sinks::stderr_sink_mt>());
     made->set_level(spdlog::level::warn);
     return made;
-  }();
+  }
+  std::mutex mutex_;  // guards the next
+  Logger last_ = to_stderr();
+};
+
+Loggers& loggers() {
+  static Loggers instance;
   return instance;
 }
 
@@ -41,29 +70,31 @@ spdlog::level::level_enum spdlog_level(LogLevel level) {
 }  // namespace
 
 Status log_to_file(const std::string& path) {
+  // One at a time: the umask is the process's.
+  static std::mutex opening;
+  const std::lock_guard lock(opening);
   try {
     const mode_t before = ::umask(0077);
     auto sink = std::make_shared<spdlog::sinks::basic_file_sink_mt>(path);
     ::umask(before);
     auto made = std::make_shared<spdlog::logger>("drover", sink);
-    made->set_level(logger()->level() < spdlog::level::info ? logger()->level()
-                                                            : spdlog::level::info);
+    made->set_level(std::min(loggers().mine()->level(), spdlog::level::info));
     made->set_pattern("%Y-%m-%dT%H:%M:%S.%f %^%l%$ [%t] %v", spdlog::pattern_time_type::utc);
     made->flush_on(spdlog::level::info);
-    logger() = made;
+    loggers().set(std::move(made));
   } catch (const spdlog::spdlog_ex& error) {
     return fail(Code::Io, "opening the log " + path + ": " + error.what());
   }
   return {};
 }
 
-void set_log_level(LogLevel level) { logger()->set_level(spdlog_level(level)); }
+void set_log_level(LogLevel level) { loggers().mine()->set_level(spdlog_level(level)); }
 
 void log_to(std::function<void(LogLevel, std::string_view)> other) { sink() = std::move(other); }
 
 void log_line(LogLevel level, std::string_view text) {
   if (sink()) return sink()(level, text);
-  logger()->log(spdlog_level(level), spdlog::string_view_t(text.data(), text.size()));
+  loggers().mine()->log(spdlog_level(level), spdlog::string_view_t(text.data(), text.size()));
 }
 
 }  // namespace drover

@@ -18,8 +18,9 @@ namespace drover {
 
 enum class LogLevel { Debug, Info, Warning, Error };
 
-// Sends all further lines to `path` (appended, created with mode 0600). Without it, lines at
-// Warning and above go to standard error.
+// Sends all further lines to `path` (appended, created with mode 0600): those of this thread, and
+// of all that have opened none themselves. Without it, lines at Warning and above go to standard
+// error.
 Status log_to_file(const std::string& path);
 // Hands all further lines, of any level, to `sink` instead; it is called on any thread. For simulations.
 void log_to(std::function<void(LogLevel, std::string_view)> sink);

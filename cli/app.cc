@@ -4,6 +4,7 @@
 #include <type_traits>
 #include <variant>
 
+#include "cli/evacuate_run.h"
 #include "cli/exit_codes.h"
 #include "cli/finding.h"
 #include "cli/job_commands.h"
@@ -94,6 +95,8 @@ int run(const std::vector<std::string>& arguments, const Services& services,
           return examine(wanted, services, surroundings);
         } else if constexpr (std::is_same_v<Wanted, RebalanceCommand>) {
           return run_rebalance(wanted, services, surroundings);
+        } else if constexpr (std::is_same_v<Wanted, EvacuateCommand>) {
+          return run_evacuate(wanted, services, surroundings);
         } else if constexpr (std::is_same_v<Wanted, RelocateCommand>) {
           return relocate(wanted, services, surroundings);
         } else if constexpr (std::is_same_v<Wanted, JobsCommand>) {

@@ -23,6 +23,7 @@
 #include "cli/command_line.h"
 #include "cli/config.h"
 #include "cli/terminal.h"
+#include "job/evacuate.h"
 #include "job/job_store.h"
 #include "job/move.h"
 #include "job/rebalance.h"
@@ -44,6 +45,7 @@ struct Services {
   std::function<Result<job::Plan>(const job::RelocateOptions&, job::Cancel&)> plan_relocation;
   // This host's storages, by the URI of its libvirt.
   std::function<std::unique_ptr<job::RebalanceWorld>(const std::string& uri)> rebalance_world;
+  std::function<std::unique_ptr<job::EvacuateWorld>(const std::string& uri)> evacuate_world;
 };
 
 struct Surroundings {

@@ -23,12 +23,13 @@ constexpr const char* kMainExamples = R"(Examples:
   drover move web1 hostb                      the running guest and all its disks
   drover relocate web1 /mnt/array2            its disks to another storage of this host
   drover rebalance /mnt/a /mnt/b              which disks to move so that both are evenly used
+  drover evacuate --from /mnt/a --to /mnt/b   everything of the guests off a storage
   drover jobs                                 what is on its way, and what was interrupted
   drover move --help                          the options of a command
 
 `drover receive` is the target's side; drover starts it there itself, over SSH.
 Manual pages: drover(1), drover-move(1), drover-check(1), drover-relocate(1), drover-rebalance(1),
-drover-jobs(1).)";
+drover-evacuate(1), drover-jobs(1).)";
 
 constexpr const char* kMoveExamples = R"(Examples:
   drover move web1 hostb
@@ -431,6 +432,8 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments,
 
   WrittenRebalance rebalancing;
   CLI::App* const rebalance = add_rebalance(app, rebalancing);
+  WrittenEvacuation evacuation;
+  CLI::App* const evacuate = add_evacuate(app, evacuation);
   WrittenRelocation relocation;
   CLI::App* const relocate = add_relocate(app, relocation);
 
@@ -544,6 +547,11 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments,
       return usage(" set", taken.error().message, taken.error().hint);
     }
     return command;
+  }
+  if (evacuate->parsed()) {
+    auto command = evacuate_command(evacuation);
+    if (!command) return usage(" evacuate", command.error().message, command.error().hint);
+    return std::move(*command);
   }
   if (rebalance->parsed()) {
     auto command = rebalance_command(rebalancing);

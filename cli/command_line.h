@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "base/result.h"
+#include "cli/evacuate_command.h"
 #include "cli/rebalance_command.h"
 #include "cli/relocate_command.h"
 #include "job/move.h"
@@ -87,7 +88,7 @@ struct ShowCommand {
   std::string text;
 };
 
-using Command = std::variant<MoveCommand, CheckCommand, RelocateCommand, RebalanceCommand, JobsCommand,
+using Command = std::variant<MoveCommand, CheckCommand, RelocateCommand, RebalanceCommand, EvacuateCommand, JobsCommand,
                              StatusCommand, WatchCommand, CancelCommand, ResumeCommand, HistoryCommand,
                              SetCommand, ReceiveCommand, ShowCommand>;
 

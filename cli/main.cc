@@ -4,6 +4,7 @@
 
 #include "cli/app.h"
 #include "cli/receive.h"
+#include "job/evacuate.h"
 #include "job/move.h"
 #include "job/rebalance.h"
 #include "job/relocate.h"
@@ -23,6 +24,7 @@ int main(int argc, char** argv) {
        drover::job::cancel, drover::job::relocate, drover::job::plan_relocation,
        [](const std::string& uri) {
          return drover::job::real_rebalance_world(uri, drover::job::relocating_mover(uri));
-       }},
+       },
+       drover::job::real_evacuate_world},
       {});
 }

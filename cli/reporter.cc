@@ -81,7 +81,9 @@ void Reporter::interrupted() {
   std::string text;
   {
     const std::lock_guard lock(mutex_);
-    text = render_interruption(interruption_, options_.purpose);
+    text = interruption_.again || options_.interrupted.empty()
+               ? render_interruption(interruption_, options_.purpose)
+               : options_.interrupted;
     interruption_.again = true;
   }
   remark(text);

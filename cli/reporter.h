@@ -35,6 +35,7 @@ class Reporter : public job::Observer {
     std::string host;
     job::Kind kind = job::Kind::Move;
     std::function<void(const std::string& id)> on_started;  // may be empty
+    std::string interrupted;  // the answer to the first signal; empty: what suits the job
   };
   static constexpr std::chrono::milliseconds kLineInterval{5000};
   static constexpr std::chrono::milliseconds kJsonInterval{500};

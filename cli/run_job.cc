@@ -44,7 +44,8 @@ int run_job(const Request& request, const Surroundings& surroundings, const Work
                .guest = request.guest,
                .host = request.host,
                .kind = request.kind,
-               .on_started = request.on_started});
+               .on_started = request.on_started,
+               .interrupted = request.interrupted});
   std::atomic<int> code{kRunning};
   int after_the_end = 0;
   const SignalWatcher watcher([&](int /*signal*/) {

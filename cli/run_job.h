@@ -27,6 +27,7 @@ struct Request {
   std::string host;
   job::Kind kind = job::Kind::Move;
   std::function<void(const std::string& id)> on_started;
+  std::string interrupted;  // what the first signal gets for an answer; empty: what suits a job
   // What signals ask for: the work's clean end, which the user is told of; or, when the work only
   // looks at somebody else's job, that it looks away. Both by the Cancel.
   enum class Signals { Cancel, Leave };

@@ -16,7 +16,9 @@
 #include "cli/exit_codes.h"
 #include "cli/jobs_view.h"
 #include "cli/json_events.h"
+#include "cli/evacuate_view.h"
 #include "cli/rebalance_view.h"
+#include "tests/fakes/fake_evacuate_world.h"
 #include "tests/fakes/fake_rebalance_world.h"
 #include "tests/unit/cli_fake_job.h"
 
@@ -32,7 +34,8 @@ using testing::sample_summary;
 using Names = std::set<std::string>;
 
 const std::vector<std::string> kPages = {"drover.1", "drover-move.1", "drover-check.1",
-                                         "drover-jobs.1", "drover-rebalance.1",
+                                         "drover-evacuate.1", "drover-jobs.1",
+                                         "drover-rebalance.1",
                                          "drover-relocate.1"};
 
 std::string page_path(const std::string& page) {
@@ -103,6 +106,7 @@ TEST(ManualPages, ListTheOptionsOfHelpAndNoOthers) {
   }
   EXPECT_EQ(options_of_page("drover-jobs.1"), of_jobs);
   EXPECT_EQ(options_of_page("drover-rebalance.1"), options_of_help({"rebalance", "--help"}));
+  EXPECT_EQ(options_of_page("drover-evacuate.1"), options_of_help({"evacuate", "--help"}));
   EXPECT_GE(options_of_page("drover-move.1").size(), 15U);  // or the patterns above are wrong
   EXPECT_TRUE(options_of_page("drover-move.1").contains("--max-downtime"));
   EXPECT_TRUE(options_of_page("drover.1").contains("-h"));
@@ -227,6 +231,42 @@ TEST(ManualPages, ListTheFieldsOfWhatRebalanceSays) {
   }
 }
 
+TEST(ManualPages, ListTheFieldsOfWhatEvacuateSays) {
+  job::testing::FakeEvacuateWorld world;
+  job::testing::FakeEvacuateWorld::fill(world);
+  world.jobs = {{"web2-1", "web2", "uuid-of-web2", false}};
+  world.items.back().stays = "why";
+  job::Cancel cancel;
+  const auto proposal =
+      job::propose_evacuation({.from = "/mnt/a", .to = {"/mnt/b"}}, world, cancel);
+  ASSERT_TRUE(proposal.has_value());
+  ASSERT_FALSE(proposal->plan.steps.empty() || proposal->plan.obstacles.empty());
+  const std::map<std::string, std::string> events = {
+      {"evacuation", json_evacuation(*proposal)},
+      {"step", json_step(*proposal, 0, "done", {})},
+      {"resume", json_resume(world.jobs[0], "done", {})},
+      {"evacuated", json_evacuated({})}};
+  const std::string section_text = section(page_text("drover-evacuate.1"), ".SS JSON");
+  for (const auto& [event, text] : events) {
+    Names fields;
+    const nlohmann::json object = nlohmann::json::parse(text);
+    for (const auto& [name, value] : object.items()) {
+      if (name != "event") fields.insert(name);
+      if (event == "evacuation") collect(value, fields);  // steps are described only there
+    }
+    const std::size_t start = section_text.find(".TP\n.B " + event + "\n");
+    ASSERT_NE(start, std::string::npos) << event;
+    const std::string entry =
+        section_text.substr(start, section_text.find("\n.TP", start + 4) - start);
+    Names documented = all_matches(entry, R"(\n\.BR? ([a-z_]+)(?! \())");
+    documented.erase(event);
+    if (event == "step") {  // its other members are those of a step of the plan
+      for (const char* other : {"number", "kind", "guests", "bytes", "files"}) fields.erase(other);
+    }
+    EXPECT_EQ(documented, fields) << event;
+  }
+}
+
 TEST(ManualPages, ListTheMembersOfAJobAndOfTheHistory) {
   job::JobView view;
   view.record = job::testing::sample_record();
@@ -315,6 +355,7 @@ TEST(Completion, OffersTheOptionsOfHelpAndNoOthers) {
                                                   {"set"},
                                                   {"receive"},
                                                   {"rebalance"},
+                                                  {"evacuate"},
                                                   {}}) {
     std::vector<std::string> words = command;
     words.emplace_back("-");
@@ -327,7 +368,7 @@ TEST(Completion, OffersTheOptionsOfHelpAndNoOthers) {
 }
 
 TEST(Completion, KnowsCommandsGuestsAndDisks) {
-  EXPECT_EQ(completions({""}), (Names{"cancel", "check", "history", "jobs", "move", "rebalance", "relocate",
+  EXPECT_EQ(completions({""}), (Names{"cancel", "check", "evacuate", "history", "jobs", "move", "rebalance", "relocate",
                                       "resume", "set", "status", "watch"}));
   EXPECT_EQ(completions({"mo"}), (Names{"move"}));
   EXPECT_EQ(completions({"relocate", "web1", "/mnt", "--disk", ""}), (Names{"vda", "vdb"}));
