@@ -72,21 +72,21 @@ void DiskMirror::on_extents(Offset at, Result<std::vector<blockcopy::MappedExten
   events_.changed();
 }
 
-bool DiskMirror::start_copy() {
-  if (!started_ || scanning_ || stopped_) return false;
-  const Arbiter::Summary summary = arbiter_.summary();
-  if (summary.pending + summary.to_verify == 0 || summary.copying >= options_.max_copies) return false;
+std::optional<DiskMirror::Cost> DiskMirror::start_copy() {
+  if (!started_ || scanning_ || stopped_ || !arbiter_.wants_copy()) return std::nullopt;
+  if (arbiter_.copying() >= options_.max_copies) return std::nullopt;
   Buffer buffer = copy_buffers_.try_take();
-  if (!buffer) return false;
-  const std::optional<CopyTicket> ticket = arbiter_.start_copy();
-  if (!ticket) return false;
+  if (!buffer) return std::nullopt;
+  const std::optional<CopyTicket> ticket = arbiter_.start_copy(events_.now());
+  if (!ticket) return std::nullopt;
   if (ticket->touches && events_.touching) events_.touching(*ticket->touches);
-  read(*ticket, std::move(buffer));
-  return true;
+  const std::uint64_t blocks = (ticket->extent.length + kBlock - Length(1)) / kBlock;
+  const Length sent = ticket->compare ? Length(blocks * kHashSize) : ticket->wanted;
+  return Cost{.sent = sent, .read = read(*ticket, std::move(buffer))};
 }
 
-// Reads what is wanted of the ticket's extent; what lies between is read over where it is little.
-void DiskMirror::read(const CopyTicket& ticket, Buffer buffer) {
+// Reads what is wanted of the ticket's extent; what lies between is read over where it is little. How much that is.
+Length DiskMirror::read(const CopyTicket& ticket, Buffer buffer) {
   constexpr std::size_t kReadOver = 16;  // blocks: 64 KiB cost about as much as another request
   ++reads_;
   auto read = std::make_shared<Read>(Read{ticket, std::move(buffer), 1, {}});
@@ -95,6 +95,7 @@ void DiskMirror::read(const CopyTicket& ticket, Buffer buffer) {
     if (--read->outstanding == 0) on_read(*read);
   };
   const std::size_t blocks = (ticket.extent.length + kBlock - Length(1)) / kBlock;
+  Length total;
   for (std::size_t first = 0; first < blocks;) {
     std::size_t end = first + 1;
     for (std::size_t at = end; at < blocks && at - end <= kReadOver; ++at) {
@@ -102,12 +103,14 @@ void DiskMirror::read(const CopyTicket& ticket, Buffer buffer) {
     }
     const Offset start = ticket.extent.offset + kBlock * first;
     const Length length = std::min(ticket.extent.end(), start + kBlock * (end - first)) - start;
-    counters_.read_bytes += length;
+    total += length;
     ++read->outstanding;
     reader_.read(start, read->buffer.bytes().subspan(kBlock.bytes() * first, length.bytes()), done);
     for (first = end; first < blocks && !ticket.blocks.contains(first);) ++first;
   }
   --read->outstanding;  // callbacks never run inside read(): some are outstanding still
+  counters_.read_bytes += total;
+  return total;
 }
 
 void DiskMirror::on_read(Read& read) {

@@ -62,9 +62,13 @@ class DiskMirror {
 
   // Asks the source for its holes; copying can begin when that is done.
   void start();
-  // Starts the copy of one more chunk. False: nothing to copy, the window is full, no buffer is free,
-  // or the holes are not known yet.
-  bool start_copy();
+  // Starts the copy of one more chunk, and says what it costs. Nothing: there is nothing to copy, the window is
+  // full, no buffer is free, or the holes are not known yet.
+  struct Cost {
+    Length sent;  // over the wire, at most: what is compressed or zeroes is less
+    Length read;  // from the source
+  };
+  std::optional<Cost> start_copy();
   // No new copies or scans from now on; what is in flight ends.
   void stop() { stopped_ = true; }
   [[nodiscard]] bool idle() const { return reads_ == 0 && !scanning_; }
@@ -127,7 +131,7 @@ class DiskMirror {
     std::size_t outstanding = 0;
     Status status;
   };
-  void read(const CopyTicket& ticket, Buffer buffer);
+  Length read(const CopyTicket& ticket, Buffer buffer);
   void on_read(Read& read);
   void carry_out();
   void acknowledge(WriteId id);
