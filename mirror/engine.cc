@@ -84,6 +84,9 @@ class Engine final : public MirrorEngine {
   void set_bandwidth(Length per_second) override {
     on_loop([&] { core_.set_bandwidth(per_second); });
   }
+  void set_read_rate(Length per_second) override {
+    on_loop([&] { core_.set_read_rate(per_second); });
+  }
   void stop_copying() override {
     on_loop([&] { core_.stop_copying(); });
   }

@@ -101,9 +101,14 @@ class MirrorEngine {
   virtual Status enter_strict() = 0;
   virtual void leave_strict() = 0;
   // Has what is on the target's stable storage compared with the source, chunk by chunk, in turns with what is
-  // left to copy. Flush before: what is on its way when it is asked for may be read from a cache.
+  // left to copy, from the end of a flush on that was begun after this call (flush_begin()); mirror/arbiter.h says
+  // what that proves.
   virtual void verify() = 0;
+  // Of what the copy sends, at most: its blocks before they are compressed, of a comparison the hashes. Zero: no limit.
+  // Until set_read_rate() is called for the first time a comparison is charged what it reads.
   virtual void set_bandwidth(Length per_second) = 0;
+  // Of what is read of the source's disks to be sent or compared. Zero: no limit, as in strict mode.
+  virtual void set_read_rate(Length per_second) = 0;
   // No new reads of the source from now on; the mirrors still answer QEMU.
   virtual void stop_copying() = 0;
 

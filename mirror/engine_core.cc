@@ -14,7 +14,7 @@ EngineCore::EngineCore(Loop& loop, EngineBuffers& buffers, const MirrorEngine::O
       events_(std::move(events)),
       loop_(loop),
       buffers_(buffers),
-      throttle_(options.bandwidth) {
+      bandwidth_(options.bandwidth) {
   buffers_.copies.on_available([this] { loop_.post([this] { pump(); }); });
   buffers_.writes.on_available([this] {
     loop_.post([this] {
@@ -128,6 +128,7 @@ Status EngineCore::enter_strict() {
   }
   strict_ = true;
   told_copied_ = false;
+  if (read_rate_) read_rate_->set_rate(Length());
   // The caller is told from the loop, not from inside its own call.
   loop_.post([this] { settle(); });
   return {};
@@ -146,7 +147,13 @@ void EngineCore::verify() {
 }
 
 void EngineCore::set_bandwidth(Length per_second) {
-  throttle_.set_rate(per_second);
+  bandwidth_.set_rate(per_second);
+  pump();
+}
+
+void EngineCore::set_read_rate(Length per_second) {
+  if (!read_rate_) read_rate_.emplace();
+  read_rate_->set_rate(per_second);
   pump();
 }
 
@@ -263,17 +270,22 @@ void EngineCore::pump() {
 bool EngineCore::start_copies(OneDisk& disk) {
   while (true) {
     const Instant time = loop_.now();
-    if (!throttle_.may_start(time)) {
+    Instant ready;
+    if (!bandwidth_.may_start(time)) ready = bandwidth_.ready();
+    if (read_rate_ && !read_rate_->may_start(time)) ready = std::max(ready, read_rate_->ready());
+    if (ready > time) {
       if (!throttle_timer_) {
-        throttle_timer_ = loop_.at(throttle_.ready(), [this] {
+        throttle_timer_ = loop_.at(ready, [this] {
           throttle_timer_.reset();
           pump();
         });
       }
       return false;
     }
-    if (!disk.mirror->start_copy()) return true;
-    throttle_.take(time, options_.chunk_size);
+    const std::optional<DiskMirror::Cost> cost = disk.mirror->start_copy();
+    if (!cost) return true;
+    bandwidth_.take(time, read_rate_ ? cost->sent : std::max(cost->sent, cost->read));
+    if (read_rate_) read_rate_->take(time, cost->read);
   }
 }
 

@@ -75,6 +75,7 @@ class EngineCore : private Answers {
   [[nodiscard]] bool strict() const { return strict_; }
   void verify();
   void set_bandwidth(Length per_second);
+  void set_read_rate(Length per_second);
   void stop_copying();
   [[nodiscard]] MirrorEngine::EngineStatus status() const;
   Status restore(std::size_t disk, const GroupRecord& record, bool unflushed_lost);
@@ -131,7 +132,8 @@ class EngineCore : private Answers {
   std::unique_ptr<Link> link_;
   LaneIndex lanes_ = 1;
   std::vector<std::unique_ptr<OneDisk>> disks_;
-  blockcopy::Throttle throttle_;
+  blockcopy::Throttle bandwidth_;
+  std::optional<blockcopy::Throttle> read_rate_;  // none: bandwidth_ is charged what is read, too
   std::optional<Loop::Handle> throttle_timer_;
   std::optional<Loop::Handle> deadline_timer_;
   Instant deadline_{};  // its time

@@ -572,6 +572,7 @@ class SimEngine final : public mirror::MirrorEngine {
   void leave_strict() override { core_.leave_strict(); }
   void verify() override { core_.verify(); }
   void set_bandwidth(Length per_second) override { core_.set_bandwidth(per_second); }
+  void set_read_rate(Length per_second) override { core_.set_read_rate(per_second); }
   void stop_copying() override { core_.stop_copying(); }
   Status restore(std::size_t disk, const mirror::GroupRecord& record,
                  bool unflushed_lost) override {
