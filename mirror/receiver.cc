@@ -137,7 +137,8 @@ class Store {
           {{"path", recorded.spec.path},
            {"id", recorded.id},
            {"instance", fmt::format("{}/{}/{}", boot_id_, recorded.losses, images_[i]->holder())},
-           {"initially_zero", images_[i]->initially_zero()}});
+           {"initially_zero", images_[i]->initially_zero()},
+           {"reads_storage", images_[i]->reads_storage()}});
     }
     return list;
   }
