@@ -281,7 +281,8 @@ std::optional<ChunkIndex> Arbiter::next_to_verify() {
   return chunk;
 }
 
-// Each turn ends with a ticket or a chunk in doubt, of which there are few: this does not look at much.
+// Each turn ends with a ticket or a chunk in doubt, of which there are few: this does not look at
+// much.
 std::optional<CopyTicket> Arbiter::start_verify(Instant now) {
   while (const std::optional<ChunkIndex> chunk = next_to_verify()) {
     const auto doubt = doubts_.find(*chunk);
@@ -317,7 +318,8 @@ void Arbiter::turn_is_over(ChunkIndex chunk, Instant now) {
   doubts_.erase(chunk);
   --verifying_;
   ++unverified_;
-  if (!options_.mutation.forget_unseen) dirty(chunk, unseen);  // whatever it was, it is sent once more
+  if (!options_.mutation.forget_unseen)
+    dirty(chunk, unseen);  // whatever it was, it is sent once more
 }
 
 void Arbiter::mark_sent(ChunkIndex chunk) {
@@ -462,8 +464,8 @@ void Arbiter::verify() {
   doubts_.clear();
   resting_.clear();
   due_.clear();
-  const bool all_flushed = unflushed_.count() == 0 && flushing_.count() == 0;
-  verify_after_ = all_flushed ? 0 : flush_ + 1;
+  // The one under way, where that covers all: there may be no other.
+  verify_after_ = unflushed_.count() > 0 ? flush_ + 1 : flushing_.count() > 0 ? flush_ : 0;
 }
 
 void Arbiter::scan_begin(Extent range) {
@@ -623,7 +625,8 @@ void Arbiter::mark_chunks(ChunkIndex first, ChunkIndex end) {
   written_since_scan_.insert_range(first, end);
   changed_.insert_range(first / kGroupChunks, (end + kGroupChunks - 1) / kGroupChunks);
   pending_.add_range(first, end);
-  for (auto doubt = doubts_.lower_bound(first); doubt != doubts_.end() && doubt->first < end; ++doubt) {
+  for (auto doubt = doubts_.lower_bound(first); doubt != doubts_.end() && doubt->first < end;
+       ++doubt) {
     doubt->second.differed = {};
   }
   for (auto& [id, copy] : copies_) {

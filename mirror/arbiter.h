@@ -35,25 +35,28 @@
 // forwarded. So an outage costs what was written during it. A chunk that was never copied is
 // Pending whole.
 //
-// Comparing. Where the target may have a chunk already, but nothing says so (its record is damaged or
-// missing, or nobody knows what was written since), its ticket says `compare`: hashes go in place of
-// the content, and copy_differs() makes the blocks that differ Pending, to be sent.
+// Comparing. Where the target may have a chunk already, but nothing says so (its record is damaged
+// or missing, or nobody knows what was written since), its ticket says `compare`: hashes go in
+// place of the content, and copy_differs() makes the blocks that differ Pending, to be sent.
 //
-// Verifying. verify() has every chunk to which anything was ever sent compared that way, in the same order with
-// the guest's writes, without making it Pending. It begins when what the target had acknowledged by then has been
-// flushed (flush_done()): what is read back then comes from stable storage, if the target reads past its caches. Of
-// each block this holds: after verify() was called, and after what was sent of it until then had been flushed, the
-// target read it back and it was equal to the source, or it is in a chunk that is counted as `unverified`. What the
-// guest writes after that look is not read back. (A chunk to which nothing was ever sent is a hole on both sides.)
+// Verifying. verify() has every chunk to which anything was ever sent compared that way, in the
+// same order with the guest's writes, without making it Pending. It begins when what the target had
+// acknowledged by then has been flushed (flush_done()): what is read back then comes from stable
+// storage, if the target reads past its caches. Of each block this holds: after verify() was
+// called, and after what was sent of it until then had been flushed, the target read it back and it
+// was equal to the source, or it is in a chunk that is counted as `unverified`. What the guest
+// writes after that look is not read back. (A chunk to which nothing was ever sent is a hole on
+// both sides.)
 //
-//   A write is on the source a moment before it is here: so a chunk that differs is looked at again after a pause,
-//   and only blocks that differ twice without a write in between were damaged. They are sent again, and seen equal
-//   after a flush before the chunk is done.
-//   A chunk that is not Copied in its turn, because the guest writes there without a pause, has its next turn after
-//   the same pause. A chunk is done when each of its blocks was equal at one look or another. After verify_tries
-//   turns it is over: the blocks that never were are sent once more, and the chunk counts as unverified. So
-//   verifying ends, whatever the guest does, and says what it can't vouch for.
-//   At most max_doubts chunks wait for another turn; with more of them no further chunk has its first.
+//   A write is on the source a moment before it is here: so a chunk that differs is looked at again
+//   after a pause, and only blocks that differ twice without a write in between were damaged. They
+//   are sent again, and seen equal after a flush before the chunk is done. A chunk that is not
+//   Copied in its turn, because the guest writes there without a pause, has its next turn after the
+//   same pause. A chunk is done when each of its blocks was equal at one look or another. After
+//   verify_tries turns it is over: the blocks that never were are sent once more, and the chunk
+//   counts as unverified. So verifying ends, whatever the guest does, and says what it can't vouch
+//   for. At most max_doubts chunks wait for another turn; with more of them no further chunk has
+//   its first.
 //
 // What survives. The target's acknowledgement means that its page cache has it; flush_begin() and
 // flush_done() tell the arbiter what is on stable storage, target_lost_unflushed() that the rest is
@@ -209,7 +212,7 @@ class Arbiter {
       bool damaged_at_once = false;        // a chunk that differs once is taken for damaged
       bool compare_trusted = false;  // a write given up on is seen by a comparison, as by a copy
       bool forget_unseen = false;    // what verifying never saw is not sent again
-      bool wait_past_limit = false;   // in strict mode a write waits for as long as it takes
+      bool wait_past_limit = false;  // in strict mode a write waits for as long as it takes
     } mutation;
   };
 
@@ -241,8 +244,8 @@ class Arbiter {
   };
   // The target has another content in these blocks of the chunk (bits beyond it are ignored).
   std::optional<Damage> copy_differs(TicketId id, BlockMask blocks, Instant now);
-  // Each chunk is compared, in turns with copies, outside strict mode, once what is unflushed now has been flushed.
-  // Begins anew if it was under way.
+  // Each chunk is compared, in turns with copies, outside strict mode, once what is unflushed now
+  // has been flushed. Begins anew if it was under way.
   void verify();
 
   // --- what is on stable storage ---
@@ -258,6 +261,8 @@ class Arbiter {
   void target_lost_unflushed();
   // Acknowledged since the last flush began: time for another?
   [[nodiscard]] Length unflushed() const { return unflushed_bytes_; }
+  // That, and what the flush under way covers.
+  [[nodiscard]] Length not_durable() const { return unflushed_bytes_ + flushing_bytes_; }
 
   // --- records, for a journal ---
   [[nodiscard]] GroupIndex groups() const;
@@ -331,7 +336,9 @@ class Arbiter {
     Length copied;               // the others
   };
   [[nodiscard]] Summary summary() const;
-  [[nodiscard]] std::size_t copying() const { return copies_.size(); }  // Reading, Sending or compared
+  [[nodiscard]] std::size_t copying() const {
+    return copies_.size();
+  }  // Reading, Sending or compared
   // Nothing Pending, being copied, or on its way: the target has all that was acknowledged.
   [[nodiscard]] bool synchronised() const;
   [[nodiscard]] const Options& options() const { return options_; }
@@ -349,8 +356,9 @@ class Arbiter {
     PieceId first_unseen = 0;        // the read saw every piece before this one
     std::vector<PieceId> waiting;    // Reading: forwarded when the read is done
     bool compare = false;
-    std::uint64_t verify = 0;  // not 0: the chunk is Copied, the target is expected to have it; the pass's number
-    BlockMask written;         // verify: by writes that came meanwhile
+    std::uint64_t verify =
+        0;  // not 0: the chunk is Copied, the target is expected to have it; the pass's number
+    BlockMask written;  // verify: by writes that came meanwhile
   };
   struct Piece {
     WriteId write = 0;

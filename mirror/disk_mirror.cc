@@ -82,10 +82,11 @@ std::optional<DiskMirror::Cost> DiskMirror::start_copy() {
   if (ticket->touches && events_.touching) events_.touching(*ticket->touches);
   const std::uint64_t blocks = (ticket->extent.length + kBlock - Length(1)) / kBlock;
   const Length sent = ticket->compare ? Length(blocks * kHashSize) : ticket->wanted;
-  return Cost{.sent = sent, .read = read(*ticket, std::move(buffer))};
+  return Cost{.sent = sent, .read = read(*ticket, std::move(buffer)), .compares = ticket->compare};
 }
 
-// Reads what is wanted of the ticket's extent; what lies between is read over where it is little. How much that is.
+// Reads what is wanted of the ticket's extent; what lies between is read over where it is little.
+// How much that is.
 Length DiskMirror::read(const CopyTicket& ticket, Buffer buffer) {
   constexpr std::size_t kReadOver = 16;  // blocks: 64 KiB cost about as much as another request
   ++reads_;

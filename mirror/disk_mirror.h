@@ -62,11 +62,12 @@ class DiskMirror {
 
   // Asks the source for its holes; copying can begin when that is done.
   void start();
-  // Starts the copy of one more chunk, and says what it costs. Nothing: there is nothing to copy, the window is
-  // full, no buffer is free, or the holes are not known yet.
+  // Starts the copy of one more chunk, and says what it costs. Nothing: there is nothing to copy,
+  // the window is full, no buffer is free, or the holes are not known yet.
   struct Cost {
     Length sent;  // over the wire, at most: what is compressed or zeroes is less
     Length read;  // from the source
+    bool compares = false;
   };
   std::optional<Cost> start_copy();
   // No new copies or scans from now on; what is in flight ends.

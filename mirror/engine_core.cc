@@ -129,8 +129,9 @@ Status EngineCore::enter_strict() {
   strict_ = true;
   told_copied_ = false;
   if (read_rate_) read_rate_->set_rate(Length());
-  // The caller is told from the loop, not from inside its own call.
-  loop_.post([this] { settle(); });
+  // The caller is told from the loop, not from inside its own call. What held up copies until now
+  // does so no longer.
+  loop_.post([this] { pump(); });
   return {};
 }
 
@@ -270,6 +271,7 @@ void EngineCore::pump() {
 bool EngineCore::start_copies(OneDisk& disk) {
   while (true) {
     const Instant time = loop_.now();
+    if (too_much_unflushed()) return false;
     Instant ready;
     if (!bandwidth_.may_start(time)) ready = bandwidth_.ready();
     if (read_rate_ && !read_rate_->may_start(time)) ready = std::max(ready, read_rate_->ready());
@@ -286,7 +288,21 @@ bool EngineCore::start_copies(OneDisk& disk) {
     if (!cost) return true;
     bandwidth_.take(time, read_rate_ ? cost->sent : std::max(cost->sent, cost->read));
     if (read_rate_) read_rate_->take(time, cost->read);
+    if (!cost->compares) begun_since_flush_ += cost->sent;
   }
+}
+
+// What the guest writes does not count: the copy goes on with each flush, however much that is.
+bool EngineCore::too_much_unflushed() {
+  if (options_.max_unflushed == Length() || strict_) return false;
+  if (begun_since_flush_ + begun_before_flush_ < options_.max_unflushed) return false;
+  const bool comes_to_a_flush = std::ranges::any_of(disks_, [](const auto& disk) {
+    return disk->mirror->arbiter().copying() > 0 ||
+           disk->mirror->arbiter().not_durable() > Length();
+  });
+  // Else it was lost on the way: nobody will flush for it.
+  if (!comes_to_a_flush) begun_since_flush_ = begun_before_flush_ = Length();
+  return comes_to_a_flush;
 }
 
 // After anything has happened: timers, and what others wait for.
@@ -348,6 +364,7 @@ Arbiter::Records EngineCore::take_records(std::size_t disk, GroupIndex first, st
 std::vector<FlushId> EngineCore::flush_begin() {
   std::vector<FlushId> ids;
   for (const auto& disk : disks_) ids.push_back(disk->mirror->flush_begin());
+  begun_before_flush_ += std::exchange(begun_since_flush_, Length());
   return ids;
 }
 
@@ -359,6 +376,9 @@ void EngineCore::flush_ended(const std::vector<FlushId>& ids, bool done) {
       disks_.at(i)->mirror->flush_failed(ids[i]);
     }
   }
+  if (!done) begun_since_flush_ += begun_before_flush_;
+  begun_before_flush_ = Length();
+  pump();
 }
 
 void EngineCore::arm_deadline() {

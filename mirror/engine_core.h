@@ -123,6 +123,7 @@ class EngineCore : private Answers {
   void arm_deadline();
   void deadline_passed();
   [[nodiscard]] Length left_of(const OneDisk& disk) const;
+  [[nodiscard]] bool too_much_unflushed();
   [[nodiscard]] bool copied(Length rest) const;
 
   const MirrorEngine::Options options_;
@@ -135,6 +136,8 @@ class EngineCore : private Answers {
   blockcopy::Throttle bandwidth_;
   std::optional<blockcopy::Throttle> read_rate_;  // none: bandwidth_ is charged what is read, too
   std::optional<Loop::Handle> throttle_timer_;
+  Length begun_since_flush_;   // of copies
+  Length begun_before_flush_;  // the one under way
   std::optional<Loop::Handle> deadline_timer_;
   Instant deadline_{};  // its time
   bool started_ = false;
