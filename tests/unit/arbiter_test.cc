@@ -484,6 +484,16 @@ TEST_F(Verification, BeginsWhenWhatTheTargetHasIsOnItsStableStorage) {
   EXPECT_TRUE(arbiter_.start_copy(now_)) << "nothing is unflushed";
 }
 
+TEST_F(Verification, BeginsWithTheFlushThatIsUnderWayIfThatCoversAll) {
+  copy_all();
+  const FlushId under_way = arbiter_.flush_begin();
+  arbiter_.verify();
+  EXPECT_FALSE(arbiter_.start_copy(now_));
+  EXPECT_EQ(arbiter_.unflushed(), Length()) << "so that nobody begins another";
+  arbiter_.flush_done(under_way);
+  EXPECT_TRUE(arbiter_.start_copy(now_));
+}
+
 TEST_F(Verification, HolesAreNotRead) {
   arbiter_.scan_begin({Offset(0), arbiter_.options().disk_size});
   arbiter_.scan_hole({Offset(0), kChunk * 6});
@@ -523,7 +533,8 @@ TEST_F(Verification, AChunkThatIsNeverCopiedDoesNotHoldItUpForEver) {
   }
   EXPECT_EQ(arbiter_.summary().to_verify, 0U);
   EXPECT_EQ(arbiter_.summary().unverified, 1U);
-  EXPECT_EQ(copy->extent, block(3, 0, kChunk / kBlock)) << "nothing of it was seen, so it is all sent once more";
+  EXPECT_EQ(copy->extent, block(3, 0, kChunk / kBlock))
+      << "nothing of it was seen, so it is all sent once more";
 }
 
 TEST_F(Verification, BlocksMayBeSeenEqualOneAfterTheOther) {
@@ -601,7 +612,8 @@ constexpr std::uint64_t k64TiB = std::uint64_t{64} << 20;  // chunks
 
 std::size_t allocated() { return ::mallinfo2().uordblks + ::mallinfo2().hblkhd; }
 
-// A chunk in each group, as on a disk with a filesystem: its holes cost next to nothing, in time and in memory.
+// A chunk in each group, as on a disk with a filesystem: its holes cost next to nothing, in time
+// and in memory.
 TEST_F(Verification, ASparse64TiBDiskIsCheap) {
   const std::size_t before = allocated();
   Arbiter::Options options = disk_of(k64TiB);
