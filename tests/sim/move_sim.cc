@@ -167,6 +167,9 @@ EngineSetup MoveSim::draw_engine(World& world, const MoveSimOptions& options) {
   engine.arbiter.strict_window = Length(random.one_in(2) ? random.below(8192) : 1U << 20);
   if (random.one_in(3)) engine.arbiter.max_lag = std::chrono::milliseconds(1 + random.below(20));
   engine.arbiter.mutation = options.arbiter;
+  if (random.one_in(3)) engine.max_unflushed = engine.chunk_size * (1 + random.below(4));
+  if (random.one_in(2)) engine.arbiter.verify_tries = 1 + static_cast<unsigned>(random.below(3));
+  if (random.one_in(3)) engine.arbiter.max_doubts = 1;
   if (random.one_in(4)) engine.encode.encoding = mirror::Encoding::Lz4;
   return engine;
 }
@@ -225,6 +228,14 @@ MoveSim::MoveSim(std::uint64_t seed, const MoveSimOptions& options)
   move_options_.host = "hostb";
   move_options_.target_uri = "qemu+ssh://hostb/system";
   move_options_.connections = 1 + static_cast<unsigned>(world_.random.below(3));
+  if (world_.random.one_in(3)) {
+    move_options_.max_slowdown = std::chrono::milliseconds(10 + world_.random.below(990));
+  }
+  machines_.strict_bound = move_options_.max_slowdown;
+  if (world_.random.one_in(3)) {
+    move_options_.verify = true;
+    if (world_.random.one_in(2)) target_.corrupts = static_cast<unsigned>(world_.random.below(300));
+  }
   draw_faults();
 }
 
@@ -400,6 +411,10 @@ void MoveSim::kill_runner() {
   world_.trace("the runner is killed in phase {}", job::phase_name(phase_));
   world_.kill(runner_);
   machines_.client_died();
+  if (world_.random.one_in(8)) {
+    world_.trace("the job's journal is damaged");
+    for (auto& [directory, journal] : around_.journals) journal.damaged = true;
+  }
 }
 
 void MoveSim::heal() {

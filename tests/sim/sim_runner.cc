@@ -570,7 +570,11 @@ class SimEngine final : public mirror::MirrorEngine {
   void start() override { core_.start(); }
   Status enter_strict() override { return core_.enter_strict(); }
   void leave_strict() override { core_.leave_strict(); }
-  void verify() override { core_.verify(); }
+  void verify() override {
+    // From here on what was written stays: what is read back is what is there in the end.
+    around_.target.corrupts = 0;
+    core_.verify();
+  }
   void set_bandwidth(Length per_second) override { core_.set_bandwidth(per_second); }
   void set_read_rate(Length per_second) override { core_.set_read_rate(per_second); }
   void stop_copying() override { core_.stop_copying(); }
@@ -779,6 +783,9 @@ Result<std::unique_ptr<job::Journal>> SimPlatform::open_journal(const std::strin
   if (make == job::Journal::Make::Never && !around_.journals.contains(directory)) {
     return fail(Code::Protocol, "there is no journal in " + directory);
   }
+  if (around_.journals.contains(directory) && around_.journals.at(directory).damaged) {
+    return fail(Code::Protocol, "the job's journal is damaged");
+  }
   around_.journals[directory];
   return std::make_unique<SimJournal>(around_, directory);
 }
@@ -789,6 +796,8 @@ Result<std::unique_ptr<mirror::MirrorEngine>> SimPlatform::create_engine(
   small.chunk_size = around_.engine.chunk_size;
   small.handover_rest = around_.engine.handover_rest;
   small.arbiter = around_.engine.arbiter;
+  small.arbiter.max_strict_wait = options.arbiter.max_strict_wait;
+  small.max_unflushed = around_.engine.max_unflushed;
   return std::make_unique<SimEngine>(around_, process_, small, std::move(events));
 }
 
