@@ -145,6 +145,9 @@ class TargetImage {
   [[nodiscard]] virtual bool reads_storage() const { return true; }
   // Every lane has a writer of its own (at most 32 per image). Destroy it before release().
   virtual Result<std::unique_ptr<ImageWriter>> open_writer(Loop& loop) = 0;
+  // Which runs of `range`, from its start on and as ImageReader::extents(), were never written or
+  // read as zeroes; what is not known is data. Nobody writes meanwhile.
+  virtual std::vector<MappedExtent> map(Extent range) { return {{range, true}}; }
   // Everything whose write was completed before is on stable storage afterwards. Once it failed it
   // never succeeds again: the kernel reports a lost write only once.
   virtual Status flush() = 0;

@@ -309,6 +309,11 @@ class RawTarget final : public TargetImage {
   }
   [[nodiscard]] bool reads_storage() const override { return reads_storage_; }
 
+  std::vector<MappedExtent> map(Extent range) override {
+    CHECK(state_ != nullptr, "a released image is not looked at");
+    return find_extents(state_->file, range);
+  }
+
   Status flush() override {
     CHECK(state_ != nullptr, "a released image is not flushed");
     if (!flushed_) return flushed_;

@@ -61,6 +61,22 @@ constexpr std::string_view kStateKey = "state";
 constexpr std::string_view kBarrierKey = "barrier";  // of the present handover: it was passed
 constexpr std::string_view kQemuKey = "qemu";  // the process whose bitmaps these are
 
+// Of {"op":"map"}.
+Result<std::vector<Extent>> decode_holes(const json& map) {
+  const auto broken = [] {
+    return fail(Code::Protocol, "the target's map is not a list of holes");
+  };
+  const auto list = map.find("holes");
+  if (list == map.end() || !list->is_array()) return broken();
+  std::vector<Extent> holes;
+  for (const json& one : *list) {
+    if (!one.is_array() || one.size() != 2) return broken();
+    if (!one[0].is_number_unsigned() || !one[1].is_number_unsigned()) return broken();
+    holes.push_back({Offset(one[0].get<std::uint64_t>()), Length(one[1].get<std::uint64_t>())});
+  }
+  return holes;
+}
+
 class Move {
  public:
   Move(Platform& platform, const MoveOptions& options, Observer& observer, Cancel& cancel,
@@ -194,10 +210,10 @@ class Move {
     DROVER_ASSIGN(const auto state, journal_->get(kStateKey));
     DROVER_ASSIGN(const auto barrier, journal_->get(kBarrierKey));
     if (state) journaled_state_ = *state;
-    const bool unknown = !state;  // begun beside a damaged one
+    journal_is_new_ = !state;
     barrier_journaled_ = barrier.has_value();
-    may_have_resumed_ = unknown || journaled_state_ == "resuming" || journaled_state_ == "committing" ||
-                        journaled_state_ == "committed";
+    may_have_resumed_ = journal_is_new_ || journaled_state_ == "resuming" ||
+                        journaled_state_ == "committing" || journaled_state_ == "committed";
     log_info("the journal says: {}{}", journaled_state_, barrier_journaled_ ? ", the barrier was passed" : "");
     return {};
   }
@@ -560,13 +576,19 @@ class Move {
     // Records that were not synced went with this host, if it was that which ended QEMU: then no record does not
     // mean that nothing was sent.
     const bool known = ((bitmaps || files_.mutation.trust_records) && restore_records(targets)) ||
-                       (files_.mutation.believe_empty_journal && journaled_state_.empty());
+                       (files_.mutation.believe_empty_journal && journal_is_new_);
     if (!known) {
       observer_.note(std::string(bitmaps ? "nothing is known of what the target has"
                                          : "the guest's QEMU was restarted meanwhile, and what was written since is "
                                            "not known") +
                      ": all of its disks is compared, and what differs is sent");
       engine_->restore_nothing();
+      for (std::size_t disk = 0; disk < targets.size(); ++disk) {
+        if (const Status found = find_holes(disk); !found) {
+          log_info("where the target's disks are empty is not known: {}",
+                   found.error().to_string());
+        }
+      }
     }
     DROVER_TRY(attach_mirrors());
     DROVER_TRY(know_targets());
@@ -577,6 +599,24 @@ class Move {
     }
     DROVER_TRY(know_qemu());
     engine_->start();
+    return {};
+  }
+
+  // Of a disk of which nothing is known: what has a hole on both sides is not read, hashed and
+  // compared.
+  Status find_holes(std::size_t disk) {
+    const std::uint64_t size = prepared_.move_plan.disks[disk].virtual_size.bytes();
+    if (prepared_.move_plan.disks[disk].target_block_device) return {};
+    for (std::uint64_t at = 0; at < size;) {
+      DROVER_ASSIGN(
+          const json map,
+          engine_->link().call({{"op", "map"}, {"disk", disk}, {"offset", at}}, kControlTimeout));
+      DROVER_ASSIGN(const std::vector<Extent> holes, decode_holes(map));
+      DROVER_ASSIGN(const std::uint64_t end, mirror::get_unsigned(map, "end", size));
+      if (end <= at) return fail(Code::Protocol, "the target's map does not go on");
+      engine_->restore_holes(disk, holes);
+      at = end;
+    }
     return {};
   }
 
@@ -1375,6 +1415,7 @@ class Move {
   bool exporting_ = false;
   bool memory_started_ = false;
   std::string journaled_state_;
+  bool journal_is_new_ = false;  // begun beside a damaged one
   bool barrier_journaled_ = false;
   bool may_have_resumed_ = false;  // an earlier process may have resumed the target
   bool partial_ = false;  // what was copied was left for a resume

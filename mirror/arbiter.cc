@@ -474,12 +474,16 @@ void Arbiter::scan_begin(Extent range) {
                                   (range.end().bytes() + size - 1) / size);
 }
 
-void Arbiter::scan_hole(Extent hole) {
+// [first, end) of those that lie in it.
+std::pair<ChunkIndex, ChunkIndex> Arbiter::whole_chunks(Extent extent) const {
   const std::uint64_t size = options_.chunk_size.bytes();
-  const ChunkIndex first = (hole.offset.bytes() + size - 1) / size;
-  const ChunkIndex end = hole.end() == Offset(options_.disk_size.bytes())
-                             ? chunks_
-                             : hole.end().bytes() / size;
+  const bool to_the_end = extent.end() == Offset(options_.disk_size.bytes());
+  return {(extent.offset.bytes() + size - 1) / size,
+          to_the_end ? chunks_ : extent.end().bytes() / size};
+}
+
+void Arbiter::scan_hole(Extent hole) {
+  const auto [first, end] = whole_chunks(hole);
   // From one chunk that is to be kept to the next: a large hole costs no more than a small one.
   for (ChunkIndex at = first; at < end;) {
     ChunkIndex kept = std::min(end, sent_.next(at).value_or(end));
@@ -783,6 +787,17 @@ void Arbiter::restore_nothing() {
   for (ChunkIndex first = 0; first < chunks_; first += kGroupChunks) {
     know_nothing(first, std::min(chunks_, first + kGroupChunks));
   }
+}
+
+void Arbiter::restore_hole(Extent hole) {
+  CHECK(pieces_.empty() && copies_.empty(), "an arbiter is restored before anything happens");
+  const auto [first, end] = whole_chunks(hole);
+  if (first >= end) return;
+  // That their records say otherwise costs a comparison at worst.
+  pending_.add_range(first, end);
+  sent_.erase_range(first, end);
+  compare_.erase_range(first, end);
+  passed_ = sent_.count();
 }
 
 // The chunks of one group.

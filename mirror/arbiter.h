@@ -95,6 +95,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "base/clock.h"
@@ -281,6 +282,9 @@ class Arbiter {
   Status restore(GroupIndex group, std::string_view bytes, bool unflushed_lost);
   // The same as if every group's record was damaged.
   void restore_nothing();
+  // After those: the target was asked, after a flush and before anything was sent to it. It reads
+  // as zeroes there as if nothing had ever been sent.
+  void restore_hole(Extent hole);
 
   // Passed: every write that arrived before fence_begin() is acknowledged by the target, or
   // Pending.
@@ -380,6 +384,7 @@ class Arbiter {
   [[nodiscard]] std::size_t blocks_in(ChunkIndex chunk) const;
   [[nodiscard]] BlockMask blocks_of(const Piece& piece) const;
   [[nodiscard]] Length bytes_of(ChunkIndex chunk, const BlockMask& blocks) const;
+  [[nodiscard]] std::pair<ChunkIndex, ChunkIndex> whole_chunks(Extent extent) const;
   void know_nothing(ChunkIndex first, ChunkIndex end);
   void changed(ChunkIndex chunk) { changed_.insert(chunk / kGroupChunks); }
   void changed(const BlockSet& chunks);

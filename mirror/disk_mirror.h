@@ -101,6 +101,7 @@ class DiskMirror {
     return arbiter_.restore(group, bytes, unflushed_lost);
   }
   void restore_nothing() { arbiter_.restore_nothing(); }
+  void restore_hole(Extent hole) { arbiter_.restore_hole(hole); }
 
   struct Counters {
     std::uint64_t guest_writes = 0;     // requests that QEMU mirrored

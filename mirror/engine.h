@@ -123,6 +123,9 @@ class MirrorEngine {
   virtual Status restore(std::size_t disk, const GroupRecord& record, bool unflushed_lost) = 0;
   // Instead, where the records can't be trusted: the target may have anything, all of it is to be copied.
   virtual void restore_nothing() = 0;
+  // After it, and before QEMU's mirrors connect: where the target reads as zeroes, as {"op":"map"}
+  // says.
+  virtual void restore_holes(std::size_t disk, const std::vector<Extent>& holes) = 0;
   // What the target's images are, when the link did not say it with link_up. Another instance or image than
   // before: what was lost with it is to be copied again.
   virtual void know_targets(const std::vector<TargetDisk>& target_disks) = 0;

@@ -352,6 +352,16 @@ void EngineCore::restore_nothing() {
   for (const auto& disk : disks_) disk->mirror->restore_nothing();
 }
 
+void EngineCore::restore_holes(std::size_t disk, const std::vector<Extent>& holes) {
+  CHECK(!started_, "records are restored before copying begins");
+  DiskMirror& mirror = *disks_.at(disk)->mirror;
+  const Offset size(mirror.arbiter().options().disk_size.bytes());
+  for (const Extent& hole : holes) {
+    if (hole.offset < size && hole.end() <= size && hole.end() > hole.offset)
+      mirror.restore_hole(hole);
+  }
+}
+
 void EngineCore::mark_pending(std::size_t disk, const std::vector<Extent>& extents) {
   for (const Extent& extent : extents) disks_.at(disk)->mirror->mark_pending(extent);
   pump();

@@ -80,6 +80,7 @@ class EngineCore : private Answers {
   [[nodiscard]] MirrorEngine::EngineStatus status() const;
   Status restore(std::size_t disk, const GroupRecord& record, bool unflushed_lost);
   void restore_nothing();
+  void restore_holes(std::size_t disk, const std::vector<Extent>& holes);
   void mark_pending(std::size_t disk, const std::vector<Extent>& extents);
   Arbiter::Records take_records(std::size_t disk, GroupIndex first, std::size_t most);
   std::vector<FlushId> flush_begin();

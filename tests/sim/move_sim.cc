@@ -228,8 +228,8 @@ MoveSim::MoveSim(std::uint64_t seed, const MoveSimOptions& options)
   move_options_.host = "hostb";
   move_options_.target_uri = "qemu+ssh://hostb/system";
   move_options_.connections = 1 + static_cast<unsigned>(world_.random.below(3));
-  if (world_.random.one_in(3)) {
-    move_options_.max_slowdown = std::chrono::milliseconds(10 + world_.random.below(990));
+  if (world_.random.one_in(2)) {
+    move_options_.max_slowdown = std::chrono::milliseconds(10 + world_.random.below(190));
   }
   machines_.strict_bound = move_options_.max_slowdown;
   if (world_.random.one_in(3)) {

@@ -90,6 +90,8 @@ INSTANTIATE_TEST_SUITE_P(
                          [](MoveSimOptions& o) { o.job.trust_records = true; }},
                     Rule{"BesideADamagedJournalNothingIsKnown",
                          [](MoveSimOptions& o) { o.job.believe_empty_journal = true; }},
+                    Rule{"WhatIsNotEmptyOnTheTargetIsCompared",
+                         [](MoveSimOptions& o) { o.target.empty_map = true; }},
                     Rule{"WhatDiffersIsSent",
                          [](MoveSimOptions& o) { o.arbiter.same_though_different = true; }},
                     Rule{"WhatIsToBeVerifiedIsReadBackBeforeTheHandover",

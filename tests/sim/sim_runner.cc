@@ -583,6 +583,9 @@ class SimEngine final : public mirror::MirrorEngine {
     return core_.restore(disk, record, unflushed_lost);
   }
   void restore_nothing() override { core_.restore_nothing(); }
+  void restore_holes(std::size_t disk, const std::vector<Extent>& holes) override {
+    core_.restore_holes(disk, holes);
+  }
   void know_targets(const std::vector<mirror::TargetDisk>& disks) override {
     core_.know_targets(disks);
   }

@@ -340,6 +340,23 @@ TEST_F(ArbiterRules, WhereNothingIsKnownChunksAreComparedAndOnlyThoseThatDifferA
   EXPECT_TRUE(arbiter_.synchronised());
 }
 
+TEST_F(ArbiterRules, WhatIsEmptyOnTheTargetIsNotCompared) {
+  arbiter_.restore_nothing();
+  arbiter_.restore_hole({Offset(kChunk.bytes() - 1), kChunk * 4 + Length(2)});  // 1 to 4 whole
+  arbiter_.scan_begin({Offset(0), arbiter_.options().disk_size});
+  arbiter_.scan_hole({Offset(3 * kChunk.bytes()), kChunk * 5});
+  std::vector<ChunkIndex> compared;
+  std::vector<ChunkIndex> fresh;
+  while (const auto ticket = arbiter_.start_copy(Instant())) {
+    (ticket->compare ? compared : fresh).push_back(ticket->chunk);
+    EXPECT_EQ(ticket->fresh, !ticket->compare);
+    ASSERT_TRUE(arbiter_.copy_read(ticket->id, actions_));
+    arbiter_.copy_acked(ticket->id);
+  }
+  EXPECT_EQ(compared, (std::vector<ChunkIndex>{0, 5, 6, 7})) << "there may be anything";
+  EXPECT_EQ(fresh, (std::vector<ChunkIndex>{1, 2})) << "3 and 4 are holes on both sides";
+}
+
 TEST_F(ArbiterRules, AComparisonThatIsLostIsMadeAgain) {
   arbiter_.restore_nothing();
   const auto first = arbiter_.start_copy(Instant());
