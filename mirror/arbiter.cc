@@ -98,15 +98,16 @@ Arbiter::Copy* Arbiter::copy_of(ChunkIndex chunk) {
 
 // --- the guest ---
 
-void Arbiter::guest_write(WriteId id, WriteKind kind, Extent extent, Instant now, Actions& out) {
+void Arbiter::guest_write(WriteId id, WriteKind kind, Extent extent, Instant now, Actions& out,
+                          bool scarce) {
   CHECK(extent.length.bytes() > 0 && extent.end() <= Offset(options_.disk_size.bytes()),
         "the NBD server lets only extents of the disk through");
   const bool fresh_id = writes_.emplace(id, Write()).second;
   CHECK(fresh_id, "a write's id is new");
   // In strict mode a write waits when too much is on its way.
   const bool may_wait = strict_ || options_.mutation.wait_outside_strict;
-  const bool wait_for_target = may_wait && kind != WriteKind::Discard &&
-                               bytes_on_the_way_ + extent.length > options_.strict_window;
+  const bool much = scarce || bytes_on_the_way_ + extent.length > options_.strict_window;
+  const bool wait_for_target = may_wait && kind != WriteKind::Discard && much;
   begin_part(id);  // held until all parts are taken
   if (wait_for_target) waiting_.push_back(id);
   writes_.at(id).acknowledged = !wait_for_target;

@@ -222,7 +222,10 @@ class Arbiter {
 
   // --- the guest (through QEMU's mirror) ---
   // The extent lies within the disk and is not empty. `id` is new.
-  void guest_write(WriteId id, WriteKind kind, Extent extent, Instant now, Actions& out);
+  // `scarce`: the caller has few buffers left, so in strict mode it waits however little is on its
+  // way (or the next would wait for a buffer, and nobody would know since when).
+  void guest_write(WriteId id, WriteKind kind, Extent extent, Instant now, Actions& out,
+                   bool scarce = false);
 
   // --- the copier ---
   // The next Pending chunk whose lane is up, in ascending order from where the last one was; it is

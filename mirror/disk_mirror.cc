@@ -147,7 +147,7 @@ void DiskMirror::on_read(Read& read) {
   carry_out();
 }
 
-void DiskMirror::guest(NbdRequest request) {
+void DiskMirror::guest(NbdRequest request, bool scarce) {
   if (request.kind == NbdRequest::Kind::Flush) {
     // What the guest relies on is the source's disk; the target is flushed at the barrier.
     return events_.acknowledge(request.id);
@@ -161,7 +161,7 @@ void DiskMirror::guest(NbdRequest request) {
   CHECK(is_new, "the NBD server names each request once");
   const Instant now = events_.now();
   if (arbiter_.strict()) strict_since_.emplace(id, now);
-  arbiter_.guest_write(id, kind, extent, now, actions_);
+  arbiter_.guest_write(id, kind, extent, now, actions_, scarce);
   carry_out();
 }
 

@@ -74,7 +74,7 @@ class DiskMirror {
   void stop() { stopped_ = true; }
   [[nodiscard]] bool idle() const { return reads_ == 0 && !scanning_; }
 
-  void guest(NbdRequest request);
+  void guest(NbdRequest request, bool scarce = false);
   void applied(std::uint64_t token);
   void differs(std::uint64_t token, const BlockMask& blocks);
   void refused(std::uint64_t token, const Error& error);

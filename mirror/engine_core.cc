@@ -99,8 +99,11 @@ DiskMirror::Events EngineCore::mirror_events(OneDisk* disk) {
 NbdServer::Events EngineCore::server_events(OneDisk* disk) {
   NbdServer::Events events;
   events.request = [this, disk](NbdRequest request) {
-    disk->mirror->guest(std::move(request));
-    if (buffers_.writes.available() < MirrorEngine::kSpareWriteBuffers) {
+    const auto scarce = [this] {
+      return buffers_.writes.available() < MirrorEngine::kSpareWriteBuffers;
+    };
+    disk->mirror->guest(std::move(request), scarce());
+    if (scarce()) {
       for (const auto& each : disks_) each->mirror->shed();
     }
     pump();

@@ -152,6 +152,7 @@ class MoveSim final : public job::Observer {
   bool source_restarted_ = false;
   bool memory_lost_ = false;  // with the target's host
   bool cannot_resume_ = false;
+  bool slow_handover_ = false;  // the guest writes in it, and the target is slow
   bool receiver_killed_ = false;
   FilePtr strangers_;  // a file on the target that is not the job's
   Bytes strangers_content_;
@@ -231,6 +232,7 @@ MoveSim::MoveSim(std::uint64_t seed, const MoveSimOptions& options)
   if (world_.random.one_in(2)) {
     move_options_.max_slowdown = std::chrono::milliseconds(10 + world_.random.below(190));
   }
+  slow_handover_ = world_.random.one_in(8);
   machines_.strict_bound = move_options_.max_slowdown;
   if (world_.random.one_in(3)) {
     move_options_.verify = true;
@@ -264,6 +266,16 @@ void MoveSim::draw_faults() {
       default: one.lasts = world_.between(12s, 90s); break;
     }
     faults_.push_back(one);
+  }
+  // Something for which writes wait, when they may.
+  if (slow_handover_) {
+    Planned one;
+    one.fault = random.one_in(2) ? Fault::TargetStall : Fault::Cut;
+    one.phase = random.one_in(2) ? job::Phase::Synchronised : job::Phase::Memory;
+    one.later = world_.between(0us, 20ms);
+    one.lasts = world_.between(300ms, 8s);
+    faults_.push_back(one);
+    engine_.arbiter.strict_window = Length(random.below(2) * 4096);
   }
   if (mood != 0 && random.one_in(3)) {
     noise_ = true;
@@ -649,8 +661,9 @@ void MoveSim::check_end() {
 
 std::optional<std::string> MoveSim::run(MoveSimStats* stats) {
   GuestPlan plan;
-  plan.writes = world_.random.below(90);
+  plan.writes = slow_handover_ ? 400 : world_.random.below(90);
   plan.pause = world_.random.one_in(4) ? Duration(300us) : world_.between(100us, 4ms);
+  if (slow_handover_) plan.pause = 20ms;
   plan.discards = world_.random.one_in(4) ? 60 : 10;
   machines_.begin(plan);
   healed_at_ = world_.now();

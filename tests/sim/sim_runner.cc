@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tests/sim/sim_runner.h"
-#include "tests/sim/sim_frame.h"
 
 #include <algorithm>
 #include <deque>
@@ -9,6 +8,8 @@
 #include "base/check.h"
 #include "mirror/engine_core.h"
 #include "mirror/lane_queue.h"
+#include "tests/fakes/loop_without_io.h"
+#include "tests/sim/sim_frame.h"
 
 namespace drover::sim {
 namespace {
@@ -18,13 +19,11 @@ using nlohmann::json;
 
 Error unreachable(std::string what) { return {Code::Unreachable, std::move(what), "", true}; }
 
-class SimLoop final : public Loop {
+class SimLoop final : public fakes::LoopWithoutIo {
  public:
   SimLoop(World& world, ProcessPtr process) : world_(world), process_(std::move(process)) {}
   ~SimLoop() override { *here_ = false; }
 
-  void run() override { CHECK(false, "the world runs the loop"); }
-  void stop() override {}
   void post(Task task) override {
     last_post_ = std::max(last_post_, world_.now() + world_.between(0us, 20us));
     (void)plan(last_post_, std::move(task));
@@ -32,15 +31,6 @@ class SimLoop final : public Loop {
   Handle at(Instant when, Task task) override { return plan(when, std::move(task)); }
   void cancel(Handle handle) override { world_.cancel(handle - 1); }
   [[nodiscard]] Instant now() const override { return world_.now(); }
-
-  Handle read(int, std::span<std::byte>, Offset, Completion) override { return none(); }
-  Handle write(int, std::span<const std::byte>, Offset, Completion) override { return none(); }
-  Handle fdatasync(int, Completion) override { return none(); }
-  Handle fallocate(int, int, Extent, Completion) override { return none(); }
-  Handle receive(int, std::span<std::byte>, Completion) override { return none(); }
-  Handle send(int, std::span<const std::byte>, Completion) override { return none(); }
-  Handle accept(int, Completion) override { return none(); }
-  Handle poll(int, short, Completion) override { return none(); }
 
  private:
   Handle plan(Instant when, Task task) {
@@ -51,7 +41,6 @@ class SimLoop final : public Loop {
                    },
                    process_);
   }
-  static Handle none() { CHECK(false, "the engine's core does no I/O of its own"); }
   World& world_;
   const ProcessPtr process_;
   Instant last_post_{};

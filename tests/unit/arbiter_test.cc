@@ -623,6 +623,20 @@ TEST_F(Verification, BegunAnewItForgetsWhatIsUnderWay) {
   EXPECT_EQ(arbiter_.summary().to_verify, 0U);
 }
 
+// A guest that writes little each time fills the buffers before it fills the window.
+TEST_F(ArbiterRules, InStrictModeAWriteWaitsWhereBuffersAreScarce) {
+  copy_all();
+  ASSERT_TRUE(arbiter_.enter_strict());
+  write(block(1, 0));
+  EXPECT_EQ(arbiter_.summary().waiting, 0U);
+  arbiter_.guest_write(++writes_, WriteKind::Data, block(1, 1), Instant(), actions_, true);
+  EXPECT_EQ(arbiter_.summary().waiting, 1U);
+  EXPECT_EQ(arbiter_.next_deadline(), Instant() + arbiter_.options().max_strict_wait);
+  arbiter_.leave_strict(actions_);
+  arbiter_.guest_write(++writes_, WriteKind::Data, block(1, 2), Instant(), actions_, true);
+  EXPECT_EQ(arbiter_.summary().waiting, 0U) << "only there";
+}
+
 // --- size ---
 
 constexpr std::uint64_t k64TiB = std::uint64_t{64} << 20;  // chunks

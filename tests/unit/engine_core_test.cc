@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "base/check.h"
+#include "tests/fakes/loop_without_io.h"
 
 namespace drover::mirror {
 namespace {
@@ -19,7 +19,7 @@ namespace {
 using namespace std::chrono_literals;
 
 // Timers and posted tasks only.
-class VirtualLoop final : public Loop {
+class VirtualLoop final : public fakes::LoopWithoutIo {
  public:
   void post(Task task) override { (void)at(now_, std::move(task)); }
   Handle at(Instant when, Task task) override {
@@ -40,19 +40,8 @@ class VirtualLoop final : public Loop {
     }
     now_ = end;
   }
-  void run() override { CHECK(false, "the test runs it"); }
-  void stop() override {}
-  Handle read(int, std::span<std::byte>, Offset, Completion) override { return none(); }
-  Handle write(int, std::span<const std::byte>, Offset, Completion) override { return none(); }
-  Handle fdatasync(int, Completion) override { return none(); }
-  Handle fallocate(int, int, Extent, Completion) override { return none(); }
-  Handle receive(int, std::span<std::byte>, Completion) override { return none(); }
-  Handle send(int, std::span<const std::byte>, Completion) override { return none(); }
-  Handle accept(int, Completion) override { return none(); }
-  Handle poll(int, short, Completion) override { return none(); }
 
  private:
-  static Handle none() { CHECK(false, "the core does no I/O of its own"); }
   Instant now_{1000s};
   Handle last_ = 0;
   std::map<std::pair<Instant, Handle>, Task> due_;
