@@ -136,11 +136,18 @@ class TargetImage {
   // False: that process is gone, or a flush has failed. Only release(), remove() and destruction
   // are left then; open_target() may help.
   [[nodiscard]] virtual bool alive() { return true; }
-  // Reads what is on stable storage, past every cache where the image can; flush() first. Destroy
-  // it before release().
+  // Reads what is on stable storage; flush() first, for what is not flushed may be read from a
+  // cache. With O_DIRECT, or by having the page cache of this host written back and dropped before
+  // each read. Caches further down (of the device, of a server) are not looked behind: what a flush
+  // has put there they answer for. Destroy it before release().
   virtual Result<std::unique_ptr<ImageReader>> open_reader(Loop& loop) = 0;
+  // False: its filesystem allows neither (tmpfs), and open_reader() reads memory.
+  [[nodiscard]] virtual bool reads_storage() const { return true; }
   // Every lane has a writer of its own (at most 32 per image). Destroy it before release().
   virtual Result<std::unique_ptr<ImageWriter>> open_writer(Loop& loop) = 0;
+  // Which runs of `range`, from its start on and as ImageReader::extents(), were never written or
+  // read as zeroes; what is not known is data. Nobody writes meanwhile.
+  virtual std::vector<MappedExtent> map(Extent range) { return {{range, true}}; }
   // Everything whose write was completed before is on stable storage afterwards. Once it failed it
   // never succeeds again: the kernel reports a lost write only once.
   virtual Status flush() = 0;

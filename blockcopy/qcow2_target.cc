@@ -2,6 +2,7 @@
 //
 // qcow2 files as a target: qemu-img formats the file that we made, a qemu-storage-daemon of ours
 // exports it, and each writer has a connection of its own to it.
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -19,6 +20,7 @@
 #include "base/subprocess.h"
 #include "blockcopy/nbd_connection.h"
 #include "blockcopy/storage_daemon.h"
+#include "blockcopy/storage_reader.h"
 #include "blockcopy/target_file.h"
 #include "blockcopy/targets.h"
 
@@ -160,9 +162,15 @@ class Qcow2Target final : public TargetImage {
 
   Result<std::unique_ptr<ImageReader>> open_reader(Loop& loop) override {
     CHECK(daemon_ != nullptr, "a released image has no readers");
-    return open_nbd_reader(
-        loop, {daemon_->address().unix_socket, daemon_->address().export_name, kReadConnections});
+    DROVER_ASSIGN(auto reader,
+                  open_nbd_reader(loop, {daemon_->address().unix_socket,
+                                         daemon_->address().export_name, kReadConnections}));
+    if (direct_) return reader;
+    UniqueFd again(::fcntl(file_.fd(), F_DUPFD_CLOEXEC, 0));
+    if (!again) return fail_errno(errno, "opening " + spec_.path);
+    return read_storage(std::move(reader), std::move(again), CacheScope::File);
   }
+  [[nodiscard]] bool reads_storage() const override { return reads_storage_; }
 
   Status flush() override {
     CHECK(daemon_ != nullptr, "a released image is not flushed");
@@ -203,7 +211,8 @@ class Qcow2Target final : public TargetImage {
     options.image = spec_.path;
     options.driver = "qcow2";
     options.writable = true;
-    options.direct = !spec_.cached && takes_direct(file_.fd());
+    options.direct = direct_ = !spec_.cached && takes_direct(file_.fd());
+    reads_storage_ = can_read_storage(file_.fd(), direct_);
     options.work_directory = spec_.work_directory;
     DROVER_ASSIGN(daemon_, StorageDaemon::start(options));
     // Process ids are used again.
@@ -257,6 +266,8 @@ class Qcow2Target final : public TargetImage {
 
   const TargetSpec spec_;
   TargetFile file_;
+  bool direct_ = false;
+  bool reads_storage_ = true;
   std::shared_ptr<std::atomic<unsigned>> writers_;
   std::unique_ptr<StorageDaemon> daemon_;  // null: released
   std::shared_ptr<NbdConnection> control_;

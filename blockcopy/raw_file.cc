@@ -121,6 +121,38 @@ Result<RawFile> make_raw_file(UniqueFd fd, const RawFileOptions& options) {
   return file;
 }
 
+std::vector<MappedExtent> find_extents(const RawFile& file, Extent range) {
+  const int fd = file.is_direct() ? file.direct.get() : file.buffered.get();
+  std::vector<MappedExtent> found;
+  if (file.block_device) return std::vector{MappedExtent{range, true}};
+  Offset position = range.offset;
+  const auto add = [&](std::uint64_t end, bool data) {
+    const Offset stop(std::min(end, range.end().bytes()));
+    if (stop <= position) return;
+    found.push_back({Extent{position, stop - position}, data});
+    position = stop;
+  };
+  while (position < range.end() && found.size() < kMaxExtents) {
+    const auto here = static_cast<off_t>(position.bytes());
+    const off_t data = ::lseek(fd, here, SEEK_DATA);
+    if (data < 0 && errno == ENXIO) {  // no more data up to the file's end
+      add(range.end().bytes(), false);
+      continue;
+    }
+    if (data < 0) {  // this filesystem doesn't know
+      add(range.end().bytes(), true);
+      continue;
+    }
+    add(static_cast<std::uint64_t>(data), false);
+    if (position >= range.end()) break;
+    const off_t hole = ::lseek(fd, data, SEEK_HOLE);
+    // ENXIO: somebody cut the file off in the meantime; the next round sees where.
+    if (hole < 0 && errno != ENXIO) add(range.end().bytes(), true);
+    if (hole >= 0) add(static_cast<std::uint64_t>(hole), true);
+  }
+  return found;
+}
+
 Error transfer_error(int errno_value, const Transfer& transfer) {
   Error error =
       error_from_errno(errno_value, fmt::format("{} {}, {} at {}", transfer.doing, transfer.image,

@@ -12,11 +12,13 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "base/buffer.h"
 #include "base/result.h"
 #include "base/unique_fd.h"
 #include "base/units.h"
+#include "blockcopy/image.h"
 
 namespace drover::blockcopy {
 
@@ -45,6 +47,12 @@ struct RawFileOptions {
   bool cached = false;
 };
 Result<RawFile> make_raw_file(UniqueFd fd, const RawFileOptions& options);
+
+// How the disk is mapped from the start of `range` on, as ImageReader::extents() says it; at most
+// kMaxExtents runs, so that a fragmented file holds nobody up for long. Of a block device all is
+// data.
+inline constexpr std::size_t kMaxExtents = 256;
+std::vector<MappedExtent> find_extents(const RawFile& file, Extent range);
 
 // The size of the regular file or block device behind `fd`; InvalidArgument if it is neither.
 Result<Length> size_of(int fd, const std::string& path);

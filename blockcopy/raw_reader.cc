@@ -20,10 +20,6 @@
 namespace drover::blockcopy {
 namespace {
 
-// How many runs one extents() answer has at most, so that a fragmented file does not hold up the
-// loop.
-constexpr std::size_t kMaxExtents = 256;
-
 class RawReader final : public ImageReader {
  public:
   RawReader(Loop& loop, RawFile file) : loop_(loop), file_(std::move(file)) {
@@ -58,7 +54,7 @@ class RawReader final : public ImageReader {
           "extents are asked for inside the disk");
     ++asked_;
     loop_.post([this, range, done = std::move(done)] {
-      auto found = find_extents(range);
+      auto found = find_extents(file_, range);
       --asked_;
       done(std::move(found));
     });
@@ -174,37 +170,6 @@ class RawReader final : public ImageReader {
     const Done done = std::move(op->done);
     ops_.erase(op->self);
     done(std::move(status));  // may destroy this
-  }
-
-  Result<std::vector<MappedExtent>> find_extents(Extent range) const {
-    std::vector<MappedExtent> found;
-    if (file_.block_device) return std::vector{MappedExtent{range, true}};
-    Offset position = range.offset;
-    const auto add = [&](std::uint64_t end, bool data) {
-      const Offset stop(std::min(end, range.end().bytes()));
-      if (stop <= position) return;
-      found.push_back({Extent{position, stop - position}, data});
-      position = stop;
-    };
-    while (position < range.end() && found.size() < kMaxExtents) {
-      const auto here = static_cast<off_t>(position.bytes());
-      const off_t data = ::lseek(fd_, here, SEEK_DATA);
-      if (data < 0 && errno == ENXIO) {  // no more data up to the file's end
-        add(range.end().bytes(), false);
-        continue;
-      }
-      if (data < 0) {  // this filesystem doesn't know
-        add(range.end().bytes(), true);
-        continue;
-      }
-      add(static_cast<std::uint64_t>(data), false);
-      if (position >= range.end()) break;
-      const off_t hole = ::lseek(fd_, data, SEEK_HOLE);
-      // ENXIO: somebody cut the file off in the meantime; the next round sees where.
-      if (hole < 0 && errno != ENXIO) add(range.end().bytes(), true);
-      if (hole >= 0) add(static_cast<std::uint64_t>(hole), true);
-    }
-    return found;
   }
 
   Loop& loop_;

@@ -23,6 +23,7 @@
 #include "base/log.h"
 #include "base/unique_fd.h"
 #include "blockcopy/raw_file.h"
+#include "blockcopy/storage_reader.h"
 #include "blockcopy/target_file.h"
 #include "blockcopy/targets.h"
 
@@ -273,7 +274,10 @@ class RawTarget final : public TargetImage {
       : spec_(std::move(spec)),
         identity_(identity),
         made_(std::move(made)),
-        state_(std::make_shared<RawState>(std::move(file))) {}
+        state_(std::make_shared<RawState>(std::move(file))),
+        reads_storage_(can_read_storage(
+            (state_->file.is_direct() ? state_->file.direct : state_->file.buffered).get(),
+            state_->file.is_direct())) {}
   ~RawTarget() override {
     if (const Status status = release(); !status) log_warning("{}", status.error().to_string());
   }
@@ -296,7 +300,18 @@ class RawTarget final : public TargetImage {
     const RawFile& file = state_->file;
     const int fd = file.is_direct() ? file.direct.get() : file.buffered.get();
     // The same file, whatever its name means by now.
-    return open_raw_reader(loop, {fmt::format("/proc/self/fd/{}", fd), spec_.size, spec_.cached});
+    DROVER_ASSIGN(auto reader, open_raw_reader(loop, {fmt::format("/proc/self/fd/{}", fd),
+                                                      spec_.size, spec_.cached}));
+    if (file.is_direct()) return reader;
+    UniqueFd again(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
+    if (!again) return fail_errno(errno, "opening " + spec_.path);
+    return read_storage(std::move(reader), std::move(again), CacheScope::Read);
+  }
+  [[nodiscard]] bool reads_storage() const override { return reads_storage_; }
+
+  std::vector<MappedExtent> map(Extent range) override {
+    CHECK(state_ != nullptr, "a released image is not looked at");
+    return find_extents(state_->file, range);
   }
 
   Status flush() override {
@@ -335,6 +350,7 @@ class RawTarget final : public TargetImage {
   const ImageIdentity identity_;
   std::optional<TargetFile> made_;
   std::shared_ptr<RawState> state_;  // null: released
+  const bool reads_storage_;
   Status flushed_;
 };
 

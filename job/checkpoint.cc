@@ -73,6 +73,20 @@ Status store_records(mirror::MirrorEngine& engine, Journal& journal, std::size_t
   return journal.write(batch, sync);
 }
 
+FlushPlan plan_flushes(Length data) {
+  // A flush costs a cache flush of the target's disk at least: not more often than this, however
+  // small the disks are.
+  constexpr Length kLeast = 8_MiB;
+  constexpr Length kMost = 48_MiB;
+  constexpr std::uint64_t kShare = 85;  // 1.2 %: 48 MiB of 4 GiB
+  // While a flush is under way the copy goes on, so that it stands still only where the target's
+  // disk is slower.
+  constexpr std::uint64_t kGoesOn = 3;
+  const Length share = data == Length() ? kMost : Length(data.bytes() / kShare);
+  const Length every = std::clamp(share, kLeast, kMost);
+  return {.every = every, .most = every * kGoesOn};
+}
+
 Checkpointer::Checkpointer(Platform& platform, Job job)
     : platform_(platform), job_(std::move(job)), generation_(job_.generation) {
   flushed_ = rotated_ = platform_.now();
@@ -97,17 +111,17 @@ void Checkpointer::run() {
 }
 
 void Checkpointer::look() {
-  if (broken_) return;
   const auto status = job_.engine.status();
   const Instant time = platform_.now();
   Status done;
-  if (!status.link_down && time >= rotated_ + kRotate) {
+  if (!broken_ && !status.link_down && time >= rotated_ + kRotate) {
     done = rotate();
     rotated_ = platform_.now();
   } else {
-    const bool much = status.unflushed >= kFlushBytes;
+    const bool much = status.unflushed >= job_.flush_every;
     const bool old = status.unflushed > Length() && time >= flushed_ + kFlushInterval;
     if (!status.link_down && (much || old)) done = flush();
+    if (broken_) return;
     if (const Status stored = store_records(Journal::Sync::No); !stored) done = stored;
   }
   if (!done) log_warning("noting what the target has: {}", done.error().to_string());
@@ -118,8 +132,11 @@ Status Checkpointer::flush() {
   const auto flushed = job_.engine.link().call({{"op", "flush"}}, kFlushTimeout);
   job_.engine.flush_ended(ids, flushed.has_value());
   flushed_ = platform_.now();
-  if (!flushed) return fail(flushed.error());
-  return {};
+  if (flushed) return {};
+  const Error& error = flushed.error();
+  const bool of_the_disk = error.code == Code::Io || error.code == Code::NoSpace;
+  if (of_the_disk && job_.target_failed) job_.target_failed(error);
+  return fail(error);
 }
 
 // A whole pass; then what the target is may be noted, too.

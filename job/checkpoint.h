@@ -1,23 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Keeps a job resumable while it copies: a thread that has the target flush now and then, writes what the target has
-// to the journal, and changes QEMU's dirty bitmaps so that they hold little. mirror/arbiter.h says why its order is
-// safe.
+// Keeps a job resumable while it copies: a thread that has the target flush now and then, writes
+// what the target has to the journal, and changes QEMU's dirty bitmaps so that they hold little.
+// mirror/arbiter.h says why its order is safe.
 //
 //   Checkpointer checkpointer(platform, {engine, hypervisor, journal, guest, disks, generation});
 //   ...                                   // copying goes on
 //   checkpointer.stop();                  // before the handover; it may be started again
 //
-// What is sent again after a crash is at most what was acknowledged since the last record (kLook) and, when the
-// target's host was restarted, since the last flush (kFlushBytes, kFlushInterval), and what the guest wrote since
-// the bitmaps were changed (kRotate).
+// What is sent again after a crash is at most what was acknowledged since the last record (kLook)
+// and, when the target's host was restarted, since the last flush (FlushPlan, kFlushInterval), and
+// what the guest wrote since the bitmaps were changed (kRotate).
 //
-// Threads: stop() blocks until what is under way is done, up to kFlushTimeout when the target does not answer;
-// everything else may be called from any thread. Errors are logged: a job that can't be resumed goes on.
+// Threads: stop() blocks until what is under way is done, up to kFlushTimeout when the target does
+// not answer; everything else may be called from any thread. Errors are logged: a job that can't be
+// resumed goes on. But where the target's storage has failed a flush none will succeed any more
+// (blockcopy/image.h): Job::target_failed is told.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -44,10 +47,19 @@ Result<std::vector<mirror::TargetDisk>> decode_targets(std::string_view text);
 Status store_records(mirror::MirrorEngine& engine, Journal& journal, std::size_t disks,
                      const std::optional<std::vector<mirror::TargetDisk>>& targets, Journal::Sync sync);
 
+// A power cut of the target may cost 5 % of a disk of 4 GiB at most, and what the guest wrote
+// meanwhile.
+struct FlushPlan {
+  Length every;  // flushed when so much was acknowledged since the last time
+  Length most;   // of the copy, not flushed: MirrorEngine::Options::max_unflushed
+  bool operator==(const FlushPlan&) const = default;
+};
+// `data`: what is to be copied of all disks, about; zero: not known.
+FlushPlan plan_flushes(Length data);
+
 class Checkpointer {
  public:
   static constexpr std::chrono::milliseconds kLook{100};
-  static constexpr Length kFlushBytes = Length(std::uint64_t{48} << 20);
   static constexpr std::chrono::milliseconds kFlushInterval{2000};
   static constexpr std::chrono::milliseconds kRotate{5000};
   static constexpr std::chrono::seconds kFlushTimeout{30};
@@ -60,6 +72,8 @@ class Checkpointer {
     std::vector<memmig::BitmapSpec> disks;  // those with bitmaps
     std::size_t disk_count = 0;             // of the engine
     std::uint64_t generation = 1;           // of the bitmaps that record now
+    Length flush_every;
+    std::function<void(const Error&)> target_failed;  // from the checkpointer's thread
   };
   Checkpointer(Platform& platform, Job job);
   ~Checkpointer() { stop(); }

@@ -3,17 +3,17 @@
 // The driver of job/move_machine.h: does what the machine says, and tells it what happened.
 #include "job/move.h"
 
+#include <fmt/format.h>
+#include <sys/inotify.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 #include <fstream>
 #include <mutex>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <utility>
-
-#include <fmt/format.h>
-#include <nlohmann/json.hpp>
-#include <sys/inotify.h>
-#include <unistd.h>
 
 #include "base/check.h"
 #include "base/log.h"
@@ -21,6 +21,7 @@
 #include "job/checkpoint.h"
 #include "job/copy_pace.h"
 #include "job/event_queue.h"
+#include "job/handover_tries.h"
 #include "job/journal.h"
 #include "job/move_machine.h"
 #include "job/platform.h"
@@ -50,19 +51,31 @@ constexpr auto kSettleTimeout = 60s;
 constexpr auto kLibvirtGrace = 5s;
 constexpr auto kCommitPatience = 120s;
 constexpr int kResumeTries = 5;
-constexpr int kNothingLeft = 3;  // cli/exit_codes.h: not found
-// A handover that failed is tried again after a pause, longer each time.
-constexpr auto kFirstHandoverPause = 1s;
-constexpr auto kLongestHandoverPause = 60s;
+constexpr int kNothingLeft = 3;           // cli/exit_codes.h: not found
 constexpr auto kLibvirtPatience = 120s;   // for a libvirtd that is being restarted
 constexpr auto kRemoveTimeout = 20s;
 constexpr auto kSshTimeout = 30s;
 constexpr auto kLocateTimeout = 6s;       // of one look for the receiver while the link is down
 constexpr int kMostRejoins = 20;          // in a row without a handover that began
-constexpr int kMostHandovers = 10;        // that failed after the memory began to move
 constexpr std::string_view kStateKey = "state";
 constexpr std::string_view kBarrierKey = "barrier";  // of the present handover: it was passed
 constexpr std::string_view kQemuKey = "qemu";  // the process whose bitmaps these are
+
+// Of {"op":"map"}.
+Result<std::vector<Extent>> decode_holes(const json& map) {
+  const auto broken = [] {
+    return fail(Code::Protocol, "the target's map is not a list of holes");
+  };
+  const auto list = map.find("holes");
+  if (list == map.end() || !list->is_array()) return broken();
+  std::vector<Extent> holes;
+  for (const json& one : *list) {
+    if (!one.is_array() || one.size() != 2) return broken();
+    if (!one[0].is_number_unsigned() || !one[1].is_number_unsigned()) return broken();
+    holes.push_back({Offset(one[0].get<std::uint64_t>()), Length(one[1].get<std::uint64_t>())});
+  }
+  return holes;
+}
 
 class Move {
  public:
@@ -197,10 +210,10 @@ class Move {
     DROVER_ASSIGN(const auto state, journal_->get(kStateKey));
     DROVER_ASSIGN(const auto barrier, journal_->get(kBarrierKey));
     if (state) journaled_state_ = *state;
-    const bool unknown = !state;  // begun beside a damaged one
+    journal_is_new_ = !state;
     barrier_journaled_ = barrier.has_value();
-    may_have_resumed_ = unknown || journaled_state_ == "resuming" || journaled_state_ == "committing" ||
-                        journaled_state_ == "committed";
+    may_have_resumed_ = journal_is_new_ || journaled_state_ == "resuming" ||
+                        journaled_state_ == "committing" || journaled_state_ == "committed";
     log_info("the journal says: {}{}", journaled_state_, barrier_journaled_ ? ", the barrier was passed" : "");
     return {};
   }
@@ -234,7 +247,9 @@ class Move {
   Status connect(const mirror::ReceiverInfo& receiver) {
     mirror::MirrorEngine::Options engine_options;
     engine_options.bandwidth = bandwidth();
-    engine_options.arbiter.max_strict_wait = options_.max_slowdown;
+    engine_options.max_unflushed = flush_plan().most;
+    if (!files_.mutation.forget_max_slowdown)
+      engine_options.arbiter.max_strict_wait = options_.max_slowdown;
     engine_options.watchdog_command = {"/proc/self/exe", std::string(mirror::kWatchdogCommand)};
     DROVER_ASSIGN(engine_, platform_.create_engine(engine_options, engine_events()));
     mirror::LinkOptions link;
@@ -261,6 +276,7 @@ class Move {
     events.link_lost = [this](const Error& error) { queue_->push(Trouble{error}); };
     events.link_down = [this](const Error& error) {
       log_warning("the link is down: {}", error.to_string());
+      link_was_down_.store(true);
       queue_->push(LinkDown{});
     };
     events.link_up = [this](const std::vector<mirror::TargetDisk>& targets) {
@@ -271,7 +287,7 @@ class Move {
       queue_->push(LinkUp{});
     };
     events.strict_ended = [this](const Error& error) {
-      ++slow_handovers_;
+      too_slow_.store(true);
       queue_->push(HandoverFailed{error});
     };
     events.damaged = [](const std::string& disk, const Extent& extent) {
@@ -385,7 +401,13 @@ class Move {
   // What the target's images are, as its receiver names them.
   Result<std::vector<mirror::TargetDisk>> ask_targets() {
     DROVER_ASSIGN(const json images, engine_->link().call({{"op", "images"}}, kControlTimeout));
-    return decode_targets(images.dump());
+    DROVER_ASSIGN(std::vector<mirror::TargetDisk> targets, decode_targets(images.dump()));
+    read_from_memory_.clear();
+    for (const json& disk : images.at("disks")) {
+      DROVER_ASSIGN(const bool reads_storage, mirror::get_bool(disk, "reads_storage", true));
+      if (!reads_storage) read_from_memory_.push_back(disk.at("path"));
+    }
+    return targets;
   }
 
   Status know_targets() {
@@ -403,8 +425,22 @@ class Move {
       if (disk.mirror) disks.push_back({disk.disk, disk.source_node});
     }
     checkpointer_ = std::make_unique<Checkpointer>(
-        platform_, Checkpointer::Job{*engine_, source(), *journal_, uuid(), disks, prepared_.move_plan.disks.size(),
-                                     generation_});
+        platform_,
+        Checkpointer::Job{
+            *engine_, source(), *journal_, uuid(), disks, prepared_.move_plan.disks.size(),
+            generation_, flush_plan().every, [this](const Error& error) {
+              queue_->push(
+                  Trouble{Error{error.code, "on the target: " + error.message, error.hint, false}});
+            }});
+  }
+
+  [[nodiscard]] FlushPlan flush_plan() const {
+    Length data;
+    for (const DiskPlan& disk : plan().disks) {
+      data += disk.allocation > Length() ? std::min(disk.allocation, disk.virtual_size)
+                                         : disk.virtual_size;
+    }
+    return plan_flushes(data);
   }
 
   void stop_checkpoints() {
@@ -456,18 +492,24 @@ class Move {
 
   // This process has copied: mirrors that QEMU let go of are attached again, and what they missed is in the bitmaps.
   Status join_again() {
-    handover_not_before_ = platform_.now() + handover_pause_;
-    handover_pause_ = std::min<Duration>(2 * handover_pause_, kLongestHandoverPause);
+    handover_not_before_ = platform_.now() + tries_.pause();
     engine_->leave_strict();
-    if (std::exchange(handover_begun_, false) && ++failed_handovers_ >= kMostHandovers) {
-      return fail(Code::Io, fmt::format("the handover failed {} times", failed_handovers_), "see the log of the job");
-    }
-    if (slow_handovers_ >= kMostHandovers) {
-      return fail(Code::Busy,
-                  fmt::format("{} handovers failed because a guest's write would have waited for longer than {} ms for "
-                              "{}: the guest writes faster than the link or the disk there takes",
-                              slow_handovers_.load(), options_.max_slowdown.count(), plan().host),
-                  "let the guest wait for longer with --max-slowdown, or move it when it writes less");
+    if (link_was_down_.exchange(false)) tries_.link_was_down();
+    switch (tries_.failed(too_slow_.exchange(false))) {
+      case HandoverTries::Verdict::Again: break;
+      case HandoverTries::Verdict::TooOften:
+        return fail(Code::Io, fmt::format("the handover failed {} times", HandoverTries::kMost),
+                    "see the log of the job");
+      case HandoverTries::Verdict::TooSlow:
+        return fail(
+            Code::Busy,
+            fmt::format(
+                "{} handovers in a row were broken off because a write of the guest's would have "
+                "waited "
+                "for longer than {} ms for {}: the link or the storage there stalls, or takes less "
+                "than the guest writes",
+                HandoverTries::kMost, options_.max_slowdown.count(), plan().host),
+            "let the guest wait for longer with --max-slowdown, or move it when it writes less");
     }
     if (memory_started_) {
       engine_->link().stop_relay();
@@ -533,13 +575,20 @@ class Move {
     }
     // Records that were not synced went with this host, if it was that which ended QEMU: then no record does not
     // mean that nothing was sent.
-    const bool known = (bitmaps || files_.mutation.trust_records) && restore_records(targets);
+    const bool known = ((bitmaps || files_.mutation.trust_records) && restore_records(targets)) ||
+                       (files_.mutation.believe_empty_journal && journal_is_new_);
     if (!known) {
       observer_.note(std::string(bitmaps ? "nothing is known of what the target has"
                                          : "the guest's QEMU was restarted meanwhile, and what was written since is "
                                            "not known") +
                      ": all of its disks is compared, and what differs is sent");
       engine_->restore_nothing();
+      for (std::size_t disk = 0; disk < targets.size(); ++disk) {
+        if (const Status found = find_holes(disk); !found) {
+          log_info("where the target's disks are empty is not known: {}",
+                   found.error().to_string());
+        }
+      }
     }
     DROVER_TRY(attach_mirrors());
     DROVER_TRY(know_targets());
@@ -550,6 +599,24 @@ class Move {
     }
     DROVER_TRY(know_qemu());
     engine_->start();
+    return {};
+  }
+
+  // Of a disk of which nothing is known: what has a hole on both sides is not read, hashed and
+  // compared.
+  Status find_holes(std::size_t disk) {
+    const std::uint64_t size = prepared_.move_plan.disks[disk].virtual_size.bytes();
+    if (prepared_.move_plan.disks[disk].target_block_device) return {};
+    for (std::uint64_t at = 0; at < size;) {
+      DROVER_ASSIGN(
+          const json map,
+          engine_->link().call({{"op", "map"}, {"disk", disk}, {"offset", at}}, kControlTimeout));
+      DROVER_ASSIGN(const std::vector<Extent> holes, decode_holes(map));
+      DROVER_ASSIGN(const std::uint64_t end, mirror::get_unsigned(map, "end", size));
+      if (end <= at) return fail(Code::Protocol, "the target's map does not go on");
+      engine_->restore_holes(disk, holes);
+      at = end;
+    }
     return {};
   }
 
@@ -601,12 +668,9 @@ class Move {
     // What the target has lost since is sent again, and not what was compared.
     if (verify_again_.exchange(false)) verifying_ = summary_.verified = false;
     if (!options_.verify || summary_.verified) return true;
+    if (files_.mutation.skip_verify) return summary_.verified = true;
     if (!verifying_) {
-      if (const auto flushed = engine_->link().call({{"op", "flush"}}, kReserveTimeout); !flushed) {
-        log_warning("flushing the target: {}", flushed.error().to_string());
-        return false;
-      }
-      engine_->verify();
+      engine_->verify();  // the checkpointer flushes what it waits for
       verifying_ = true;
       return false;
     }
@@ -808,7 +872,8 @@ class Move {
                                             .mode = 0600,
                                             .uid = static_cast<int>(guest.qemu_uid),
                                             .gid = static_cast<int>(guest.qemu_gid)}));
-    memory_started_ = handover_begun_ = true;
+    memory_started_ = true;
+    tries_.memory_moves();
     Journal::Batch none;
     none.remove(kBarrierKey);
     DROVER_TRY(journal_->write(none, Journal::Sync::Yes));
@@ -1143,6 +1208,13 @@ class Move {
                                            "may be failing; the job's log says where",
                                            summary_.damaged == 1 ? "1 chunk" : fmt::format("{} chunks", summary_.damaged)));
     }
+    for (const std::string& path : read_from_memory_) {
+      if (!summary_.verified) break;
+      summary_.notes.push_back(fmt::format(
+          "what was read back of {} on {} came from memory: its filesystem allows nothing "
+          "else",
+          path, plan().host));
+    }
     summary_.memory_bytes = Length(status.link.memory_bytes);
     summary_.wire_bytes = Length(status.link.bytes_sent + status.link.memory_bytes);
     if (const auto stats = engine_->link().call({{"op", "stats"}}, kControlTimeout)) {
@@ -1354,18 +1426,21 @@ class Move {
   bool exporting_ = false;
   bool memory_started_ = false;
   std::string journaled_state_;
+  bool journal_is_new_ = false;  // begun beside a damaged one
   bool barrier_journaled_ = false;
   bool may_have_resumed_ = false;  // an earlier process may have resumed the target
   bool partial_ = false;  // what was copied was left for a resume
   mirror::ReceiverRequest receiver_request_;
   std::uint64_t generation_ = 1;  // of the bitmaps
   int rejoins_ = 0;
-  bool handover_begun_ = false;
   bool target_guest_left_ = false;  // of a handover that failed: ended before the next, when the target is in reach
-  int failed_handovers_ = 0;
-  std::atomic<int> slow_handovers_{0};  // that ended because a write would have waited for too long
+  HandoverTries tries_;
+  std::atomic<bool> too_slow_{
+      false};  // the handover ended because a write would have waited for too long
+  std::atomic<bool> link_was_down_{false};
   bool verifying_ = false;
-  Duration handover_pause_ = kFirstHandoverPause;
+  std::vector<std::string>
+      read_from_memory_;  // the target's images of which --verify can't read what is stored
   Instant handover_not_before_{};
   std::mutex targets_mutex_;  // guards the next two
   std::optional<std::vector<mirror::TargetDisk>> targets_;  // not noted yet

@@ -29,6 +29,10 @@ struct MoveMutation {
   bool delete_before_journal = false;
   bool forget_missed = false;      // what was written without a mirror is not looked up in the bitmaps
   bool trust_records = false;      // the journal is believed although QEMU was restarted
+  bool believe_empty_journal =
+      false;                 // begun beside a damaged one, it is taken for all that is known
+  bool skip_verify = false;  // --verify finds everything right at once
+  bool forget_max_slowdown = false;  // writes wait for as long as they do by default
   bool undo_keeps_mirrors = false; // an undo leaves the mirrors to end by themselves
 };
 

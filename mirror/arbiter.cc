@@ -25,7 +25,7 @@ Arbiter::Arbiter(const Options& options)
       written_since_scan_(chunks_),
       sent_(chunks_),
       compare_(chunks_),
-      to_verify_(chunks_),
+      verify_cursor_(chunks_),
       touched_((chunks_ + kSpan - 1) / kSpan),
       changed_((chunks_ + kGroupChunks - 1) / kGroupChunks),
       unflushed_({chunks_, options.chunk_size / kBlock, options.max_masks / 8, false}),
@@ -98,15 +98,16 @@ Arbiter::Copy* Arbiter::copy_of(ChunkIndex chunk) {
 
 // --- the guest ---
 
-void Arbiter::guest_write(WriteId id, WriteKind kind, Extent extent, Instant now, Actions& out) {
+void Arbiter::guest_write(WriteId id, WriteKind kind, Extent extent, Instant now, Actions& out,
+                          bool scarce) {
   CHECK(extent.length.bytes() > 0 && extent.end() <= Offset(options_.disk_size.bytes()),
         "the NBD server lets only extents of the disk through");
   const bool fresh_id = writes_.emplace(id, Write()).second;
   CHECK(fresh_id, "a write's id is new");
   // In strict mode a write waits when too much is on its way.
   const bool may_wait = strict_ || options_.mutation.wait_outside_strict;
-  const bool wait_for_target = may_wait && kind != WriteKind::Discard &&
-                               bytes_on_the_way_ + extent.length > options_.strict_window;
+  const bool much = scarce || bytes_on_the_way_ + extent.length > options_.strict_window;
+  const bool wait_for_target = may_wait && kind != WriteKind::Discard && much;
   begin_part(id);  // held until all parts are taken
   if (wait_for_target) waiting_.push_back(id);
   writes_.at(id).acknowledged = !wait_for_target;
@@ -167,7 +168,7 @@ void Arbiter::forward(PieceId id, Actions& out) {
   if (touch(piece.chunk)) {
     out.push_back({.kind = Action::Kind::Touch, .group = piece.chunk / kGroupChunks});
   }
-  sent_.insert(piece.chunk);
+  mark_sent(piece.chunk);
   LaneIndex lane = lane_of(piece.chunk);
   if (options_.mutation.wrong_lane) lane = (lane + 1) % options_.lanes;
   out.push_back({.kind = Action::Kind::Forward,
@@ -220,10 +221,10 @@ void Arbiter::skip_part(WriteId write, Actions& out) {
 
 // --- the copier ---
 
-std::optional<CopyTicket> Arbiter::start_copy() {
+std::optional<CopyTicket> Arbiter::start_copy(Instant now) {
   // In turns with copies, or a guest that never lets them end would put verification off for ever.
-  if (std::exchange(verified_last_, false) == false && to_verify_.count() > 0) {
-    if (auto ticket = start_verify()) {
+  if (!std::exchange(verified_last_, false)) {
+    if (auto ticket = start_verify(now)) {
       verified_last_ = true;
       return ticket;
     }
@@ -233,7 +234,7 @@ std::optional<CopyTicket> Arbiter::start_copy() {
   while (true) {
     const std::optional<ChunkIndex> chunk = pending_.next(from);
     if (!chunk || (wrapped && *chunk >= cursor_)) {
-      if (wrapped || cursor_ == 0) return start_verify();
+      if (wrapped || cursor_ == 0) return start_verify(now);
       wrapped = true;
       from = 0;
       continue;
@@ -259,30 +260,73 @@ CopyTicket Arbiter::ticket_for(ChunkIndex chunk) {
   return ticket;
 }
 
-std::optional<CopyTicket> Arbiter::start_verify() {
-  constexpr std::uint64_t kMostLooks = 4096;  // a call of this is on the way of a guest's write
-  if (strict_ || to_verify_.count() == 0) return std::nullopt;
-  if (std::ranges::all_of(lane_down_, [](bool down) { return down; })) return std::nullopt;
-  std::uint64_t looks = 0;
-  for (const bool wrapped : {false, true}) {
-    const ChunkIndex end = wrapped ? verify_cursor_ : chunks_;
-    auto chunk = to_verify_.next(wrapped ? 0 : verify_cursor_);
-    for (; chunk && *chunk < end; chunk = to_verify_.next(*chunk + 1)) {
-      if (++looks > kMostLooks) {
-        verify_cursor_ = *chunk;
-        return std::nullopt;
-      }
-      if (lane_down_[lane_of(*chunk)] || !is_copied(*chunk)) continue;
-      to_verify_.erase(*chunk);
-      verify_cursor_ = *chunk + 1;
-      CopyTicket ticket = new_ticket(*chunk, BlockMask::range(0, blocks_in(*chunk)));
-      Copy& copy = copies_.at(ticket.id);
-      copy.compare = copy.verify = ticket.compare = true;
-      ++verifying_;
-      return ticket;
+bool Arbiter::verify_is_due() const {
+  if (strict_ || flushed_ < verify_after_) return false;
+  if (std::ranges::any_of(lane_down_, [](bool down) { return down; })) return false;
+  return !due_.empty() || (passed_ < sent_.count() && doubts_.size() < options_.max_doubts);
+}
+
+// The next whose turn it is. Those that had one come first: only so many may wait for another.
+std::optional<ChunkIndex> Arbiter::next_to_verify() {
+  if (!verify_is_due()) return std::nullopt;
+  if (!due_.empty()) {
+    const ChunkIndex chunk = due_.front();
+    due_.pop_front();
+    return chunk;
+  }
+  const std::optional<ChunkIndex> chunk = sent_.next(verify_cursor_);
+  CHECK(chunk.has_value(), "what the cursor has not passed is ahead of it");
+  verify_cursor_ = *chunk + 1;
+  ++passed_;
+  ++verifying_;
+  return chunk;
+}
+
+// Each turn ends with a ticket or a chunk in doubt, of which there are few: this does not look at
+// much.
+std::optional<CopyTicket> Arbiter::start_verify(Instant now) {
+  while (const std::optional<ChunkIndex> chunk = next_to_verify()) {
+    const auto doubt = doubts_.find(*chunk);
+    const BlockMask mended = doubt != doubts_.end() ? doubt->second.mended : BlockMask();
+    const BlockMask unflushed = unflushed_.blocks(*chunk) | flushing_.blocks(*chunk);
+    if (!is_copied(*chunk) || !(mended & unflushed).empty()) {
+      turn_is_over(*chunk, now);
+      continue;
     }
+    CopyTicket ticket = new_ticket(*chunk, BlockMask::range(0, blocks_in(*chunk)));
+    Copy& copy = copies_.at(ticket.id);
+    copy.compare = ticket.compare = true;
+    copy.verify = verify_pass_;
+    return ticket;
   }
   return std::nullopt;
+}
+
+// It was not seen equal throughout: there is another, or it was its last.
+void Arbiter::turn_is_over(ChunkIndex chunk, Instant now) {
+  Doubt& doubt = doubts_[chunk];
+  const BlockMask every = BlockMask::range(0, blocks_in(chunk));
+  if (doubt.equal.covers(every) && doubt.differed.empty()) {
+    doubts_.erase(chunk);
+    --verifying_;
+    return;
+  }
+  if (++doubt.tries < options_.verify_tries) {
+    resting_.emplace(now + options_.verify_pause, chunk);
+    return;
+  }
+  const BlockMask unseen = every.without(doubt.equal) | doubt.differed;
+  doubts_.erase(chunk);
+  --verifying_;
+  ++unverified_;
+  if (!options_.mutation.forget_unseen)
+    dirty(chunk, unseen);  // whatever it was, it is sent once more
+}
+
+void Arbiter::mark_sent(ChunkIndex chunk) {
+  if (sent_.contains(chunk)) return;
+  sent_.insert(chunk);
+  if (chunk < verify_cursor_) ++passed_;
 }
 
 CopyTicket Arbiter::new_ticket(ChunkIndex chunk, const BlockMask& blocks) {
@@ -316,7 +360,7 @@ bool Arbiter::copy_read(TicketId id, Actions& out) {
   Copy& copy = found->second;
   CHECK(copy.state == CopyState::Reading, "a chunk is read once per ticket");
   copy.state = CopyState::Sending;
-  if (!copy.verify) sent_.insert(copy.chunk);
+  mark_sent(copy.chunk);
   for (const PieceId piece : std::exchange(copy.waiting, {})) {
     const auto waiting = pieces_.find(piece);
     if (waiting == pieces_.end()) continue;  // given up meanwhile
@@ -334,9 +378,8 @@ void Arbiter::forget_copy(TicketId id, Actions& out) {
   const Copy copy = std::move(found->second);
   copies_.erase(found);
   copying_.erase(copy.chunk);
-  if (copy.verify) {
-    --verifying_;
-    to_verify_.insert(copy.chunk);
+  if (copy.verify != 0) {
+    if (copy.verify == verify_pass_) due_.push_back(copy.chunk);  // that was no turn
   } else if (!options_.mutation.forget_ticket_mask) {
     dirty(copy.chunk, copy.blocks);
   }
@@ -360,10 +403,10 @@ void Arbiter::copy_acked(TicketId id) {
   const Copy copy = std::move(found->second);
   copies_.erase(found);
   copying_.erase(copy.chunk);
-  if (copy.verify) {
+  if (copy.verify == verify_pass_ && copy.verify != 0) {
+    doubts_.erase(copy.chunk);
     --verifying_;
-    verified(copy.chunk);
-  } else {
+  } else if (copy.verify == 0) {
     acknowledged(copy.chunk, copy.blocks);
     compare_.erase(copy.chunk);
   }
@@ -384,30 +427,24 @@ std::optional<Arbiter::Damage> Arbiter::copy_differs(TicketId id, BlockMask bloc
   copying_.erase(copy.chunk);
   blocks = blocks & BlockMask::range(0, blocks_in(copy.chunk));
   if (blocks.empty()) blocks = copy.blocks;  // nonsense
-  if (!copy.verify) {
+  if (copy.verify == 0) {
     compare_.erase(copy.chunk);
     acknowledged(copy.chunk, copy.blocks);  // the others
     dirty(copy.chunk, blocks | copy.redo);
     return std::nullopt;
   }
-  --verifying_;
-  sent_.insert(copy.chunk);  // whatever it has, it does not read as zeroes
   dirty(copy.chunk, copy.redo);
+  if (copy.verify != verify_pass_) return std::nullopt;  // it has begun anew meanwhile
   Doubt& doubt = doubts_[copy.chunk];
   const BlockMask unexplained = blocks.without(copy.written);
   const BlockMask damaged =
       options_.mutation.damaged_at_once ? unexplained : unexplained & doubt.differed;
   doubt.differed = unexplained.without(damaged);
+  doubt.equal = (doubt.equal | copy.blocks.without(blocks)).without(damaged);
   const bool again = !(damaged & doubt.mended).empty();
   doubt.mended |= damaged;
-  const bool enough = ++doubt.tries >= options_.verify_tries;
-  dirty(copy.chunk, enough ? blocks : damaged);  // whatever it was, it is sent once more
-  if (enough) {
-    ++unverified_;
-    verified(copy.chunk);
-  } else {
-    resting_.emplace(now + options_.verify_pause, copy.chunk);
-  }
+  dirty(copy.chunk, damaged);
+  turn_is_over(copy.chunk, now);
   if (damaged.empty()) return std::nullopt;
   ++damaged_;
   const Extent whole = chunk_extent(copy.chunk);
@@ -421,16 +458,15 @@ void Arbiter::no_longer_in_doubt(ChunkIndex chunk, const BlockMask& blocks) {
   if (doubt != doubts_.end()) doubt->second.differed = doubt->second.differed.without(blocks);
 }
 
-void Arbiter::verified(ChunkIndex chunk) {
-  doubts_.erase(chunk);
-  to_verify_.erase(chunk);
-}
-
 void Arbiter::verify() {
-  to_verify_.insert_range(0, chunks_);
+  ++verify_pass_;
+  verify_cursor_ = 0;
+  passed_ = verifying_ = unverified_ = 0;
   doubts_.clear();
   resting_.clear();
-  unverified_ = 0;
+  due_.clear();
+  // The one under way, where that covers all: there may be no other.
+  verify_after_ = unflushed_.count() > 0 ? flush_ + 1 : flushing_.count() > 0 ? flush_ : 0;
 }
 
 void Arbiter::scan_begin(Extent range) {
@@ -439,18 +475,24 @@ void Arbiter::scan_begin(Extent range) {
                                   (range.end().bytes() + size - 1) / size);
 }
 
-void Arbiter::scan_hole(Extent hole) {
+// [first, end) of those that lie in it.
+std::pair<ChunkIndex, ChunkIndex> Arbiter::whole_chunks(Extent extent) const {
   const std::uint64_t size = options_.chunk_size.bytes();
-  const ChunkIndex first = (hole.offset.bytes() + size - 1) / size;
-  const ChunkIndex end = hole.end() == Offset(options_.disk_size.bytes())
-                             ? chunks_
-                             : hole.end().bytes() / size;
-  for (auto chunk = pending_.next(first); chunk && *chunk < end; chunk = pending_.next(*chunk + 1)) {
-    const bool written = written_since_scan_.contains(*chunk) &&
-                         !options_.mutation.ignore_write_during_scan;
-    if (!written && !sent_.contains(*chunk)) {
-      pending_.erase(*chunk);
+  const bool to_the_end = extent.end() == Offset(options_.disk_size.bytes());
+  return {(extent.offset.bytes() + size - 1) / size,
+          to_the_end ? chunks_ : extent.end().bytes() / size};
+}
+
+void Arbiter::scan_hole(Extent hole) {
+  const auto [first, end] = whole_chunks(hole);
+  // From one chunk that is to be kept to the next: a large hole costs no more than a small one.
+  for (ChunkIndex at = first; at < end;) {
+    ChunkIndex kept = std::min(end, sent_.next(at).value_or(end));
+    if (!options_.mutation.ignore_write_during_scan) {
+      kept = std::min(kept, written_since_scan_.next(at).value_or(end));
     }
+    pending_.erase_range(at, kept);
+    at = kept + 1;
   }
 }
 
@@ -497,7 +539,7 @@ void Arbiter::lane_up(LaneIndex lane) {
 
 std::optional<Instant> Arbiter::next_deadline() const {
   if (strict_) {
-    if (waiting_.empty()) return std::nullopt;
+    if (waiting_.empty() || options_.mutation.wait_past_limit) return std::nullopt;
     return writes_.at(waiting_.front()).arrived + options_.max_strict_wait;
   }
   std::optional<Instant> first;
@@ -513,7 +555,7 @@ void Arbiter::tick(Instant now, Actions& out) {
     if (strict_) {
       end_strict(out);
     } else if (!resting_.empty() && resting_.begin()->first <= now) {
-      to_verify_.insert(resting_.begin()->second);
+      due_.push_back(resting_.begin()->second);
       resting_.erase(resting_.begin());
     } else {
       give_up(pieces_.begin()->first, out);
@@ -588,7 +630,10 @@ void Arbiter::mark_chunks(ChunkIndex first, ChunkIndex end) {
   written_since_scan_.insert_range(first, end);
   changed_.insert_range(first / kGroupChunks, (end + kGroupChunks - 1) / kGroupChunks);
   pending_.add_range(first, end);
-  doubts_.erase(doubts_.lower_bound(first), doubts_.lower_bound(end));
+  for (auto doubt = doubts_.lower_bound(first); doubt != doubts_.end() && doubt->first < end;
+       ++doubt) {
+    doubt->second.differed = {};
+  }
   for (auto& [id, copy] : copies_) {
     if (copy.chunk < first || copy.chunk >= end) continue;
     pending_.erase(copy.chunk);
@@ -619,6 +664,7 @@ FlushId Arbiter::flush_begin() {
 
 void Arbiter::flush_done(FlushId id) {
   if (id != flush_) return;
+  flushed_ = id;
   changed(flushing_);
   flushing_.clear();
   flushing_bytes_ = Length();
@@ -651,7 +697,7 @@ GroupIndex Arbiter::groups() const { return changed_.size(); }
 std::unordered_map<ChunkIndex, BlockMask> Arbiter::in_flight() const {
   std::unordered_map<ChunkIndex, BlockMask> blocks;  // look-ups only
   for (const auto& [id, copy] : copies_) {
-    blocks[copy.chunk] |= copy.verify ? copy.redo : copy.blocks | copy.redo;
+    blocks[copy.chunk] |= copy.verify != 0 ? copy.redo : copy.blocks | copy.redo;
   }
   for (const auto& [id, piece] : pieces_) blocks[piece.chunk] |= blocks_of(piece);
   if (options_.mutation.record_in_flight_as_copied) blocks.clear();
@@ -721,7 +767,7 @@ Status Arbiter::restore(GroupIndex group, std::string_view bytes, bool unflushed
     ChunkRecord& chunk = (*chunks)[i];
     if (!chunk.touched) continue;
     touched_.insert((first + i) / kSpan);
-    if (!options_.mutation.restore_as_fresh) sent_.insert(first + i);
+    if (!options_.mutation.restore_as_fresh) mark_sent(first + i);
     pending_.erase(first + i);
     if (unflushed_lost && !chunk.unflushed.empty()) {
       changed(first + i);
@@ -732,6 +778,7 @@ Status Arbiter::restore(GroupIndex group, std::string_view bytes, bool unflushed
     // Sent or not: the record does not know.
     if (chunk.pending == BlockMask::all()) compare_.insert(first + i);
     unflushed_.add(first + i, chunk.unflushed);
+    unflushed_bytes_ += bytes_of(first + i, chunk.unflushed);
   }
   return {};
 }
@@ -743,10 +790,22 @@ void Arbiter::restore_nothing() {
   }
 }
 
+void Arbiter::restore_hole(Extent hole) {
+  CHECK(pieces_.empty() && copies_.empty(), "an arbiter is restored before anything happens");
+  const auto [first, end] = whole_chunks(hole);
+  if (first >= end) return;
+  // That their records say otherwise costs a comparison at worst.
+  pending_.add_range(first, end);
+  sent_.erase_range(first, end);
+  compare_.erase_range(first, end);
+  passed_ = sent_.count();
+}
+
 // The chunks of one group.
 void Arbiter::know_nothing(ChunkIndex first, ChunkIndex end) {
   pending_.add_range(first, end);
   sent_.insert_range(first, end);
+  passed_ = sent_.count();
   compare_.insert_range(first, end);
   touched_.insert_range(first / kSpan, (end + kSpan - 1) / kSpan);
   changed(first);
@@ -762,7 +821,7 @@ Arbiter::Summary Arbiter::summary() const {
   summary.waiting = waiting_.size();
   summary.on_the_way = pieces_.size();
   summary.expired = expired_;
-  summary.to_verify = to_verify_.count() + resting_.size() + verifying_;
+  summary.to_verify = sent_.count() - passed_ + verifying_;
   summary.damaged = damaged_;
   summary.unverified = unverified_;
   summary.left = options_.chunk_size * (pending_.count() - pending_.masks()) +
@@ -774,7 +833,7 @@ Arbiter::Summary Arbiter::summary() const {
     summary.left -= counted - bytes_of(last, blocks);
   }
   for (const auto& [id, copy] : copies_) {
-    summary.left += bytes_of(copy.chunk, copy.verify ? copy.redo : copy.blocks | copy.redo);
+    summary.left += bytes_of(copy.chunk, copy.verify != 0 ? copy.redo : copy.blocks | copy.redo);
   }
   summary.copied = options_.disk_size - summary.left;
   return summary;

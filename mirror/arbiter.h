@@ -35,12 +35,28 @@
 // forwarded. So an outage costs what was written during it. A chunk that was never copied is
 // Pending whole.
 //
-// Comparing. Where the target may have a chunk already, but nothing says so (its record is damaged or
-// missing, or nobody knows what was written since), its ticket says `compare`: hashes go in place of
-// the content, and copy_differs() makes the blocks that differ Pending, to be sent. And verify() has every Copied
-// chunk compared that way, in the same order with the guest's writes, without making it Pending. A
-// write is on the source a moment before it is here: so a chunk that differs is looked at again after
-// a pause, and only blocks that differ twice without a write in between were damaged.
+// Comparing. Where the target may have a chunk already, but nothing says so (its record is damaged
+// or missing, or nobody knows what was written since), its ticket says `compare`: hashes go in
+// place of the content, and copy_differs() makes the blocks that differ Pending, to be sent.
+//
+// Verifying. verify() has every chunk to which anything was ever sent compared that way, in the
+// same order with the guest's writes, without making it Pending. It begins when what the target had
+// acknowledged by then has been flushed (flush_done()): what is read back then comes from stable
+// storage, if the target reads past its caches. Of each block this holds: after verify() was
+// called, and after what was sent of it until then had been flushed, the target read it back and it
+// was equal to the source, or it is in a chunk that is counted as `unverified`. What the guest
+// writes after that look is not read back. (A chunk to which nothing was ever sent is a hole on
+// both sides.)
+//
+//   A write is on the source a moment before it is here: so a chunk that differs is looked at again
+//   after a pause, and only blocks that differ twice without a write in between were damaged. They
+//   are sent again, and seen equal after a flush before the chunk is done. A chunk that is not
+//   Copied in its turn, because the guest writes there without a pause, has its next turn after the
+//   same pause. A chunk is done when each of its blocks was equal at one look or another. After
+//   verify_tries turns it is over: the blocks that never were are sent once more, and the chunk
+//   counts as unverified. So verifying ends, whatever the guest does, and says what it can't vouch
+//   for. At most max_doubts chunks wait for another turn; with more of them no further chunk has
+//   its first.
 //
 // What survives. The target's acknowledgement means that its page cache has it; flush_begin() and
 // flush_done() tell the arbiter what is on stable storage, target_lost_unflushed() that the rest is
@@ -73,11 +89,13 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "base/clock.h"
@@ -165,8 +183,9 @@ class Arbiter {
     std::size_t max_masks = std::size_t{64} << 10;
     // Before a chunk that differs is looked at again: a write that is on the source has arrived by then.
     Duration verify_pause = std::chrono::seconds(2);
-    // Of a chunk that is written all the time; then it is sent again unseen.
+    // Turns of a chunk that is written all the time.
     unsigned verify_tries = 8;
+    std::size_t max_doubts = 1024;  // about 200 bytes each
     // For the test that the simulation notices each missing rule; see tests/sim.
     struct Mutation {
       bool forward_during_read = false;      // a write to a Reading chunk is forwarded at once
@@ -193,6 +212,8 @@ class Arbiter {
       bool same_though_different = false;  // a comparison's answer does not matter
       bool damaged_at_once = false;        // a chunk that differs once is taken for damaged
       bool compare_trusted = false;  // a write given up on is seen by a comparison, as by a copy
+      bool forget_unseen = false;    // what verifying never saw is not sent again
+      bool wait_past_limit = false;  // in strict mode a write waits for as long as it takes
     } mutation;
   };
 
@@ -201,12 +222,17 @@ class Arbiter {
 
   // --- the guest (through QEMU's mirror) ---
   // The extent lies within the disk and is not empty. `id` is new.
-  void guest_write(WriteId id, WriteKind kind, Extent extent, Instant now, Actions& out);
+  // `scarce`: the caller has few buffers left, so in strict mode it waits however little is on its
+  // way (or the next would wait for a buffer, and nobody would know since when).
+  void guest_write(WriteId id, WriteKind kind, Extent extent, Instant now, Actions& out,
+                   bool scarce = false);
 
   // --- the copier ---
   // The next Pending chunk whose lane is up, in ascending order from where the last one was; it is
   // Reading now. Nothing if there is none. Issue the read after this call.
-  std::optional<CopyTicket> start_copy();
+  std::optional<CopyTicket> start_copy(Instant now);
+  // False: start_copy() has nothing.
+  [[nodiscard]] bool wants_copy() const { return pending_.count() > 0 || verify_is_due(); }
   // The read is done. True: queue the chunk's frame on the ticket's lane first, then carry out the
   // actions. False: the ticket is void (its lane was lost meanwhile); forget what was read.
   [[nodiscard]] bool copy_read(TicketId id, Actions& out);
@@ -222,8 +248,8 @@ class Arbiter {
   };
   // The target has another content in these blocks of the chunk (bits beyond it are ignored).
   std::optional<Damage> copy_differs(TicketId id, BlockMask blocks, Instant now);
-  // From now on each chunk is compared once, in turns with copies, outside strict mode. Begins anew if it was
-  // under way.
+  // Each chunk is compared, in turns with copies, outside strict mode, once what is unflushed now
+  // has been flushed. Begins anew if it was under way.
   void verify();
 
   // --- what is on stable storage ---
@@ -239,6 +265,8 @@ class Arbiter {
   void target_lost_unflushed();
   // Acknowledged since the last flush began: time for another?
   [[nodiscard]] Length unflushed() const { return unflushed_bytes_; }
+  // That, and what the flush under way covers.
+  [[nodiscard]] Length not_durable() const { return unflushed_bytes_ + flushing_bytes_; }
 
   // --- records, for a journal ---
   [[nodiscard]] GroupIndex groups() const;
@@ -257,6 +285,9 @@ class Arbiter {
   Status restore(GroupIndex group, std::string_view bytes, bool unflushed_lost);
   // The same as if every group's record was damaged.
   void restore_nothing();
+  // After those: the target was asked, after a flush and before anything was sent to it. It reads
+  // as zeroes there as if nothing had ever been sent.
+  void restore_hole(Extent hole);
 
   // Passed: every write that arrived before fence_begin() is acknowledged by the target, or
   // Pending.
@@ -305,17 +336,22 @@ class Arbiter {
     std::uint64_t waiting = 0;   // writes not yet acknowledged
     std::uint64_t on_the_way = 0;  // pieces of writes, forwarded or waiting for a read
     std::uint64_t expired = 0;   // pieces not forwarded or given up because of the bounds, ever
-    std::uint64_t to_verify = 0;   // chunks; those that differ or rest included
+    std::uint64_t to_verify = 0;   // chunks that verify() has not done with
     std::uint64_t damaged = 0;     // times that a chunk was, ever
-    std::uint64_t unverified = 0;  // chunks that were written too often, of this verify()
+    std::uint64_t unverified = 0;  // chunks that it can't vouch for, of this verify()
     Length left;                 // bytes that are Pending or being copied
     Length copied;               // the others
   };
   [[nodiscard]] Summary summary() const;
+  [[nodiscard]] std::size_t copying() const {
+    return copies_.size();
+  }  // Reading, Sending or compared
   // Nothing Pending, being copied, or on its way: the target has all that was acknowledged.
   [[nodiscard]] bool synchronised() const;
   [[nodiscard]] const Options& options() const { return options_; }
   [[nodiscard]] bool is_copied(ChunkIndex chunk) const;
+  // Something may have been sent for it: else the target reads as zeroes there.
+  [[nodiscard]] bool was_sent(ChunkIndex chunk) const { return sent_.contains(chunk); }
 
  private:
   enum class CopyState { Reading, Sending };
@@ -327,8 +363,9 @@ class Arbiter {
     PieceId first_unseen = 0;        // the read saw every piece before this one
     std::vector<PieceId> waiting;    // Reading: forwarded when the read is done
     bool compare = false;
-    bool verify = false;   // the chunk is Copied: the target is expected to have it
-    BlockMask written;     // verify: by writes that came meanwhile
+    std::uint64_t verify =
+        0;  // not 0: the chunk is Copied, the target is expected to have it; the pass's number
+    BlockMask written;  // verify: by writes that came meanwhile
   };
   struct Piece {
     WriteId write = 0;
@@ -350,6 +387,7 @@ class Arbiter {
   [[nodiscard]] std::size_t blocks_in(ChunkIndex chunk) const;
   [[nodiscard]] BlockMask blocks_of(const Piece& piece) const;
   [[nodiscard]] Length bytes_of(ChunkIndex chunk, const BlockMask& blocks) const;
+  [[nodiscard]] std::pair<ChunkIndex, ChunkIndex> whole_chunks(Extent extent) const;
   void know_nothing(ChunkIndex first, ChunkIndex end);
   void changed(ChunkIndex chunk) { changed_.insert(chunk / kGroupChunks); }
   void changed(const BlockSet& chunks);
@@ -362,10 +400,13 @@ class Arbiter {
   [[nodiscard]] Copy* copy_of(ChunkIndex chunk);
   void take_piece(const Piece& piece, Actions& out);
   CopyTicket ticket_for(ChunkIndex chunk);
-  std::optional<CopyTicket> start_verify();
+  [[nodiscard]] bool verify_is_due() const;
+  std::optional<CopyTicket> start_verify(Instant now);
+  std::optional<ChunkIndex> next_to_verify();
   CopyTicket new_ticket(ChunkIndex chunk, const BlockMask& blocks);
   void no_longer_in_doubt(ChunkIndex chunk, const BlockMask& blocks);
-  void verified(ChunkIndex chunk);
+  void mark_sent(ChunkIndex chunk);
+  void turn_is_over(ChunkIndex chunk, Instant now);
   PieceId wait(const Piece& piece);
   void forward(PieceId id, Actions& out);
   void finish_piece(PieceId id, Actions& out);
@@ -377,10 +418,11 @@ class Arbiter {
   void end_strict(Actions& out);
   void forget_copy(TicketId id, Actions& out);
 
-  // Of a chunk that is being verified and was found to differ.
+  // Of a chunk that is verified and needs more than one turn.
   struct Doubt {
     unsigned tries = 0;
-    BlockMask differed;  // and were not written since
+    BlockMask equal;     // at one look or another
+    BlockMask differed;  // at the latest look, and were not written since
     BlockMask mended;    // were damaged, and sent again
   };
 
@@ -391,12 +433,16 @@ class Arbiter {
   ChunkSet written_since_scan_;
   ChunkSet sent_;  // chunks for which something may have been sent
   ChunkSet compare_;    // Pending chunks of which the target may have all
-  ChunkSet to_verify_;  // not those that rest
-  std::map<ChunkIndex, Doubt> doubts_;
-  std::multimap<Instant, ChunkIndex> resting_;  // until they are verified again
+  // verify(): a cursor over sent_; what it has passed and is not done with is in verifying_.
+  std::uint64_t verify_pass_ = 0;
   ChunkIndex verify_cursor_ = 0;
-  std::uint64_t verifying_ = 0;  // copies_ that verify
-  bool verified_last_ = false;   // the latest ticket was one of those
+  std::uint64_t passed_ = 0;  // members of sent_ below the cursor
+  FlushId verify_after_ = 0;  // begins when this flush, or a later one, is done
+  std::uint64_t verifying_ = 0;
+  std::map<ChunkIndex, Doubt> doubts_;          // at most max_doubts and what is being compared
+  std::multimap<Instant, ChunkIndex> resting_;  // of verifying_: until they have another turn
+  std::deque<ChunkIndex> due_;                  // and those that have it now
+  bool verified_last_ = false;                  // the latest ticket was one of those
   std::uint64_t damaged_ = 0;
   std::uint64_t unverified_ = 0;
   // By spans of kSpan chunks: something may have been sent, and a record says so.
@@ -407,6 +453,7 @@ class Arbiter {
   Length unflushed_bytes_;
   Length flushing_bytes_;
   FlushId flush_ = 0;  // the newest
+  FlushId flushed_ = 0;  // the newest that is done
   ChunkIndex cursor_ = 0;
   std::vector<bool> lane_down_;
   std::map<TicketId, Copy> copies_;

@@ -39,7 +39,20 @@ void BlockSet::erase(std::uint64_t chunk) {
 
 void BlockSet::add_range(std::uint64_t first, std::uint64_t end) {
   chunks_.insert_range(first, end);
+  drop_masks(first, end);
+}
+
+void BlockSet::erase_range(std::uint64_t first, std::uint64_t end) {
+  chunks_.erase_range(first, end);
+  drop_masks(first, end);
+}
+
+void BlockSet::drop_masks(std::uint64_t first, std::uint64_t end) {
   if (used_ == 0) return;
+  if (end - first <= slots_.size()) {
+    for (std::uint64_t chunk = first; chunk < end; ++chunk) drop_mask(chunk);
+    return;
+  }
   std::vector<std::uint64_t> covered;
   for (const Slot& slot : slots_) {
     if (slot.name > first && slot.name <= end) covered.push_back(slot.name - 1);

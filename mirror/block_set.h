@@ -34,6 +34,7 @@ class BlockSet {
   void erase(std::uint64_t chunk);
   // Whole chunks [first, end).
   void add_range(std::uint64_t first, std::uint64_t end);
+  void erase_range(std::uint64_t first, std::uint64_t end);
   void clear();
 
   // The smallest chunk >= first of which there is something in the set.
@@ -54,6 +55,7 @@ class BlockSet {
   [[nodiscard]] const BlockMask* find(std::uint64_t chunk) const;
   void put_mask(std::uint64_t chunk, const BlockMask& blocks);
   void drop_mask(std::uint64_t chunk);
+  void drop_masks(std::uint64_t first, std::uint64_t end);
   void grow();
 
   BlockMask whole_;

@@ -39,6 +39,9 @@ void ChunkSet::set_word(std::uint64_t index, std::uint64_t value) {
   } else {
     summary &= ~bit;
   }
+  // A page whose chunks are all alike is not kept.
+  const auto whole = [](std::uint64_t one) { return one == ~std::uint64_t{0}; };
+  if (summary == 0 || (whole(value) && std::ranges::all_of(*page, whole))) page.reset();
 }
 
 void ChunkSet::set_page(std::uint64_t index, bool full) {

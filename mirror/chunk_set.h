@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A set of chunk numbers as a bitmap with a count and a fast "next member from here". It is kept in
-// pages of 4096 chunks that are allocated when first needed: an empty or a full set of a 64 TiB
-// disk (64 Mi chunks of 1 MiB) takes 256 KiB and no time to make, one with every page in use 8.5
-// MiB.
+// pages of 4096 chunks that are there only while their chunks are not all alike: an empty or a full
+// set of a 64 TiB disk (64 Mi chunks of 1 MiB) takes 256 KiB and no time to make, one with every
+// page in use 8.5 MiB.
 //
 // Threads: none of its own; use from one.
 #pragma once

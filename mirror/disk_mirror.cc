@@ -72,21 +72,22 @@ void DiskMirror::on_extents(Offset at, Result<std::vector<blockcopy::MappedExten
   events_.changed();
 }
 
-bool DiskMirror::start_copy() {
-  if (!started_ || scanning_ || stopped_) return false;
-  const Arbiter::Summary summary = arbiter_.summary();
-  if (summary.pending + summary.to_verify == 0 || summary.copying >= options_.max_copies) return false;
+std::optional<DiskMirror::Cost> DiskMirror::start_copy() {
+  if (!started_ || scanning_ || stopped_ || !arbiter_.wants_copy()) return std::nullopt;
+  if (arbiter_.copying() >= options_.max_copies) return std::nullopt;
   Buffer buffer = copy_buffers_.try_take();
-  if (!buffer) return false;
-  const std::optional<CopyTicket> ticket = arbiter_.start_copy();
-  if (!ticket) return false;
+  if (!buffer) return std::nullopt;
+  const std::optional<CopyTicket> ticket = arbiter_.start_copy(events_.now());
+  if (!ticket) return std::nullopt;
   if (ticket->touches && events_.touching) events_.touching(*ticket->touches);
-  read(*ticket, std::move(buffer));
-  return true;
+  const std::uint64_t blocks = (ticket->extent.length + kBlock - Length(1)) / kBlock;
+  const Length sent = ticket->compare ? Length(blocks * kHashSize) : ticket->wanted;
+  return Cost{.sent = sent, .read = read(*ticket, std::move(buffer)), .compares = ticket->compare};
 }
 
 // Reads what is wanted of the ticket's extent; what lies between is read over where it is little.
-void DiskMirror::read(const CopyTicket& ticket, Buffer buffer) {
+// How much that is.
+Length DiskMirror::read(const CopyTicket& ticket, Buffer buffer) {
   constexpr std::size_t kReadOver = 16;  // blocks: 64 KiB cost about as much as another request
   ++reads_;
   auto read = std::make_shared<Read>(Read{ticket, std::move(buffer), 1, {}});
@@ -95,6 +96,7 @@ void DiskMirror::read(const CopyTicket& ticket, Buffer buffer) {
     if (--read->outstanding == 0) on_read(*read);
   };
   const std::size_t blocks = (ticket.extent.length + kBlock - Length(1)) / kBlock;
+  Length total;
   for (std::size_t first = 0; first < blocks;) {
     std::size_t end = first + 1;
     for (std::size_t at = end; at < blocks && at - end <= kReadOver; ++at) {
@@ -102,12 +104,14 @@ void DiskMirror::read(const CopyTicket& ticket, Buffer buffer) {
     }
     const Offset start = ticket.extent.offset + kBlock * first;
     const Length length = std::min(ticket.extent.end(), start + kBlock * (end - first)) - start;
-    counters_.read_bytes += length;
+    total += length;
     ++read->outstanding;
     reader_.read(start, read->buffer.bytes().subspan(kBlock.bytes() * first, length.bytes()), done);
     for (first = end; first < blocks && !ticket.blocks.contains(first);) ++first;
   }
   --read->outstanding;  // callbacks never run inside read(): some are outstanding still
+  counters_.read_bytes += total;
+  return total;
 }
 
 void DiskMirror::on_read(Read& read) {
@@ -143,7 +147,7 @@ void DiskMirror::on_read(Read& read) {
   carry_out();
 }
 
-void DiskMirror::guest(NbdRequest request) {
+void DiskMirror::guest(NbdRequest request, bool scarce) {
   if (request.kind == NbdRequest::Kind::Flush) {
     // What the guest relies on is the source's disk; the target is flushed at the barrier.
     return events_.acknowledge(request.id);
@@ -157,7 +161,7 @@ void DiskMirror::guest(NbdRequest request) {
   CHECK(is_new, "the NBD server names each request once");
   const Instant now = events_.now();
   if (arbiter_.strict()) strict_since_.emplace(id, now);
-  arbiter_.guest_write(id, kind, extent, now, actions_);
+  arbiter_.guest_write(id, kind, extent, now, actions_, scarce);
   carry_out();
 }
 

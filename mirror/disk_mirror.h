@@ -62,14 +62,19 @@ class DiskMirror {
 
   // Asks the source for its holes; copying can begin when that is done.
   void start();
-  // Starts the copy of one more chunk. False: nothing to copy, the window is full, no buffer is free,
-  // or the holes are not known yet.
-  bool start_copy();
+  // Starts the copy of one more chunk, and says what it costs. Nothing: there is nothing to copy,
+  // the window is full, no buffer is free, or the holes are not known yet.
+  struct Cost {
+    Length sent;  // over the wire, at most: what is compressed or zeroes is less
+    Length read;  // from the source
+    bool compares = false;
+  };
+  std::optional<Cost> start_copy();
   // No new copies or scans from now on; what is in flight ends.
   void stop() { stopped_ = true; }
   [[nodiscard]] bool idle() const { return reads_ == 0 && !scanning_; }
 
-  void guest(NbdRequest request);
+  void guest(NbdRequest request, bool scarce = false);
   void applied(std::uint64_t token);
   void differs(std::uint64_t token, const BlockMask& blocks);
   void refused(std::uint64_t token, const Error& error);
@@ -96,6 +101,7 @@ class DiskMirror {
     return arbiter_.restore(group, bytes, unflushed_lost);
   }
   void restore_nothing() { arbiter_.restore_nothing(); }
+  void restore_hole(Extent hole) { arbiter_.restore_hole(hole); }
 
   struct Counters {
     std::uint64_t guest_writes = 0;     // requests that QEMU mirrored
@@ -127,7 +133,7 @@ class DiskMirror {
     std::size_t outstanding = 0;
     Status status;
   };
-  void read(const CopyTicket& ticket, Buffer buffer);
+  Length read(const CopyTicket& ticket, Buffer buffer);
   void on_read(Read& read);
   void carry_out();
   void acknowledge(WriteId id);

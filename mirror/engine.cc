@@ -66,6 +66,9 @@ class Engine final : public MirrorEngine {
   void restore_nothing() override {
     on_loop([&] { core_.restore_nothing(); });
   }
+  void restore_holes(std::size_t disk, const std::vector<Extent>& holes) override {
+    on_loop([&] { core_.restore_holes(disk, holes); });
+  }
   void know_targets(const std::vector<TargetDisk>& target_disks) override {
     on_loop([&] { core_.know_targets(target_disks); });
   }
@@ -83,6 +86,9 @@ class Engine final : public MirrorEngine {
   }
   void set_bandwidth(Length per_second) override {
     on_loop([&] { core_.set_bandwidth(per_second); });
+  }
+  void set_read_rate(Length per_second) override {
+    on_loop([&] { core_.set_read_rate(per_second); });
   }
   void stop_copying() override {
     on_loop([&] { core_.stop_copying(); });

@@ -53,6 +53,10 @@ class MirrorEngine {
   struct Options {
     Length chunk_size = kMaxChunk;
     Length bandwidth;  // of the copy, per second; zero: no limit
+    // What may be copied and not flushed before no more is begun, outside strict mode: a target
+    // that takes more than it can write would have to write it when the guest stands still, or lose
+    // it with its host. Zero: no limit, for those who never flush.
+    Length max_unflushed;
     Length handover_rest = kHandoverRest;
     Arbiter::Options arbiter;  // bounds and mutations; disk, chunks and lanes are filled in
     // Starts the watchdog (endpoint_watchdog.h) that keeps the guest from waiting for a process that
@@ -100,10 +104,17 @@ class MirrorEngine {
   // Every disk must have been copied once; Busy while the link is down.
   virtual Status enter_strict() = 0;
   virtual void leave_strict() = 0;
-  // Has what is on the target's stable storage compared with the source, chunk by chunk, in turns with what is
-  // left to copy. Flush before: what is on its way when it is asked for may be read from a cache.
+  // Has what is on the target's stable storage compared with the source, chunk by chunk, in turns
+  // with what is left to copy, from the end of a flush on that was begun after this call
+  // (flush_begin()); mirror/arbiter.h says what that proves.
   virtual void verify() = 0;
+  // Of what the copy sends, at most: its blocks before they are compressed, of a comparison the
+  // hashes. Zero: no limit. Until set_read_rate() is called for the first time a comparison is
+  // charged what it reads.
   virtual void set_bandwidth(Length per_second) = 0;
+  // Of what is read of the source's disks to be sent or compared. Zero: no limit, as in strict
+  // mode.
+  virtual void set_read_rate(Length per_second) = 0;
   // No new reads of the source from now on; the mirrors still answer QEMU.
   virtual void stop_copying() = 0;
 
@@ -112,6 +123,9 @@ class MirrorEngine {
   virtual Status restore(std::size_t disk, const GroupRecord& record, bool unflushed_lost) = 0;
   // Instead, where the records can't be trusted: the target may have anything, all of it is to be copied.
   virtual void restore_nothing() = 0;
+  // After it, and before QEMU's mirrors connect: where the target reads as zeroes, as {"op":"map"}
+  // says.
+  virtual void restore_holes(std::size_t disk, const std::vector<Extent>& holes) = 0;
   // What the target's images are, when the link did not say it with link_up. Another instance or image than
   // before: what was lost with it is to be copied again.
   virtual void know_targets(const std::vector<TargetDisk>& target_disks) = 0;

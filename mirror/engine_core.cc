@@ -14,7 +14,7 @@ EngineCore::EngineCore(Loop& loop, EngineBuffers& buffers, const MirrorEngine::O
       events_(std::move(events)),
       loop_(loop),
       buffers_(buffers),
-      throttle_(options.bandwidth) {
+      bandwidth_(options.bandwidth) {
   buffers_.copies.on_available([this] { loop_.post([this] { pump(); }); });
   buffers_.writes.on_available([this] {
     loop_.post([this] {
@@ -99,8 +99,11 @@ DiskMirror::Events EngineCore::mirror_events(OneDisk* disk) {
 NbdServer::Events EngineCore::server_events(OneDisk* disk) {
   NbdServer::Events events;
   events.request = [this, disk](NbdRequest request) {
-    disk->mirror->guest(std::move(request));
-    if (buffers_.writes.available() < MirrorEngine::kSpareWriteBuffers) {
+    const auto scarce = [this] {
+      return buffers_.writes.available() < MirrorEngine::kSpareWriteBuffers;
+    };
+    disk->mirror->guest(std::move(request), scarce());
+    if (scarce()) {
       for (const auto& each : disks_) each->mirror->shed();
     }
     pump();
@@ -128,8 +131,10 @@ Status EngineCore::enter_strict() {
   }
   strict_ = true;
   told_copied_ = false;
-  // The caller is told from the loop, not from inside its own call.
-  loop_.post([this] { settle(); });
+  if (read_rate_) read_rate_->set_rate(Length());
+  // The caller is told from the loop, not from inside its own call. What held up copies until now
+  // does so no longer.
+  loop_.post([this] { pump(); });
   return {};
 }
 
@@ -146,7 +151,13 @@ void EngineCore::verify() {
 }
 
 void EngineCore::set_bandwidth(Length per_second) {
-  throttle_.set_rate(per_second);
+  bandwidth_.set_rate(per_second);
+  pump();
+}
+
+void EngineCore::set_read_rate(Length per_second) {
+  if (!read_rate_) read_rate_.emplace();
+  read_rate_->set_rate(per_second);
   pump();
 }
 
@@ -263,18 +274,38 @@ void EngineCore::pump() {
 bool EngineCore::start_copies(OneDisk& disk) {
   while (true) {
     const Instant time = loop_.now();
-    if (!throttle_.may_start(time)) {
+    if (too_much_unflushed()) return false;
+    Instant ready;
+    if (!bandwidth_.may_start(time)) ready = bandwidth_.ready();
+    if (read_rate_ && !read_rate_->may_start(time)) ready = std::max(ready, read_rate_->ready());
+    if (ready > time) {
       if (!throttle_timer_) {
-        throttle_timer_ = loop_.at(throttle_.ready(), [this] {
+        throttle_timer_ = loop_.at(ready, [this] {
           throttle_timer_.reset();
           pump();
         });
       }
       return false;
     }
-    if (!disk.mirror->start_copy()) return true;
-    throttle_.take(time, options_.chunk_size);
+    const std::optional<DiskMirror::Cost> cost = disk.mirror->start_copy();
+    if (!cost) return true;
+    bandwidth_.take(time, read_rate_ ? cost->sent : std::max(cost->sent, cost->read));
+    if (read_rate_) read_rate_->take(time, cost->read);
+    if (!cost->compares) begun_since_flush_ += cost->sent;
   }
+}
+
+// What the guest writes does not count: the copy goes on with each flush, however much that is.
+bool EngineCore::too_much_unflushed() {
+  if (options_.max_unflushed == Length() || strict_) return false;
+  if (begun_since_flush_ + begun_before_flush_ < options_.max_unflushed) return false;
+  const bool comes_to_a_flush = std::ranges::any_of(disks_, [](const auto& disk) {
+    return disk->mirror->arbiter().copying() > 0 ||
+           disk->mirror->arbiter().not_durable() > Length();
+  });
+  // Else it was lost on the way: nobody will flush for it.
+  if (!comes_to_a_flush) begun_since_flush_ = begun_before_flush_ = Length();
+  return comes_to_a_flush;
 }
 
 // After anything has happened: timers, and what others wait for.
@@ -324,6 +355,16 @@ void EngineCore::restore_nothing() {
   for (const auto& disk : disks_) disk->mirror->restore_nothing();
 }
 
+void EngineCore::restore_holes(std::size_t disk, const std::vector<Extent>& holes) {
+  CHECK(!started_, "records are restored before copying begins");
+  DiskMirror& mirror = *disks_.at(disk)->mirror;
+  const Offset size(mirror.arbiter().options().disk_size.bytes());
+  for (const Extent& hole : holes) {
+    if (hole.offset < size && hole.end() <= size && hole.end() > hole.offset)
+      mirror.restore_hole(hole);
+  }
+}
+
 void EngineCore::mark_pending(std::size_t disk, const std::vector<Extent>& extents) {
   for (const Extent& extent : extents) disks_.at(disk)->mirror->mark_pending(extent);
   pump();
@@ -336,6 +377,7 @@ Arbiter::Records EngineCore::take_records(std::size_t disk, GroupIndex first, st
 std::vector<FlushId> EngineCore::flush_begin() {
   std::vector<FlushId> ids;
   for (const auto& disk : disks_) ids.push_back(disk->mirror->flush_begin());
+  begun_before_flush_ += std::exchange(begun_since_flush_, Length());
   return ids;
 }
 
@@ -347,6 +389,9 @@ void EngineCore::flush_ended(const std::vector<FlushId>& ids, bool done) {
       disks_.at(i)->mirror->flush_failed(ids[i]);
     }
   }
+  if (!done) begun_since_flush_ += begun_before_flush_;
+  begun_before_flush_ = Length();
+  pump();
 }
 
 void EngineCore::arm_deadline() {

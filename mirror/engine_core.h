@@ -75,10 +75,12 @@ class EngineCore : private Answers {
   [[nodiscard]] bool strict() const { return strict_; }
   void verify();
   void set_bandwidth(Length per_second);
+  void set_read_rate(Length per_second);
   void stop_copying();
   [[nodiscard]] MirrorEngine::EngineStatus status() const;
   Status restore(std::size_t disk, const GroupRecord& record, bool unflushed_lost);
   void restore_nothing();
+  void restore_holes(std::size_t disk, const std::vector<Extent>& holes);
   void mark_pending(std::size_t disk, const std::vector<Extent>& extents);
   Arbiter::Records take_records(std::size_t disk, GroupIndex first, std::size_t most);
   std::vector<FlushId> flush_begin();
@@ -122,6 +124,7 @@ class EngineCore : private Answers {
   void arm_deadline();
   void deadline_passed();
   [[nodiscard]] Length left_of(const OneDisk& disk) const;
+  [[nodiscard]] bool too_much_unflushed();
   [[nodiscard]] bool copied(Length rest) const;
 
   const MirrorEngine::Options options_;
@@ -131,8 +134,11 @@ class EngineCore : private Answers {
   std::unique_ptr<Link> link_;
   LaneIndex lanes_ = 1;
   std::vector<std::unique_ptr<OneDisk>> disks_;
-  blockcopy::Throttle throttle_;
+  blockcopy::Throttle bandwidth_;
+  std::optional<blockcopy::Throttle> read_rate_;  // none: bandwidth_ is charged what is read, too
   std::optional<Loop::Handle> throttle_timer_;
+  Length begun_since_flush_;   // of copies
+  Length begun_before_flush_;  // the one under way
   std::optional<Loop::Handle> deadline_timer_;
   Instant deadline_{};  // its time
   bool started_ = false;

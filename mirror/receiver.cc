@@ -137,7 +137,8 @@ class Store {
           {{"path", recorded.spec.path},
            {"id", recorded.id},
            {"instance", fmt::format("{}/{}/{}", boot_id_, recorded.losses, images_[i]->holder())},
-           {"initially_zero", images_[i]->initially_zero()}});
+           {"initially_zero", images_[i]->initially_zero()},
+           {"reads_storage", images_[i]->reads_storage()}});
     }
     return list;
   }
@@ -188,6 +189,25 @@ class Store {
     if (barrier_passed_) return fail(Code::Protocol, "the images are released already");
     for (std::size_t i = 0; i < images_.size(); ++i) DROVER_TRY(flush(i));
     return nlohmann::json::object();
+  }
+
+  // Where an image reads as zeroes, durably. The source sends nothing meanwhile.
+  Result<nlohmann::json> map(const nlohmann::json& request) {
+    if (barrier_passed_) return fail(Code::Protocol, "the images are released already");
+    DROVER_ASSIGN(const std::uint64_t disk, get_unsigned(request, "disk"));
+    DROVER_ASSIGN(const std::uint64_t offset, get_unsigned(request, "offset"));
+    if (disk >= images_.size() || offset >= images_[disk]->spec().size.bytes()) {
+      return fail(Code::Protocol, "there is no such disk, or it ends before that");
+    }
+    DROVER_TRY(flush(disk));
+    const Offset size(images_[disk]->spec().size.bytes());
+    Offset end(offset);
+    nlohmann::json holes = nlohmann::json::array();
+    for (const blockcopy::MappedExtent& run : images_[disk]->map({end, size - end})) {
+      if (!run.data) holes.push_back({run.extent.offset.bytes(), run.extent.length.bytes()});
+      end = run.extent.end();
+    }
+    return nlohmann::json{{"holes", holes}, {"end", end.bytes()}};
   }
 
   // Durably, once the answer is under way: the guest stands still until it comes. Until then QEMU's
@@ -887,6 +907,7 @@ class ReceiverImpl final : public Receiver {
     if (op == "reserve") return store_->reserve(request);
     if (op == "images") return nlohmann::json{{"disks", store_->describe_images()}};
     if (op == "flush") return store_->flush();
+    if (op == "map") return store_->map(request);
     if (op == "keep") return store_->keep();
     if (op == "barrier") return store_->barrier(request);
     if (op == "remove") return store_->remove(request);

@@ -1293,6 +1293,65 @@ TEST_F(NbdTest, QemuNbdServesAReaderToo) {
 
 // --- The fake ------------------------------------------------------------------------------------
 
+// What this process has had read from a device.
+std::uint64_t bytes_from_storage() {
+  std::ifstream io("/proc/self/io");
+  std::string name;
+  std::uint64_t value = 0;
+  while (io >> name >> value) {
+    if (name == "read_bytes:") return value;
+  }
+  return 0;
+}
+
+TEST(ReadingBack, ComesFromStorageWhereNothingIsDirect) {
+  RealFilesystemPlace place(true);
+  if (const std::string why = place.unusable(); !why.empty()) GTEST_SKIP() << why;
+  constexpr Length kSize = 1_MiB;
+  auto image = place.target(kSize);
+  ASSERT_TRUE(image);
+  if (!(*image)->reads_storage()) GTEST_SKIP() << "this filesystem does not let go of its cache";
+  Random random(7);
+  const Bytes written = random_bytes(random, kSize.bytes());
+  {
+    auto writer = (*image)->open_writer(place.loop());
+    auto reader = (*image)->open_reader(place.loop());
+    ASSERT_TRUE(writer && reader);
+    Bytes found(kSize.bytes());
+    const auto run = [&](auto&& begin) {
+      Status ended = fail(Code::Internal, "not yet");
+      begin([&](Status status) {
+        ended = std::move(status);
+        place.loop().stop();
+      });
+      place.loop().run();
+      ASSERT_TRUE(ended) << ended.error().to_string();
+    };
+    run([&](Done done) { (*writer)->write(Offset(), written, std::move(done)); });
+    ASSERT_TRUE((*image)->flush());
+    const std::uint64_t before = bytes_from_storage();
+    run([&](Done done) { (*reader)->read(Offset(), found, std::move(done)); });
+    EXPECT_EQ(found, written);
+    EXPECT_GE(bytes_from_storage() - before, kSize.bytes()) << "it was in the page cache just now";
+    // What is not flushed is read, too.
+    run([&](Done done) {
+      (*writer)->write(Offset(5), std::span(written).first(9), std::move(done));
+    });
+    run([&](Done done) { (*reader)->read(Offset(), found, std::move(done)); });
+    EXPECT_TRUE(std::ranges::equal(std::span(found).subspan(5, 9), std::span(written).first(9)));
+  }
+  EXPECT_TRUE((*image)->remove());
+}
+
+TEST(ReadingBack, SaysWhereThereIsOnlyMemory) {
+  TmpfsPlace place;
+  if (const std::string why = place.unusable(); !why.empty()) GTEST_SKIP() << why;
+  auto image = place.target(64_KiB);
+  ASSERT_TRUE(image);
+  EXPECT_FALSE((*image)->reads_storage());
+  EXPECT_TRUE((*image)->remove());
+}
+
 TEST(FakeImageTest, SyncedSurvivesACrashAndWrittenMayNot) {
   int old_blocks = 0;
   int new_blocks = 0;

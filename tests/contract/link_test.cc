@@ -1218,6 +1218,17 @@ TEST_F(ResumeTest, OneThatWaitedInVainKeepsItsImagesAndAnotherGoesOn) {
     // What a raw file holds survives its writer, what a daemon holds may not.
     EXPECT_EQ(image["instance"] == first_["instance"], std::string(format) == "raw");
     expect_content(source);
+    const auto map = source.link().call({{"op", "map"}, {"disk", 0}, {"offset", 0}}, kPatience);
+    ASSERT_TRUE(map.has_value());
+    EXPECT_GT((*map)["end"].get<std::uint64_t>(), 0U);
+    for (const nlohmann::json& hole : (*map)["holes"]) {
+      const std::uint64_t at = hole[0];
+      const std::uint64_t end = at + hole[1].get<std::uint64_t>();
+      for (std::uint64_t i = at; i < end; ++i) ASSERT_EQ(content_[i], std::byte{0}) << i;
+    }
+    EXPECT_FALSE(
+        source.link().call({{"op", "map"}, {"disk", 0}, {"offset", content_.size()}}, kPatience));
+    EXPECT_FALSE(source.link().call({{"op", "map"}, {"disk", 1}, {"offset", 0}}, kPatience));
     content_[0] ^= std::byte{1};
     source.write(0, 0, content_, {Offset(0), Length(512)}, 1000);
     ASSERT_TRUE(source.wait_answers());

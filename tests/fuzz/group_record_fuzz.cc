@@ -32,7 +32,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   CHECK(arbiter.summary().left <= options.disk_size, "no more is left than there is");
   if (!good) CHECK(arbiter.summary().left == options.disk_size, "nothing of it is believed");
   Actions actions;
-  while (const auto ticket = arbiter.start_copy()) {
+  while (const auto ticket = arbiter.start_copy(Instant())) {
     CHECK(ticket->extent.length > Length() && ticket->wanted > Length(), "something is wanted");
     CHECK(ticket->extent.end() <= Offset(options.disk_size.bytes()), "it lies on the disk");
     if (!arbiter.copy_read(ticket->id, actions)) break;

@@ -14,15 +14,13 @@ import pytest
 
 from lab import Disk, Guest, Host, Lab, wait_for
 from moves import HOLD, Move, Running, assert_unharmed, jobs, kill_all, receivers
-from outages import (MIB, PHASES, Seen, begin, guest_moves_or_resumed, link_down, long, moved, outage_of,
+from outages import (PHASES, Seen, begin, guest_moves_or_resumed, link_down, long, moved, outage_of,
                      share_sent_again, undone)
 
 pytestmark = pytest.mark.usefixtures("drover")
 
 STALL_MS = 1000  # what no guest's write may take, however slow the machine is
 STRICT_STALL_MS = 6000  # in the handover a write waits for the target: mirror/arbiter.h, max_strict_wait
-# Of what was on its way when something broke, nobody knows whether it arrived: at most 8 chunks a disk.
-ON_ITS_WAY = 16 * MIB
 
 
 def bound(phase: str) -> int:
@@ -132,17 +130,18 @@ def test_receiver_killed(lab: Lab, small: Guest, seen: Seen, phase: str) -> None
     moved(lab, small, seen, running.end())
 
 
-def test_receiver_killed_in_the_middle_of_a_copy(lab: Lab, seen: Seen) -> None:
+@pytest.mark.parametrize("size, data", [(512, 384), pytest.param(4096, 4096, marks=long)])
+def test_receiver_killed_in_the_middle_of_a_copy(lab: Lab, seen: Seen, size: int, data: int) -> None:
     """Issue 3, done when 3: what had arrived is not sent again."""
-    guest = lab.guest("web1", [Disk("512M", data="384M")], memory="256M", rate=200)
-    running = Move(lab, guest, "--bandwidth", "60M")
+    guest = lab.guest("web1", [Disk(f"{size}M", data=f"{data}M")], memory="256M", rate=200)
+    running = Move(lab, guest, "--bandwidth", "60M" if size < 4096 else "200M")
     running.wait_for_copied(0.5)
     seen.outage_begins(guest)
     kill_all(lab.b, "drover receive")
     outcome = running.end()
     assert seen.outage_over(guest) < STALL_MS
     moved(lab, guest, seen, outcome)
-    assert outcome.summary["sent_again_bytes"] <= 0.05 * outcome.summary["data_bytes"] + ON_ITS_WAY
+    assert share_sent_again(outcome) <= 0.05
 
 
 def test_receiver_killed_at_the_barrier(lab: Lab, small: Guest, seen: Seen) -> None:
@@ -159,13 +158,18 @@ def test_receiver_killed_at_the_barrier(lab: Lab, small: Guest, seen: Seen) -> N
     moved(lab, small, seen, running.end())
 
 
-def test_target_restarted_and_its_unsynced_data_lost(lab: Lab, seen: Seen) -> None:
-    guest = lab.guest("web1", [Disk("256M", data="192M")], memory="256M", rate=200)
-    lab.b.mount_fs("ext4", "512M", "/mnt/target")
+@pytest.mark.parametrize("size, data, bandwidth", [(256, 192, "30M"), pytest.param(4096, 4096, "100M", marks=long),
+                                                   pytest.param(4096, 4096, "1G", marks=long)])
+def test_target_restarted_and_its_unsynced_data_lost(lab: Lab, seen: Seen, size: int, data: int,
+                                                     bandwidth: str) -> None:
+    """The same of a power cut: what the target had on stable storage is not sent again. (The small disk's flushes are
+    fewer for its size: job/checkpoint.h, FlushPlan.)"""
+    guest = lab.guest("web1", [Disk(f"{size}M", data=f"{data}M")], memory="256M", rate=200)
+    lab.b.mount_fs("ext4", f"{size + size // 2 + 256}M", "/mnt/target")
     try:
         there = "/mnt/target/web1.raw"
         home = guest.disks()["vda"]
-        running = Move(lab, guest, "--bandwidth", "30M", "--disk", f"vda={there}")
+        running = Move(lab, guest, "--bandwidth", bandwidth, "--disk", f"vda={there}")
         running.wait_for_copied(0.5)
         seen.outage_begins(guest)
         lab.set_link(lab.b, False)  # so that no other receiver is started in the middle of it
@@ -179,6 +183,8 @@ def test_target_restarted_and_its_unsynced_data_lost(lab: Lab, seen: Seen) -> No
         assert guest.host is lab.b
         seen.outage_over(guest)
         seen.ended(guest, outcome)
+        share = share_sent_again(outcome)
+        assert share <= (0.05 if size >= 4096 else 0.2)
         assert_unharmed(guest)
         assert lab.leftovers() == []
         back = Move(lab, guest, "--disk", f"vda={home}").end()

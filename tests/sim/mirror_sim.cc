@@ -503,6 +503,7 @@ void MirrorSim::set_up() {
   if (random_.one_in(4)) options.arbiter.max_masks = random_.below(20);
   options.arbiter.verify_pause = std::chrono::milliseconds(5);
   options.arbiter.verify_tries = random_.one_in(2) ? 8 : 1 + static_cast<unsigned>(random_.below(3));
+  if (random_.one_in(2)) options.arbiter.max_doubts = 1 + random_.below(2);
   options.arbiter.mutation = options_.mutation;
   options.max_copies = 1 + random_.below(4);
   options.target_initially_zero = target_.front() == std::byte{0};
@@ -920,7 +921,8 @@ bool MirrorSim::world_step(bool calm) {
   if (steps_taken_ > kMaxSteps) violate("it does not come to an end");
   advance_clock();
   if (!synced_.empty() && random_.one_in(8)) write_back();
-  if ((journaled_ || !synced_.empty()) && random_.one_in(3)) drive_journal();
+  const bool flushes = journaled_ || !synced_.empty() || verification_ == Verification::Runs;
+  if (flushes && random_.one_in(3)) drive_journal();
   if (!calm && fault()) return true;
   const std::uint64_t choice = random_.below(4);
   for (std::uint64_t k = 0; k < 4; ++k) {
@@ -949,9 +951,10 @@ void MirrorSim::finish() {
          !(mirror_ && mirror_->all_copied() && lanes_->quiet() && guest_budget_ == 0 && verified())) {
     const bool progress = world_step(guest_budget_ == 0);
     check_strict();
+    const bool waits = verification_ == Verification::Runs;  // for a flush
     drive_verification();
     if (random_.one_in(16) && mirror_ && mirror_->all_copied() && verified()) (void)mirror_->enter_strict();
-    if (!progress && !(mirror_ && mirror_->next_deadline())) violate("it is stuck");
+    if (!progress && !waits && !(mirror_ && mirror_->next_deadline())) violate("it is stuck");
   }
   if (violation_) return;
   if (!mirror_->enter_strict()) violate("every lane is up and strict mode is refused");
@@ -973,6 +976,8 @@ void MirrorSim::damage_target() {
   if (!lanes_->quiet() || restarting_ || std::exchange(damage_done_, true)) return;
   for (std::uint64_t left = random_.below(4); left > 0; --left) {
     const std::size_t at = random_.below(target_.size());
+    // What was never written to does not change.
+    if (!mirror_->arbiter().was_sent(at / limits_.chunk_size.bytes())) continue;
     target_[at] ^= static_cast<std::byte>(1 + random_.below(255));
     if (!synced_.empty()) synced_[at] = target_[at];
     ++damages_;

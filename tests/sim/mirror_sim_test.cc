@@ -79,6 +79,8 @@ INSTANTIATE_TEST_SUITE_P(
              [](MirrorSimOptions& o) { o.mutation.same_though_different = true; }},
         Rule{"AChunkIsDamagedOnlyIfItDiffersTwice",
              [](MirrorSimOptions& o) { o.mutation.damaged_at_once = true; }},
+        Rule{"WhatVerifyingNeverSawIsSentAgain",
+             [](MirrorSimOptions& o) { o.mutation.forget_unseen = true; }},
         Rule{"AComparisonBringsNothingOfAWriteThatWasGivenUp",
              [](MirrorSimOptions& o) { o.mutation.compare_trusted = true; }},
         Rule{"AChunkAlwaysTravelsOnTheSameLane",

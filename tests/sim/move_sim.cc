@@ -152,6 +152,7 @@ class MoveSim final : public job::Observer {
   bool source_restarted_ = false;
   bool memory_lost_ = false;  // with the target's host
   bool cannot_resume_ = false;
+  bool slow_handover_ = false;  // the guest writes in it, and the target is slow
   bool receiver_killed_ = false;
   FilePtr strangers_;  // a file on the target that is not the job's
   Bytes strangers_content_;
@@ -167,6 +168,9 @@ EngineSetup MoveSim::draw_engine(World& world, const MoveSimOptions& options) {
   engine.arbiter.strict_window = Length(random.one_in(2) ? random.below(8192) : 1U << 20);
   if (random.one_in(3)) engine.arbiter.max_lag = std::chrono::milliseconds(1 + random.below(20));
   engine.arbiter.mutation = options.arbiter;
+  if (random.one_in(3)) engine.max_unflushed = engine.chunk_size * (1 + random.below(4));
+  if (random.one_in(2)) engine.arbiter.verify_tries = 1 + static_cast<unsigned>(random.below(3));
+  if (random.one_in(3)) engine.arbiter.max_doubts = 1;
   if (random.one_in(4)) engine.encode.encoding = mirror::Encoding::Lz4;
   return engine;
 }
@@ -225,6 +229,15 @@ MoveSim::MoveSim(std::uint64_t seed, const MoveSimOptions& options)
   move_options_.host = "hostb";
   move_options_.target_uri = "qemu+ssh://hostb/system";
   move_options_.connections = 1 + static_cast<unsigned>(world_.random.below(3));
+  if (world_.random.one_in(2)) {
+    move_options_.max_slowdown = std::chrono::milliseconds(10 + world_.random.below(190));
+  }
+  slow_handover_ = world_.random.one_in(8);
+  machines_.strict_bound = move_options_.max_slowdown;
+  if (world_.random.one_in(3)) {
+    move_options_.verify = true;
+    if (world_.random.one_in(2)) target_.corrupts = static_cast<unsigned>(world_.random.below(300));
+  }
   draw_faults();
 }
 
@@ -253,6 +266,16 @@ void MoveSim::draw_faults() {
       default: one.lasts = world_.between(12s, 90s); break;
     }
     faults_.push_back(one);
+  }
+  // Something for which writes wait, when they may.
+  if (slow_handover_) {
+    Planned one;
+    one.fault = random.one_in(2) ? Fault::TargetStall : Fault::Cut;
+    one.phase = random.one_in(2) ? job::Phase::Synchronised : job::Phase::Memory;
+    one.later = world_.between(0us, 20ms);
+    one.lasts = world_.between(300ms, 8s);
+    faults_.push_back(one);
+    engine_.arbiter.strict_window = Length(random.below(2) * 4096);
   }
   if (mood != 0 && random.one_in(3)) {
     noise_ = true;
@@ -400,6 +423,10 @@ void MoveSim::kill_runner() {
   world_.trace("the runner is killed in phase {}", job::phase_name(phase_));
   world_.kill(runner_);
   machines_.client_died();
+  if (world_.random.one_in(8)) {
+    world_.trace("the job's journal is damaged");
+    for (auto& [directory, journal] : around_.journals) journal.damaged = true;
+  }
 }
 
 void MoveSim::heal() {
@@ -634,8 +661,9 @@ void MoveSim::check_end() {
 
 std::optional<std::string> MoveSim::run(MoveSimStats* stats) {
   GuestPlan plan;
-  plan.writes = world_.random.below(90);
+  plan.writes = slow_handover_ ? 400 : world_.random.below(90);
   plan.pause = world_.random.one_in(4) ? Duration(300us) : world_.between(100us, 4ms);
+  if (slow_handover_) plan.pause = 20ms;
   plan.discards = world_.random.one_in(4) ? 60 : 10;
   machines_.begin(plan);
   healed_at_ = world_.now();

@@ -9,8 +9,8 @@
 // The fault model:
 //  - The guest writes, zeroes and discards until the end, up to six requests at once, wherever it
 //    runs. A write is complete on the source's disk first, then goes to the mirror, and is answered
-//    when that has answered (or has broken). Its user may pause it, let it go on, or switch it off.
-//    Somebody may end a mirror.
+//    when that has answered (or has broken), in the handover within --max-slowdown. Its user may
+//    pause it, let it go on, or switch it off. Somebody may end a mirror.
 //  - Reads of the source are torn. Storage on either host stalls, or fails to read or write, for a
 //    while; the target's gets full. What the target has written is not on stable storage until it
 //    is flushed: a host that restarts keeps any part of the rest.
@@ -26,7 +26,12 @@
 //  - Receiver, target host, runner and source host are killed at any step. The runner's fibers
 //    unwind, but nothing that they do on the way reaches anybody; what it held (locks, sockets,
 //    connections) is let go of. A source that has restarted may have its guest started again.
-//  - The user cancels. The job's journal can't be written for a while.
+//  - The user cancels. The job's journal can't be written for a while, or is damaged when the
+//  runner is killed.
+//  - Up to the moment when --verify begins, the target's storage may not keep what is written to
+//  it, and say nothing:
+//    then no block of the images may differ when the target runs. (What is damaged later nobody
+//    looks at again.)
 // Then everything heals. A job whose process is dead, or that says that it can be gone on with, is
 // resumed or cancelled by a further process, up to seven times, and must come to its end: moved,
 // undone, or held with nothing deleted.

@@ -143,6 +143,11 @@ void Machines::write_done(std::uint64_t id) {
   const Op& op = found->second;
   const Duration delay = world_.now() - op.written;
   const bool excused = op.excused || (writes_may_wait && writes_may_wait());
+  if (op.at_mirror && delay > strict_bound + write_bound) {
+    world_.violate(
+        fmt::format("a guest's write waited {} us, longer than it may in the handover",
+                    std::chrono::duration_cast<std::chrono::microseconds>(delay).count()));
+  }
   if (!excused) {
     counters.worst = std::max(counters.worst, delay);
     if (delay > write_bound) {

@@ -158,6 +158,7 @@ class Machines {
   // Called before the guest runs on the target; says what is wrong.
   std::function<std::optional<std::string>()> may_run_on_target;
   Duration write_bound = std::chrono::milliseconds(20);
+  Duration strict_bound = std::chrono::seconds(5);  // where it may wait: --max-slowdown
   std::function<bool()> writes_may_wait;  // strict mode, or the guest stands still
 
   struct Counters {

@@ -169,7 +169,20 @@ void SimWriter::write(Offset offset, std::span<const std::byte> buffer, blockcop
       file_->write(offset.bytes() + from, buffer.subspan(from, to - from));
     };
   };
-  requests_.add(host_, {put(cut, buffer.size()), put(0, cut)}, outcome(), std::move(done));
+  // Storage that does not keep what it took, and says nothing.
+  const auto corrupt = [this, offset, size = buffer.size()] {
+    if (host_.corrupts == 0 || size == 0 || !world_.chance(host_.corrupts)) return;
+    const std::size_t at = offset.bytes() + world_.random.below(size);
+    const std::byte other =
+        file_->content.at(at) ^ static_cast<std::byte>(1 + world_.random.below(255));
+    world_.trace("{}: byte {} is corrupted", host_.name, at);
+    file_->write(at, std::span(&other, 1));
+  };
+  const auto put_rest = [put = put(0, cut), corrupt] {
+    put();
+    corrupt();
+  };
+  requests_.add(host_, {put(cut, buffer.size()), put_rest}, outcome(), std::move(done));
 }
 
 void SimWriter::write_zeroes(Extent extent, blockcopy::Done done) {

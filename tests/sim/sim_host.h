@@ -43,6 +43,7 @@ struct Host {
   bool write_errors = false;
   bool full = false;
   bool stalled = false;
+  unsigned corrupts = 0;  // per mille of what is written is something else afterwards
 };
 
 // Requests that are under way. When their process dies, or the image goes, they end without effect.

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tests/sim/sim_runner.h"
-#include "tests/sim/sim_frame.h"
 
 #include <algorithm>
 #include <deque>
@@ -9,6 +8,8 @@
 #include "base/check.h"
 #include "mirror/engine_core.h"
 #include "mirror/lane_queue.h"
+#include "tests/fakes/loop_without_io.h"
+#include "tests/sim/sim_frame.h"
 
 namespace drover::sim {
 namespace {
@@ -18,13 +19,11 @@ using nlohmann::json;
 
 Error unreachable(std::string what) { return {Code::Unreachable, std::move(what), "", true}; }
 
-class SimLoop final : public Loop {
+class SimLoop final : public fakes::LoopWithoutIo {
  public:
   SimLoop(World& world, ProcessPtr process) : world_(world), process_(std::move(process)) {}
   ~SimLoop() override { *here_ = false; }
 
-  void run() override { CHECK(false, "the world runs the loop"); }
-  void stop() override {}
   void post(Task task) override {
     last_post_ = std::max(last_post_, world_.now() + world_.between(0us, 20us));
     (void)plan(last_post_, std::move(task));
@@ -32,15 +31,6 @@ class SimLoop final : public Loop {
   Handle at(Instant when, Task task) override { return plan(when, std::move(task)); }
   void cancel(Handle handle) override { world_.cancel(handle - 1); }
   [[nodiscard]] Instant now() const override { return world_.now(); }
-
-  Handle read(int, std::span<std::byte>, Offset, Completion) override { return none(); }
-  Handle write(int, std::span<const std::byte>, Offset, Completion) override { return none(); }
-  Handle fdatasync(int, Completion) override { return none(); }
-  Handle fallocate(int, int, Extent, Completion) override { return none(); }
-  Handle receive(int, std::span<std::byte>, Completion) override { return none(); }
-  Handle send(int, std::span<const std::byte>, Completion) override { return none(); }
-  Handle accept(int, Completion) override { return none(); }
-  Handle poll(int, short, Completion) override { return none(); }
 
  private:
   Handle plan(Instant when, Task task) {
@@ -51,7 +41,6 @@ class SimLoop final : public Loop {
                    },
                    process_);
   }
-  static Handle none() { CHECK(false, "the engine's core does no I/O of its own"); }
   World& world_;
   const ProcessPtr process_;
   Instant last_post_{};
@@ -570,14 +559,22 @@ class SimEngine final : public mirror::MirrorEngine {
   void start() override { core_.start(); }
   Status enter_strict() override { return core_.enter_strict(); }
   void leave_strict() override { core_.leave_strict(); }
-  void verify() override { core_.verify(); }
+  void verify() override {
+    // From here on what was written stays: what is read back is what is there in the end.
+    around_.target.corrupts = 0;
+    core_.verify();
+  }
   void set_bandwidth(Length per_second) override { core_.set_bandwidth(per_second); }
+  void set_read_rate(Length per_second) override { core_.set_read_rate(per_second); }
   void stop_copying() override { core_.stop_copying(); }
   Status restore(std::size_t disk, const mirror::GroupRecord& record,
                  bool unflushed_lost) override {
     return core_.restore(disk, record, unflushed_lost);
   }
   void restore_nothing() override { core_.restore_nothing(); }
+  void restore_holes(std::size_t disk, const std::vector<Extent>& holes) override {
+    core_.restore_holes(disk, holes);
+  }
   void know_targets(const std::vector<mirror::TargetDisk>& disks) override {
     core_.know_targets(disks);
   }
@@ -778,6 +775,9 @@ Result<std::unique_ptr<job::Journal>> SimPlatform::open_journal(const std::strin
   if (make == job::Journal::Make::Never && !around_.journals.contains(directory)) {
     return fail(Code::Protocol, "there is no journal in " + directory);
   }
+  if (around_.journals.contains(directory) && around_.journals.at(directory).damaged) {
+    return fail(Code::Protocol, "the job's journal is damaged");
+  }
   around_.journals[directory];
   return std::make_unique<SimJournal>(around_, directory);
 }
@@ -788,6 +788,8 @@ Result<std::unique_ptr<mirror::MirrorEngine>> SimPlatform::create_engine(
   small.chunk_size = around_.engine.chunk_size;
   small.handover_rest = around_.engine.handover_rest;
   small.arbiter = around_.engine.arbiter;
+  small.arbiter.max_strict_wait = options.arbiter.max_strict_wait;
+  small.max_unflushed = around_.engine.max_unflushed;
   return std::make_unique<SimEngine>(around_, process_, small, std::move(events));
 }
 

@@ -23,6 +23,7 @@ namespace drover::sim {
 // A job's directory on the source host: what is in it survives the runner; what was synced, the
 // host.
 struct JournalFile {
+  bool damaged = false;  // it can't be opened again
   std::map<std::string, std::string, std::less<>> written;
   std::map<std::string, std::string, std::less<>> synced;
 };
@@ -32,6 +33,7 @@ struct EngineSetup {
   Length handover_rest;
   mirror::Arbiter::Options arbiter;
   mirror::EncodeOptions encode;
+  Length max_unflushed;
 };
 
 // Everything outside of the runner's process that it can reach.

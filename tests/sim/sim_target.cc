@@ -307,6 +307,7 @@ void SimReceiver::perform(const json& request, Answer answer) {
     if (const Status flushed = flush(); !flushed) return answer(fail(flushed.error()));
     return answer(json::object());
   }
+  if (op == "map") return answer(map(request));
   if (op == "images") return answer(json{{"disks", describe_images()}});
   if (op == "keep") {
     kept_ = true;
@@ -333,6 +334,32 @@ void SimReceiver::perform(const json& request, Answer answer) {
     return answer(json::object());
   }
   answer(fail(Code::InvalidArgument, "the receiver does not know \"" + op + "\""));
+}
+
+Result<json> SimReceiver::map(const json& request) {
+  if (barrier_passed_) return fail(Code::Protocol, "the images are released already");
+  const auto disk = request.at("disk").get<std::size_t>();
+  const auto from = request.at("offset").get<std::size_t>();
+  if (disk >= images_.size()) return fail(Code::Protocol, "there is no such disk");
+  DROVER_TRY(flush());
+  const Bytes& content = images_[disk]->content;
+  constexpr std::size_t kBlock = 4096;
+  constexpr std::size_t kAtOnce = 4 * kBlock;
+  const std::size_t end = std::min(content.size(), from + kAtOnce);
+  json holes = json::array();
+  for (std::size_t at = from; at < end; at += kBlock) {
+    const auto block = std::span(content).subspan(at, std::min(kBlock, end - at));
+    const bool hole = std::ranges::all_of(block, [](std::byte one) { return one == std::byte{0}; });
+    if (!hole && !target_.mutation_.empty_map) continue;
+    // Runs come in one piece.
+    if (!holes.empty() &&
+        holes.back()[0].get<std::size_t>() + holes.back()[1].get<std::size_t>() == at) {
+      holes.back()[1] = holes.back()[1].get<std::size_t>() + block.size();
+    } else {
+      holes.push_back({at, block.size()});
+    }
+  }
+  return json{{"holes", holes}, {"end", end}};
 }
 
 Result<json> SimReceiver::reserve(const json& request) {

@@ -51,6 +51,7 @@ struct TargetMutation {
   bool skip_flush = false;   // the barrier does not flush
   bool forget_keep = false;  // images go with the link although they were to be kept
   bool overwrite = false;    // an existing file is taken for the job's
+  bool empty_map = false;    // says that there is nothing in its images
 };
 
 class SimTarget {
@@ -132,6 +133,7 @@ class SimReceiver : public std::enable_shared_from_this<SimReceiver> {
   [[nodiscard]] nlohmann::json describe_images();
   Status flush();
   void perform(const nlohmann::json& request, Answer answer);
+  Result<nlohmann::json> map(const nlohmann::json& request);
   Result<nlohmann::json> reserve(const nlohmann::json& request);
   void barrier(const nlohmann::json& request, const Answer& answer);
   Result<nlohmann::json> prove(const nlohmann::json& request);

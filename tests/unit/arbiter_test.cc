@@ -5,7 +5,9 @@
 #include "mirror/arbiter.h"
 
 #include <gtest/gtest.h>
+#include <malloc.h>
 
+#include <algorithm>
 #include <functional>
 #include <string>
 #include <utility>
@@ -31,7 +33,7 @@ Extent block(ChunkIndex chunk, std::uint64_t number, std::uint64_t count = 1) {
 class ArbiterRules : public testing::Test {
  protected:
   void copy_all() {
-    while (const auto ticket = arbiter_.start_copy()) {
+    while (const auto ticket = arbiter_.start_copy(Instant())) {
       ASSERT_TRUE(arbiter_.copy_read(ticket->id, actions_));
       arbiter_.copy_acked(ticket->id);
     }
@@ -71,7 +73,7 @@ TEST_F(ArbiterRules, AnOutageCostsTheBlocksWrittenDuringIt) {
   EXPECT_EQ(summary.pending, 2U);
   EXPECT_EQ(summary.left, kBlock * 5);
   EXPECT_EQ(summary.copied + summary.left, arbiter_.options().disk_size);
-  const auto ticket = arbiter_.start_copy();
+  const auto ticket = arbiter_.start_copy(Instant());
   ASSERT_TRUE(ticket);
   EXPECT_EQ(ticket->extent, block(3, 0, 201));
   EXPECT_EQ(ticket->blocks, BlockMask::range(0, 3) | BlockMask::range(200, 201));
@@ -88,19 +90,19 @@ TEST_F(ArbiterRules, AChunkNeverCopiedStaysWhole) {
 TEST_F(ArbiterRules, ALostTicketOwesItsBlocksAndWhatCameMeanwhile) {
   copy_all();
   arbiter_.mark_pending(block(1, 4));
-  const auto ticket = arbiter_.start_copy();
+  const auto ticket = arbiter_.start_copy(Instant());
   ASSERT_TRUE(ticket && arbiter_.copy_read(ticket->id, actions_));
   arbiter_.mark_pending(block(1, 9));
   outage([] {});
   EXPECT_EQ(arbiter_.summary().left, kBlock * 2);
-  const auto again = arbiter_.start_copy();
+  const auto again = arbiter_.start_copy(Instant());
   ASSERT_TRUE(again);
   EXPECT_EQ(again->extent, block(1, 4, 6));
   EXPECT_EQ(again->blocks, BlockMask::range(0, 1) | BlockMask::range(5, 6));
 }
 
 TEST_F(ArbiterRules, OnlyTheBlocksToRedoArePendingAfterACopy) {
-  const auto ticket = arbiter_.start_copy();
+  const auto ticket = arbiter_.start_copy(Instant());
   ASSERT_TRUE(ticket && arbiter_.copy_read(ticket->id, actions_));
   arbiter_.guest_write(++writes_, WriteKind::Discard, block(0, 30, 2), Instant(), actions_);
   arbiter_.copy_acked(ticket->id);
@@ -124,7 +126,7 @@ TEST_F(ArbiterRules, BeyondTheLimitOfMasksChunksArePendingWhole) {
   auto options = disk_of(8);
   options.max_masks = 2;
   Arbiter arbiter(options);
-  while (const auto ticket = arbiter.start_copy()) {
+  while (const auto ticket = arbiter.start_copy(Instant())) {
     ASSERT_TRUE(arbiter.copy_read(ticket->id, actions_));
     arbiter.copy_acked(ticket->id);
   }
@@ -137,14 +139,14 @@ TEST_F(ArbiterRules, TheLastBlockOfADiskMayBeShort) {
   options.disk_size -= Length(kChunk.bytes() - 4096 - 512);
   Arbiter arbiter(options);
   EXPECT_EQ(arbiter.summary().left, options.disk_size);
-  while (const auto ticket = arbiter.start_copy()) {
+  while (const auto ticket = arbiter.start_copy(Instant())) {
     ASSERT_TRUE(arbiter.copy_read(ticket->id, actions_));
     arbiter.copy_acked(ticket->id);
   }
   EXPECT_EQ(arbiter.summary().left, Length());
   arbiter.mark_pending({Offset(options.disk_size.bytes() - 1), Length(1)});
   EXPECT_EQ(arbiter.summary().left, Length(512));
-  const auto ticket = arbiter.start_copy();
+  const auto ticket = arbiter.start_copy(Instant());
   ASSERT_TRUE(ticket);
   EXPECT_EQ(ticket->extent, (Extent{Offset(kChunk.bytes() + 4096), Length(512)}));
   EXPECT_EQ(ticket->blocks, BlockMask::all());
@@ -214,7 +216,7 @@ TEST_F(ArbiterRules, ARecordBringsEverythingBack) {
     EXPECT_EQ(restored.is_copied(3), !lost);
     EXPECT_EQ(restored.take_records(0, 1).records.size(), lost ? 1U : 0U)
         << "what was lost must be recorded before the target's new instance is";
-    const auto ticket = restored.start_copy();
+    const auto ticket = restored.start_copy(Instant());
     ASSERT_TRUE(ticket);
     EXPECT_FALSE(ticket->fresh);
     EXPECT_FALSE(ticket->touches);
@@ -230,7 +232,7 @@ TEST_F(ArbiterRules, ADamagedRecordMakesItsGroupPending) {
     Arbiter restored(disk_of(8));
     EXPECT_FALSE(restored.restore(0, damaged, false));
     EXPECT_EQ(restored.summary().left, arbiter_.options().disk_size);
-    EXPECT_FALSE(restored.start_copy()->fresh);
+    EXPECT_FALSE(restored.start_copy(Instant())->fresh);
   }
   EXPECT_FALSE(Arbiter(disk_of(8)).restore(0, bytes.substr(0, bytes.size() - 1), false));
   EXPECT_FALSE(Arbiter(disk_of(8)).restore(0, "", false));
@@ -241,17 +243,17 @@ TEST(ArbiterRecords, ASpanIsTouchedBeforeTheFirstFrameAndOnce) {
   Arbiter arbiter(disk_of(2 * kGroupChunks));
   Actions actions;
   for (int i = 0; i < 64; ++i) {
-    const auto ticket = arbiter.start_copy();
+    const auto ticket = arbiter.start_copy(Instant());
     ASSERT_TRUE(ticket);
     EXPECT_EQ(ticket->touches.has_value(), i == 0);
   }
   // What is recorded now: these may have been sent, the others were not.
   Arbiter restored(disk_of(2 * kGroupChunks));
   ASSERT_TRUE(restored.restore(0, arbiter.take_record(0), false));
-  EXPECT_FALSE(restored.start_copy()->fresh);
-  for (int i = 1; i < 64; ++i) EXPECT_FALSE(restored.start_copy()->fresh);
-  EXPECT_TRUE(restored.start_copy()->fresh);
-  EXPECT_EQ(arbiter.start_copy()->touches, GroupIndex{0});
+  EXPECT_FALSE(restored.start_copy(Instant())->fresh);
+  for (int i = 1; i < 64; ++i) EXPECT_FALSE(restored.start_copy(Instant())->fresh);
+  EXPECT_TRUE(restored.start_copy(Instant())->fresh);
+  EXPECT_EQ(arbiter.start_copy(Instant())->touches, GroupIndex{0});
 }
 
 TEST(ArbiterRecords, AWriteToAHoleTouchesToo) {
@@ -272,7 +274,7 @@ TEST(ArbiterRecords, OnlyGroupsThatChangedAreTaken) {
   Arbiter arbiter(disk_of(3 * kGroupChunks));
   EXPECT_TRUE(arbiter.take_records(0, 10).records.empty()) << "nothing was sent to any";
   Actions actions;
-  while (const auto ticket = arbiter.start_copy()) {
+  while (const auto ticket = arbiter.start_copy(Instant())) {
     ASSERT_TRUE(arbiter.copy_read(ticket->id, actions));
     arbiter.copy_acked(ticket->id);
   }
@@ -318,7 +320,7 @@ TEST(ArbiterSize, A64TiBDiskIsCheap) {
 TEST_F(ArbiterRules, WhereNothingIsKnownChunksAreComparedAndOnlyThoseThatDifferAreSent) {
   arbiter_.restore_nothing();
   for (ChunkIndex chunk = 0; chunk < 8; ++chunk) {
-    const auto ticket = arbiter_.start_copy();
+    const auto ticket = arbiter_.start_copy(Instant());
     ASSERT_TRUE(ticket && ticket->compare && ticket->chunk == chunk);
     ASSERT_TRUE(arbiter_.copy_read(ticket->id, actions_));
     if (chunk == 5) {
@@ -328,7 +330,7 @@ TEST_F(ArbiterRules, WhereNothingIsKnownChunksAreComparedAndOnlyThoseThatDifferA
       arbiter_.copy_acked(ticket->id);
     }
   }
-  const auto sent = arbiter_.start_copy();
+  const auto sent = arbiter_.start_copy(Instant());
   ASSERT_TRUE(sent);
   EXPECT_EQ(sent->chunk, 5U);
   EXPECT_EQ(sent->extent, block(5, 4, 2));
@@ -338,15 +340,32 @@ TEST_F(ArbiterRules, WhereNothingIsKnownChunksAreComparedAndOnlyThoseThatDifferA
   EXPECT_TRUE(arbiter_.synchronised());
 }
 
+TEST_F(ArbiterRules, WhatIsEmptyOnTheTargetIsNotCompared) {
+  arbiter_.restore_nothing();
+  arbiter_.restore_hole({Offset(kChunk.bytes() - 1), kChunk * 4 + Length(2)});  // 1 to 4 whole
+  arbiter_.scan_begin({Offset(0), arbiter_.options().disk_size});
+  arbiter_.scan_hole({Offset(3 * kChunk.bytes()), kChunk * 5});
+  std::vector<ChunkIndex> compared;
+  std::vector<ChunkIndex> fresh;
+  while (const auto ticket = arbiter_.start_copy(Instant())) {
+    (ticket->compare ? compared : fresh).push_back(ticket->chunk);
+    EXPECT_EQ(ticket->fresh, !ticket->compare);
+    ASSERT_TRUE(arbiter_.copy_read(ticket->id, actions_));
+    arbiter_.copy_acked(ticket->id);
+  }
+  EXPECT_EQ(compared, (std::vector<ChunkIndex>{0, 5, 6, 7})) << "there may be anything";
+  EXPECT_EQ(fresh, (std::vector<ChunkIndex>{1, 2})) << "3 and 4 are holes on both sides";
+}
+
 TEST_F(ArbiterRules, AComparisonThatIsLostIsMadeAgain) {
   arbiter_.restore_nothing();
-  const auto first = arbiter_.start_copy();
+  const auto first = arbiter_.start_copy(Instant());
   ASSERT_TRUE(first && arbiter_.copy_read(first->id, actions_));
   outage([] {});
   EXPECT_FALSE(arbiter_.copy_differs(first->id, BlockMask::all(), Instant()))
       << "its answer is of the old connections";
   std::size_t compared = 0;
-  while (const auto ticket = arbiter_.start_copy()) {
+  while (const auto ticket = arbiter_.start_copy(Instant())) {
     EXPECT_TRUE(ticket->compare);
     ASSERT_TRUE(arbiter_.copy_read(ticket->id, actions_));
     arbiter_.copy_acked(ticket->id);
@@ -360,7 +379,7 @@ class Verification : public ArbiterRules {
   // Compares what is to be compared now; `differs` says which chunks do.
   std::vector<ChunkIndex> round(const std::function<bool(ChunkIndex)>& differs) {
     std::vector<ChunkIndex> damaged;
-    while (const auto ticket = arbiter_.start_copy()) {
+    while (const auto ticket = arbiter_.start_copy(now_)) {
       EXPECT_TRUE(arbiter_.copy_read(ticket->id, actions_));
       if (ticket->compare && differs(ticket->chunk)) {
         if (const auto found = arbiter_.copy_differs(ticket->id, BlockMask::range(1, 3), now_)) {
@@ -378,6 +397,12 @@ class Verification : public ArbiterRules {
     now_ += arbiter_.options().verify_pause;
     arbiter_.tick(now_, actions_);
   }
+  // Everything copied, flushed, and to be verified.
+  void verify() {
+    copy_all();
+    arbiter_.verify();
+    flush();
+  }
   static bool third(ChunkIndex chunk) { return chunk == 3; }
   static bool none(ChunkIndex) { return false; }
 
@@ -386,8 +411,7 @@ class Verification : public ArbiterRules {
 };
 
 TEST_F(Verification, AChunkThatDiffersTwiceIsReportedSentAgainAndLookedAtAgain) {
-  copy_all();
-  arbiter_.verify();
+  verify();
   EXPECT_EQ(arbiter_.summary().to_verify, 8U);
   EXPECT_TRUE(round(third).empty());
   EXPECT_EQ(arbiter_.summary().to_verify, 1U);
@@ -397,6 +421,9 @@ TEST_F(Verification, AChunkThatDiffersTwiceIsReportedSentAgainAndLookedAtAgain) 
   bool once = true;
   EXPECT_EQ(round([&](ChunkIndex) { return std::exchange(once, false); }), std::vector<ChunkIndex>{3});
   pause();
+  EXPECT_EQ(arbiter_.start_copy(now_), std::nullopt) << "what was sent again is not flushed yet";
+  flush();
+  pause();
   EXPECT_TRUE(round(none).empty());
   EXPECT_EQ(sent_, std::vector<ChunkIndex>{3});
   EXPECT_EQ(arbiter_.summary().to_verify, 0U);
@@ -405,20 +432,19 @@ TEST_F(Verification, AChunkThatDiffersTwiceIsReportedSentAgainAndLookedAtAgain) 
 }
 
 TEST_F(Verification, WhatIsDamagedAgainAfterItWasSentAgainIsSaidToBe) {
-  copy_all();
-  arbiter_.verify();
+  verify();
   for (int looks = 0; looks < 2; ++looks) {
     EXPECT_TRUE(round(third).empty());
     pause();
     EXPECT_EQ(round(third), std::vector<ChunkIndex>{3});
+    flush();
     pause();
   }
 }
 
 // It was on the source already when that was read, and arrives after the answer.
 TEST_F(Verification, AWriteThatArrivesExplainsADifference) {
-  copy_all();
-  arbiter_.verify();
+  verify();
   EXPECT_TRUE(round(third).empty());
   write(block(3, 1, 2));
   arbiter_.piece_acked(forwarded(), actions_);
@@ -432,8 +458,7 @@ TEST_F(Verification, AWriteThatArrivesExplainsADifference) {
 }
 
 TEST_F(Verification, AChunkThatIsWrittenAllTheTimeIsSentOnceMoreAndCounted) {
-  copy_all();
-  arbiter_.verify();
+  verify();
   for (unsigned i = 0; i < arbiter_.options().verify_tries; ++i) {
     EXPECT_TRUE(round(third).empty());
     write(block(3, 1, 2));
@@ -447,13 +472,215 @@ TEST_F(Verification, AChunkThatIsWrittenAllTheTimeIsSentOnceMoreAndCounted) {
 }
 
 TEST_F(Verification, StopsInStrictModeAndGoesOnAfterIt) {
-  copy_all();
-  arbiter_.verify();
+  verify();
   ASSERT_TRUE(arbiter_.enter_strict());
-  EXPECT_FALSE(arbiter_.start_copy());
+  EXPECT_FALSE(arbiter_.start_copy(now_));
   arbiter_.leave_strict(actions_);
   EXPECT_TRUE(round(none).empty());
   EXPECT_EQ(arbiter_.summary().to_verify, 0U);
+}
+
+TEST_F(Verification, BeginsWhenWhatTheTargetHasIsOnItsStableStorage) {
+  copy_all();
+  const FlushId before = arbiter_.flush_begin();
+  write(block(1, 0));
+  arbiter_.piece_acked(forwarded(), actions_);
+  arbiter_.verify();
+  EXPECT_FALSE(arbiter_.wants_copy());
+  EXPECT_FALSE(arbiter_.start_copy(now_));
+  arbiter_.flush_done(before);
+  EXPECT_FALSE(arbiter_.start_copy(now_)) << "that flush had begun before";
+  arbiter_.flush_failed(arbiter_.flush_begin());
+  EXPECT_FALSE(arbiter_.start_copy(now_));
+  EXPECT_EQ(arbiter_.summary().to_verify, 8U);
+  flush();
+  EXPECT_TRUE(arbiter_.wants_copy());
+  EXPECT_TRUE(round(none).empty());
+  EXPECT_EQ(arbiter_.summary().to_verify, 0U);
+  arbiter_.verify();
+  EXPECT_TRUE(arbiter_.start_copy(now_)) << "nothing is unflushed";
+}
+
+TEST_F(Verification, BeginsWithTheFlushThatIsUnderWayIfThatCoversAll) {
+  copy_all();
+  const FlushId under_way = arbiter_.flush_begin();
+  arbiter_.verify();
+  EXPECT_FALSE(arbiter_.start_copy(now_));
+  EXPECT_EQ(arbiter_.unflushed(), Length()) << "so that nobody begins another";
+  arbiter_.flush_done(under_way);
+  EXPECT_TRUE(arbiter_.start_copy(now_));
+}
+
+TEST_F(Verification, HolesAreNotRead) {
+  arbiter_.scan_begin({Offset(0), arbiter_.options().disk_size});
+  arbiter_.scan_hole({Offset(0), kChunk * 6});
+  verify();
+  EXPECT_EQ(arbiter_.summary().to_verify, 2U);
+  const auto ticket = arbiter_.start_copy(now_);
+  ASSERT_TRUE(ticket && ticket->compare);
+  EXPECT_EQ(ticket->chunk, 6U);
+}
+
+TEST_F(Verification, AChunkThatIsNeverCopiedDoesNotHoldItUpForEver) {
+  verify();
+  const auto keep_pending = [&] {
+    actions_.clear();
+    arbiter_.guest_write(++writes_, WriteKind::Discard, block(3, 7), now_, actions_);
+  };
+  keep_pending();
+  std::optional<CopyTicket> copy;
+  for (unsigned turn = 1; turn <= arbiter_.options().verify_tries; ++turn) {
+    EXPECT_EQ(arbiter_.summary().unverified, 0U) << turn;
+    EXPECT_GT(arbiter_.summary().to_verify, 0U) << turn;
+    // In its turn it is Pending or being copied, and when that is done it is discarded again.
+    copy.reset();
+    while (const auto ticket = arbiter_.start_copy(now_)) {
+      ASSERT_TRUE(arbiter_.copy_read(ticket->id, actions_));
+      if (ticket->compare) {
+        arbiter_.copy_acked(ticket->id);
+      } else {
+        copy = ticket;
+      }
+    }
+    ASSERT_TRUE(copy);
+    EXPECT_EQ(copy->chunk, 3U);
+    arbiter_.copy_acked(copy->id);
+    keep_pending();
+    pause();
+  }
+  EXPECT_EQ(arbiter_.summary().to_verify, 0U);
+  EXPECT_EQ(arbiter_.summary().unverified, 1U);
+  EXPECT_EQ(copy->extent, block(3, 0, kChunk / kBlock))
+      << "nothing of it was seen, so it is all sent once more";
+}
+
+TEST_F(Verification, BlocksMayBeSeenEqualOneAfterTheOther) {
+  verify();
+  BlockMask differ = BlockMask::range(1, 3);
+  const auto look = [&] {
+    while (const auto ticket = arbiter_.start_copy(now_)) {
+      ASSERT_TRUE(arbiter_.copy_read(ticket->id, actions_));
+      if (ticket->chunk != 3) {
+        arbiter_.copy_acked(ticket->id);
+        continue;
+      }
+      write(block(3, differ.first(), 2));  // while it is compared
+      arbiter_.piece_acked(forwarded(), actions_);
+      EXPECT_FALSE(arbiter_.copy_differs(ticket->id, differ, now_));
+    }
+  };
+  look();
+  EXPECT_EQ(arbiter_.summary().to_verify, 1U);
+  differ = BlockMask::range(7, 9);
+  pause();
+  look();
+  EXPECT_EQ(arbiter_.summary().to_verify, 0U) << "others differed, and those were equal now";
+  EXPECT_EQ(arbiter_.summary().unverified, 0U);
+  EXPECT_EQ(arbiter_.summary().damaged, 0U);
+}
+
+TEST_F(Verification, OnlySoManyChunksAreInDoubtAtOnce) {
+  Arbiter::Options options = disk_of(100);
+  options.max_doubts = 3;
+  Arbiter arbiter(options);
+  const auto all_differ = [&] {
+    std::size_t compared = 0;
+    while (const auto ticket = arbiter.start_copy(now_)) {
+      EXPECT_TRUE(arbiter.copy_read(ticket->id, actions_));
+      if (ticket->compare) {
+        (void)arbiter.copy_differs(ticket->id, BlockMask::range(0, 1), now_);
+        ++compared;
+      } else {
+        arbiter.copy_acked(ticket->id);
+      }
+    }
+    return compared;
+  };
+  EXPECT_EQ(all_differ(), 0U);
+  arbiter.flush_done(arbiter.flush_begin());
+  arbiter.verify();
+  EXPECT_EQ(all_differ(), 3U);
+  std::size_t rounds = 0;
+  while (arbiter.summary().to_verify > 0) {
+    ASSERT_LT(++rounds, 1000U);
+    now_ += options.verify_pause;
+    arbiter.tick(now_, actions_);
+    EXPECT_LE(all_differ(), 6U);
+    arbiter.flush_done(arbiter.flush_begin());
+  }
+  EXPECT_EQ(arbiter.summary().unverified, 100U);
+}
+
+TEST_F(Verification, BegunAnewItForgetsWhatIsUnderWay) {
+  verify();
+  const auto old = arbiter_.start_copy(now_);
+  ASSERT_TRUE(old && arbiter_.copy_read(old->id, actions_));
+  arbiter_.verify();
+  EXPECT_EQ(arbiter_.summary().to_verify, 8U);
+  EXPECT_FALSE(arbiter_.copy_differs(old->id, BlockMask::range(0, 1), now_));
+  EXPECT_EQ(arbiter_.summary().to_verify, 8U);
+  EXPECT_TRUE(round(none).empty());
+  EXPECT_EQ(arbiter_.summary().to_verify, 0U);
+}
+
+// A guest that writes little each time fills the buffers before it fills the window.
+TEST_F(ArbiterRules, InStrictModeAWriteWaitsWhereBuffersAreScarce) {
+  copy_all();
+  ASSERT_TRUE(arbiter_.enter_strict());
+  write(block(1, 0));
+  EXPECT_EQ(arbiter_.summary().waiting, 0U);
+  arbiter_.guest_write(++writes_, WriteKind::Data, block(1, 1), Instant(), actions_, true);
+  EXPECT_EQ(arbiter_.summary().waiting, 1U);
+  EXPECT_EQ(arbiter_.next_deadline(), Instant() + arbiter_.options().max_strict_wait);
+  arbiter_.leave_strict(actions_);
+  arbiter_.guest_write(++writes_, WriteKind::Data, block(1, 2), Instant(), actions_, true);
+  EXPECT_EQ(arbiter_.summary().waiting, 0U) << "only there";
+}
+
+// --- size ---
+
+constexpr std::uint64_t k64TiB = std::uint64_t{64} << 20;  // chunks
+
+std::size_t allocated() { return ::mallinfo2().uordblks + ::mallinfo2().hblkhd; }
+
+// A chunk in each group, as on a disk with a filesystem: its holes cost next to nothing, in time
+// and in memory.
+TEST_F(Verification, ASparse64TiBDiskIsCheap) {
+  const std::size_t before = allocated();
+  Arbiter::Options options = disk_of(k64TiB);
+  options.lanes = 4;
+  Arbiter arbiter(options);
+  arbiter.scan_begin({Offset(0), options.disk_size});
+  for (ChunkIndex chunk = 0; chunk < k64TiB; chunk += kGroupChunks) {
+    arbiter.scan_hole({Offset((chunk + 1) * kChunk.bytes()), kChunk * (kGroupChunks - 1)});
+  }
+  const auto pass = [&](bool differ) {
+    std::uint64_t tickets = 0;
+    for (; const auto ticket = arbiter.start_copy(now_); ++tickets) {
+      EXPECT_TRUE(arbiter.copy_read(ticket->id, actions_));
+      if (ticket->compare && differ) {
+        (void)arbiter.copy_differs(ticket->id, BlockMask::range(0, 1), now_);
+      } else {
+        arbiter.copy_acked(ticket->id);
+      }
+    }
+    return tickets;
+  };
+  EXPECT_EQ(pass(false), k64TiB / kGroupChunks);
+  arbiter.verify();
+  arbiter.flush_done(arbiter.flush_begin());
+  EXPECT_EQ(arbiter.summary().to_verify, k64TiB / kGroupChunks);
+  EXPECT_EQ(pass(true), options.max_doubts);
+  std::size_t most = allocated() - before;
+  for (int i = 0; i < 4; ++i) {
+    now_ += options.verify_pause;
+    arbiter.tick(now_, actions_);
+    (void)pass(true);
+    (void)arbiter.take_records(0, 1000);
+    most = std::max(most, allocated() - before);
+  }
+  RecordProperty("bytes", static_cast<int>(most));
+  EXPECT_LT(most, std::size_t{48} << 20);
 }
 
 }  // namespace
