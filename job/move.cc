@@ -19,6 +19,7 @@
 #include "base/log.h"
 #include "base/unique_fd.h"
 #include "job/checkpoint.h"
+#include "job/copy_gain.h"
 #include "job/copy_pace.h"
 #include "job/event_queue.h"
 #include "job/handover_tries.h"
@@ -112,6 +113,7 @@ class Move {
       if (const std::optional<Event> event = queue_->wait(cancel_, kLookInterval)) handle(*event);
       keep_pace();
       look_for_handover();
+      look_for_strict();
       report_progress();
     }
     return finish();
@@ -660,7 +662,46 @@ class Move {
     if (!std::holds_alternative<Copying>(state_)) return;
     if (!checkpointer_) start_checkpoints();
     tell_targets();
-    if (platform_.now() >= handover_not_before_ && engine_->status().copied && verified()) handle(AllCopied{false});
+    const auto status = engine_->status();
+    const bool hopeless = !status.copied && does_not_gain(status);
+    if (platform_.now() >= handover_not_before_ && (status.copied || hopeless) && verified()) handle(AllCopied{false});
+  }
+
+  // The guest writes as much as the link takes, and only strict mode makes what is left less (job/copy_gain.h).
+  bool does_not_gain(const mirror::MirrorEngine::EngineStatus& status) {
+    // What is compared is not less afterwards.
+    if (status.link_down || verifying_) {
+      gain_.reset();
+      return false;
+    }
+    Length left;
+    for (const auto& disk : status.disks) left += disk.left;
+    switch (gain_.look(platform_.now(), left, Length(status.link.bytes_sent))) {
+      case CopyGain::Verdict::Gaining:
+      case CopyGain::Verdict::Waiting: return false;
+      case CopyGain::Verdict::HandOver:
+        observer_.note(fmt::format("the guest writes as fast as the link takes: from now on its writes wait for {}, "
+                                   "until the {} that are left are there",
+                                   plan().host, format_length(left)));
+        gain_.reset();
+        return true;
+      case CopyGain::Verdict::Refuse:
+        queue_->push(Trouble{Error{Code::Busy, fmt::format("the guest writes faster than the link to {} takes, and {} "
+                                                           "are still to be copied", plan().host, format_length(left)),
+                                   "move it when it writes less, over a faster link or without --bandwidth", false}});
+        gain_.reset();
+        return false;
+    }
+    return false;
+  }
+
+  // Strict mode was entered with more left than usual: the memory waits until it is as little as that.
+  void look_for_strict() {
+    if (!strict_with_much_left_ || !std::holds_alternative<Synchronising>(state_)) return;
+    const auto status = engine_->status();
+    if (!status.strict || !status.copied) return;
+    strict_with_much_left_ = false;
+    queue_->push(StrictEntered{});
   }
 
   // --verify: everything was compared, or is to be, which begins here.
@@ -765,10 +806,8 @@ class Move {
     if (!before && !copying && !handing_over) return;
     const Instant start = platform_.now();
     next_look_ = start + kLookInterval;
-    if (handing_over) {
-      if (engine_) engine_->set_bandwidth(allowed(pace_.handover()));
-      return;
-    }
+    if (engine_) engine_->set_bandwidth(bandwidth());
+    if (handing_over) return;  // at the rate of enter_strict()
     const Result<memmig::GuestIo> io = source().disk_io(uuid());
     // A libvirt that is slow to answer is not asked all the time.
     next_look_ = platform_.now() + std::max<Duration>(kLookInterval, 10 * (platform_.now() - start));
@@ -778,26 +817,21 @@ class Move {
       for (const auto& disk : engine_->status().disks) read += disk.counters.read_bytes;
     }
     const Length pace = pace_.look(platform_.now(), *io, read);
-    if (engine_) engine_->set_bandwidth(allowed(pace));
-  }
-
-  // The user may have wished for less; zero: no limit.
-  [[nodiscard]] Length allowed(Length pace) const {
-    const Length wished = bandwidth();
-    return wished > Length() && (pace == Length() || wished < pace) ? wished : pace;
+    if (engine_) engine_->set_read_rate(pace);
   }
 
   // --- handover ---
 
   Status enter_strict() {
     stop_checkpoints();
-    engine_->set_bandwidth(allowed(pace_.handover()));
+    engine_->set_read_rate(pace_.handover());
     rejoins_ = 0;
     if (const Status entered = engine_->enter_strict(); !entered) {
       queue_->push(HandoverFailed{entered.error()});  // the link went down just now
       return {};
     }
-    queue_->push(StrictEntered{});
+    strict_with_much_left_ = true;
+    look_for_strict();
     return {};
   }
 
@@ -1418,6 +1452,8 @@ class Move {
   State state_ = Reserving{};
   ProgressMeter meter_;
   CopyPace pace_;
+  CopyGain gain_;
+  bool strict_with_much_left_ = false;
   Instant next_look_{};
   Summary summary_;
   std::unique_ptr<Journal> journal_;

@@ -112,8 +112,7 @@ class MirrorEngine {
   // hashes. Zero: no limit. Until set_read_rate() is called for the first time a comparison is
   // charged what it reads.
   virtual void set_bandwidth(Length per_second) = 0;
-  // Of what is read of the source's disks to be sent or compared. Zero: no limit, as in strict
-  // mode.
+  // Of what is read of the source's disks to be sent or compared. Zero: no limit.
   virtual void set_read_rate(Length per_second) = 0;
   // No new reads of the source from now on; the mirrors still answer QEMU.
   virtual void stop_copying() = 0;

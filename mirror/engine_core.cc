@@ -131,7 +131,6 @@ Status EngineCore::enter_strict() {
   }
   strict_ = true;
   told_copied_ = false;
-  if (read_rate_) read_rate_->set_rate(Length());
   // The caller is told from the loop, not from inside its own call. What held up copies until now
   // does so no longer.
   loop_.post([this] { pump(); });
