@@ -50,7 +50,8 @@ Status sync_file(const std::string& path);
 // The name is gone at once, its blocks over time: a filesystem that frees gigabytes at once makes
 // everybody else's writes wait for it (1.5 GiB of an ext4 that discards: 0.4 s, in which each write
 // of another program took 23 ms; freed in pieces, with pauses, 0.5 ms). Takes about twice as long
-// as unlink() does, then. A file that has other names, or that somebody has open, stays theirs.
+// as unlink() does, then. A file that has other names, or that somebody has open, stays theirs; on
+// filesystems other than ext4, XFS and Btrfs it is plain unlink().
 // Gone already: fine.
 Status unlink_file(const std::string& path);
 // unlink_file(), durably, if it is still that file: Busy if another has taken its name. Gone

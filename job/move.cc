@@ -47,6 +47,9 @@ constexpr auto kReserveTimeout = 60s;
 constexpr auto kDrainTimeout = 20s;
 constexpr auto kBarrierTimeout = 60s;
 constexpr auto kControlTimeout = 10s;
+constexpr std::string_view kTargetKey = "target";  // "runs": the guest was resumed on it; "asked": or may have been
+constexpr auto kLongestStrict = 4 * CopyGain::kStrict;  // before the memory begins
+constexpr int kMostMapCalls = 4096;  // of a disk: what is not known to be empty then is compared
 constexpr auto kLookInterval = 100ms;  // at progress, and at how the guest fares
 constexpr auto kSettleTimeout = 60s;
 constexpr auto kLibvirtGrace = 5s;
@@ -216,6 +219,13 @@ class Move {
     barrier_journaled_ = barrier.has_value();
     may_have_resumed_ = journal_is_new_ || journaled_state_ == "resuming" ||
                         journaled_state_ == "committing" || journaled_state_ == "committed";
+    DROVER_ASSIGN(const auto target, journal_->get(kTargetKey));
+    target_ran_ = target == "runs" || journaled_state_ == "committing" || journaled_state_ == "committed";
+    may_have_resumed_ = may_have_resumed_ || target.has_value();
+    if (files_.mutation.forget_target_ran) target_ran_ = false;
+    resume_tried_ = may_have_resumed_ && (barrier_journaled_ || journal_is_new_ || target);
+    // The state will be another soon.
+    if (resume_tried_ && !target) DROVER_TRY(journal_->put(kTargetKey, "asked"));
     log_info("the journal says: {}{}", journaled_state_, barrier_journaled_ ? ", the barrier was passed" : "");
     return {};
   }
@@ -609,7 +619,8 @@ class Move {
   Status find_holes(std::size_t disk) {
     const std::uint64_t size = prepared_.move_plan.disks[disk].virtual_size.bytes();
     if (prepared_.move_plan.disks[disk].target_block_device) return {};
-    for (std::uint64_t at = 0; at < size;) {
+    std::uint64_t at = 0;
+    for (int calls = 0; at < size && calls < kMostMapCalls && !cancel_.requested(); ++calls) {
       DROVER_ASSIGN(
           const json map,
           engine_->link().call({{"op", "map"}, {"disk", disk}, {"offset", at}}, kControlTimeout));
@@ -663,45 +674,54 @@ class Move {
     if (!checkpointer_) start_checkpoints();
     tell_targets();
     const auto status = engine_->status();
-    const bool hopeless = !status.copied && does_not_gain(status);
-    if (platform_.now() >= handover_not_before_ && (status.copied || hopeless) && verified()) handle(AllCopied{false});
-  }
-
-  // The guest writes as much as the link takes, and only strict mode makes what is left less (job/copy_gain.h).
-  bool does_not_gain(const mirror::MirrorEngine::EngineStatus& status) {
-    // What is compared is not less afterwards.
-    if (status.link_down || verifying_) {
+    if (status.strict) engine_->leave_strict();  // told of an outage that was over when strict mode began
+    // What is compared is not less afterwards; it comes to an end, whatever the guest does.
+    const bool verifying = verifying_ && !verified();
+    if (status.link_down || verifying || platform_.now() < handover_not_before_) {
       gain_.reset();
-      return false;
+      return;
     }
-    Length left;
-    for (const auto& disk : status.disks) left += disk.left;
-    switch (gain_.look(platform_.now(), left, Length(status.link.bytes_sent))) {
-      case CopyGain::Verdict::Gaining:
-      case CopyGain::Verdict::Waiting: return false;
-      case CopyGain::Verdict::HandOver:
-        observer_.note(fmt::format("the guest writes as fast as the link takes: from now on its writes wait for {}, "
-                                   "until the {} that are left are there",
-                                   plan().host, format_length(left)));
-        gain_.reset();
-        return true;
-      case CopyGain::Verdict::Refuse:
-        queue_->push(Trouble{Error{Code::Busy, fmt::format("the guest writes faster than the link to {} takes, and {} "
-                                                           "are still to be copied", plan().host, format_length(left)),
-                                   "move it when it writes less, over a faster link or without --bandwidth", false}});
-        gain_.reset();
-        return false;
+    if (!status.copied && !does_not_gain(status)) return;
+    if (!verified()) return;
+    if (!status.copied) {
+      observer_.note("the guest writes as fast as they are copied: from now on its writes wait for " + plan().host +
+                     ", until what is left is there");
     }
-    return false;
+    handle(AllCopied{false});
   }
 
-  // Strict mode was entered with more left than usual: the memory waits until it is as little as that.
+  // The guest writes as much as is copied, and only strict mode makes what is left less (job/copy_gain.h).
+  bool does_not_gain(const mirror::MirrorEngine::EngineStatus& status) {
+    Length left;
+    Length copied;
+    for (const auto& disk : status.disks) {
+      left += disk.left;
+      copied += disk.counters.read_bytes;
+    }
+    const CopyGain::Verdict verdict = gain_.look(platform_.now(), left, copied);
+    if (verdict == CopyGain::Verdict::Refuse) {
+      queue_->push(Trouble{Error{Code::Busy,
+                                 fmt::format("the guest writes as fast as its disks are copied to {}, and {} are left",
+                                             plan().host, format_length(left)),
+                                 "move it when it writes less, over a faster link or without --bandwidth", false}});
+      gain_.reset();
+    }
+    return verdict == CopyGain::Verdict::HandOver;
+  }
+
+  // Strict mode may have been entered with much left: the memory waits until it is as little as ever.
   void look_for_strict() {
-    if (!strict_with_much_left_ || !std::holds_alternative<Synchronising>(state_)) return;
+    if (!strict_since_ || !std::holds_alternative<Synchronising>(state_)) return;
     const auto status = engine_->status();
-    if (!status.strict || !status.copied) return;
-    strict_with_much_left_ = false;
-    queue_->push(StrictEntered{});
+    if (!status.strict) return;  // its end is on its way to us
+    if (status.copied) {
+      strict_since_.reset();
+      queue_->push(StrictEntered{});
+    } else if (platform_.now() > *strict_since_ + kLongestStrict) {
+      strict_since_.reset();
+      too_slow_.store(true);
+      queue_->push(HandoverFailed{Error{Code::Busy, "what was left of the disks took too long to copy", "", true}});
+    }
   }
 
   // --verify: everything was compared, or is to be, which begins here.
@@ -823,14 +843,15 @@ class Move {
   // --- handover ---
 
   Status enter_strict() {
-    stop_checkpoints();
-    engine_->set_read_rate(pace_.handover());
+    // The guest's writes wait while much is left.
+    engine_->set_read_rate(engine_->status().copied ? pace_.handover() : Length());
+    gain_.reset();
     rejoins_ = 0;
     if (const Status entered = engine_->enter_strict(); !entered) {
       queue_->push(HandoverFailed{entered.error()});  // the link went down just now
       return {};
     }
-    strict_with_much_left_ = true;
+    strict_since_ = platform_.now();
     look_for_strict();
     return {};
   }
@@ -857,6 +878,7 @@ class Move {
   }
 
   Status start_memory() {
+    stop_checkpoints();
     if (const Status ready = prepare_memory(); !ready) {
       // Nothing has begun there. What passes is waited for.
       if (ready.error().code != Code::Unreachable) return ready;
@@ -975,6 +997,14 @@ class Move {
     while (platform_.now() < start + kSettleTimeout) {
       const Result<GuestState> source_state = state_on(prepared_.source);
       const bool patient = !files_.resumed && platform_.now() < start + kLibvirtGrace;  // it may do it itself
+      if (source_state && target_ran_) {
+        // Whatever it is there by now: what it wrote there is nowhere else.
+        if (*source_state == GuestState::Running) {
+          return fail(Code::Held, "the guest runs on this host although it was resumed on the target");
+        }
+        queue_->push(Settled{Whereabouts::TargetRuns});
+        return {};
+      }
       if (source_state && settled_on_source(*source_state)) {
         queue_->push(Settled{Whereabouts::Source});
         return {};
@@ -992,6 +1022,12 @@ class Move {
       if (may_have_resumed_ && barrier_journaled_ && target_state && *target_state == GuestState::Paused) {
         queue_->push(Settled{Whereabouts::Target});
         return {};
+      }
+      // It may have run there, and have been shut off since: what it wrote then is nowhere else.
+      if (resume_tried_ && source_state && target_state && *target_state == GuestState::ShutOff &&
+          !files_.mutation.forget_target_ran) {
+        return fail(Code::Held, "the guest may have been told to run on " + plan().host +
+                                    ", and is off there: whether it ran is not known (" + known + ")");
       }
       if (source_state && target_state) {
         const bool source_off = *source_state == GuestState::ShutOff;
@@ -1123,7 +1159,8 @@ class Move {
       resumed = target().resume(uuid());
     }
     resumed_at_ = platform_.now();
-    DROVER_TRY(journal_->put("target", "runs"));
+    DROVER_TRY(journal_->put(kTargetKey, "runs"));
+    target_ran_ = true;
     queue_->push(TargetRuns{});
     return {};
   }
@@ -1135,7 +1172,8 @@ class Move {
     if (!files_.mutation.commit_unseen) DROVER_TRY(source_is_gone());
     DROVER_ASSIGN(const GuestState state, patient_state_on(prepared_.target));
     // Invariant 4: it must have been seen running there, now or by its event.
-    if (!files_.mutation.commit_unseen && state != GuestState::Running && target_runs_at_.load() == Instant()) {
+    if (!files_.mutation.commit_unseen && state != GuestState::Running && !target_ran_ &&
+        target_runs_at_.load() == Instant()) {
       return fail(Code::Held, "the guest was resumed on the target but is " +
                                   std::string(memmig::state_name(state)) + " there");
     }
@@ -1382,8 +1420,9 @@ class Move {
                     source_paths, target_paths, files_.journal);
     if (resume_tried_) {
       return Error{Code::Held, what,
-                   fmt::format("the guest was told to run on {0}: look there (`virsh -c {1} domstate {2}`). If it "
-                               "runs, or has run, the source's images are out of date: do not start it here. {3}",
+                   fmt::format("the guest may have been told to run on {0}: look there (`virsh -c {1} domstate {2}`). If it "
+                               "runs, or has run, the source's images are out of date: do not start it here. Once it "
+                               "runs where it shall, `drover resume` goes on from there. {3}",
                                plan().host, prepared_.target->uri(), plan().guest, paths),
                    false};
     }
@@ -1453,7 +1492,7 @@ class Move {
   ProgressMeter meter_;
   CopyPace pace_;
   CopyGain gain_;
-  bool strict_with_much_left_ = false;
+  std::optional<Instant> strict_since_;  // until the memory begins
   Instant next_look_{};
   Summary summary_;
   std::unique_ptr<Journal> journal_;
@@ -1464,6 +1503,7 @@ class Move {
   std::string journaled_state_;
   bool journal_is_new_ = false;  // begun beside a damaged one
   bool barrier_journaled_ = false;
+  bool target_ran_ = false;  // the guest, as the journal says or this process saw
   bool may_have_resumed_ = false;  // an earlier process may have resumed the target
   bool partial_ = false;  // what was copied was left for a resume
   mirror::ReceiverRequest receiver_request_;

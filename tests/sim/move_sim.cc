@@ -386,9 +386,11 @@ void MoveSim::hit(Fault fault, Duration lasts) {
       return;
     }
     case Fault::StopGuest:
-      if (!machines_.runs(Side::Source)) return;
-      user_stopped_ = true;
-      machines_.end_qemu(Side::Source, "shutdown");
+      for (const Side side : {Side::Source, Side::Target}) {
+        if (!machines_.runs(side)) continue;
+        user_stopped_ = true;
+        machines_.end_qemu(side, "shutdown");
+      }
       return;
     case Fault::JournalFails: return set_for(around_.journal_fails, away);
     case Fault::LoseMirror: return machines_.break_mirror(machines_.disks().front().name);
@@ -578,7 +580,7 @@ void MoveSim::check_source_whole(const char* when) {
 }
 
 void MoveSim::check_moved() {
-  if (!machines_.runs(Side::Target))
+  if (!machines_.runs(Side::Target) && !(user_stopped_ && machines_.ever_ran(Side::Target)))
     world_.violate("moved, but the guest does not run on the target");
   if (machines_.domain(Side::Source).qemu || machines_.domain(Side::Source).defined) {
     world_.violate("moved, but the guest is still there on the source");

@@ -78,6 +78,8 @@ INSTANTIATE_TEST_SUITE_P(
                          [](MoveSimOptions& o) { o.job.no_guard = true; }},
                     Rule{"AfterAFailedMigrationBothHostsAreAsked",
                          [](MoveSimOptions& o) { o.job.blind_settle = true; }},
+                    Rule{"WhatRanOnTheTargetIsNeverUndone",
+                         [](MoveSimOptions& o) { o.job.forget_target_ran = true; }},
                     Rule{"AResumeThatGotNoAnswerMayHaveHappened",
                          [](MoveSimOptions& o) { o.job.resume_once = true; }},
                     Rule{"TheTargetIsSeenRunningAndTheSourceGoneBeforeAnythingIsDeleted",
