@@ -40,8 +40,6 @@ using memmig::FileUse;
 using Kind = FileUse::Kind;
 using FileKey = std::pair<std::uint64_t, std::uint64_t>;  // device, inode
 
-std::string name_of(const std::string& path) { return path.substr(path.rfind('/') + 1); }
-
 bool is_link(const std::string& path) {
   std::error_code error;
   return fs::is_symlink(path, error);
@@ -477,7 +475,7 @@ Status RealWorld::copy(const EvacuateProblem& problem, const EvacuateStep& step,
                        Observer& observer, Cancel& cancel) {
   const EvacuateItem& item = problem.items[step.files.front().item];
   for (const auto& target : problem.targets) {
-    remove_unfinished_copy(target.directory + "/" + name_of(item.path));
+    DROVER_TRY(remove_unfinished_copy(item.path, target.directory));
   }
   if (item.copy) return {};
   Progress progress;
@@ -493,8 +491,9 @@ Status RealWorld::copy(const EvacuateProblem& problem, const EvacuateStep& step,
     progress.disks.front().copied = progress.copied;
     observer.progress(progress);
   };
-  return copy_noted(item.path, step.files.front().path, {.bandwidth = bandwidth, .progress = say},
-                    cancel);
+  DROVER_TRY(copy_noted(item.path, step.files.front().path,
+                        {.bandwidth = bandwidth, .progress = say}, cancel));
+  return {};
 }
 
 // The old file goes if nobody names it any more.
