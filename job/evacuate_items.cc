@@ -27,7 +27,9 @@ std::string called(const FileUse& use) {
 }
 
 Scope::Scope(const memmig::Storage& storage, memmig::LookAtPlace look)
-    : storage_(storage), look_(std::move(look)), whole_(storage.directory == storage.mount_point) {}
+    : storage_(storage),
+      look_(std::move(look)),
+      whole_(storage.whole_mount && storage.directory == storage.mount_point) {}
 
 bool Scope::has(const FilePlace& place) const {
   return place.filesystem == storage_.filesystem && (whole_ || within(place.path));
@@ -47,6 +49,17 @@ void add_use(UsedFiles& used, const Scope& scope, const FilePlace& place, FileUs
   UsedFile& file = found->second;
   if (fresh || (!scope.has(file.place) && scope.has(place))) file.place = place;
   file.uses.push_back(std::move(use));
+}
+
+EvacuateItem named_elsewhere(const UsedFile& file, const std::string& path) {
+  EvacuateItem out;
+  out.kind = EvacuateKind::Medium;
+  out.path = path;
+  out.bytes = file.place.allocated;
+  const FileUse& use = file.uses.front();
+  out.users.push_back({use.guest, use.uuid, use.disk, use.running});
+  out.stays = fmt::format("it is {}, which names it as {}", called(use), use.path);
+  return out;
 }
 
 namespace {

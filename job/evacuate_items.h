@@ -53,6 +53,10 @@ using UsedFiles = std::map<FileKey, UsedFile>;
 void add_use(UsedFiles& used, const Scope& scope, const memmig::FilePlace& place,
              memmig::FileUse use);
 
+// A file that is on the storage by this path, while guests name it by one that is not (another
+// mount of the filesystem, a hard link).
+EvacuateItem named_elsewhere(const UsedFile& file, const std::string& path);
+
 // None: it is left alone for what the note says, or is no guest's at all soon.
 std::optional<EvacuateItem> evacuate_item(const UsedFile& file, const UsedFiles& used,
                                           const Scope& scope,

@@ -77,8 +77,8 @@ class RealWorld final : public EvacuateWorld {
   Status claim(const EvacuateSurvey& survey) override;
   Result<EvacuateSurvey> look(const EvacuateOptions& options) override;
   Status check(const EvacuateProblem& problem, const EvacuateStep& step, Cancel& cancel) override;
-  Status carry_out(const EvacuateProblem& problem, const EvacuateStep& step, Length bandwidth,
-                   Observer& observer, Cancel& cancel) override;
+  Status carry_out(const EvacuateProblem& problem, const EvacuateStep& step,
+                   const EvacuateShare& share, Observer& observer, Cancel& cancel) override;
   Status resume(const std::string& job, Observer& observer, Cancel& cancel) override {
     DROVER_TRY(job::resume(job, observer, cancel));
     return {};
@@ -150,7 +150,9 @@ Result<std::vector<EvacuateSurvey::Job>> jobs_of(const Scope& scope,
       their_files.insert(blockcopy::staged_path(disk.target_path, view.id + "-" + disk.disk));
     }
     if (!here) continue;
-    out.push_back({view.id, view.record->plan.guest, view.record->plan.uuid, view.alive});
+    const auto disks = static_cast<unsigned>(view.record->plan.disks.size());
+    out.push_back({view.id, view.record->plan.guest, view.record->plan.uuid, view.alive,
+                   std::min(disks, view.record->relocation->parallel)});
   }
   return out;
 }
@@ -171,8 +173,9 @@ Result<EvacuateProblem::Target> target_of(const memmig::Storage& storage) {
   target.directory = storage.directory;
   target.free = storage.capacity - storage.used;
   std::error_code error;
-  for (const auto& entry : fs::directory_iterator(storage.directory, error)) {
-    target.names.insert(entry.path().filename().string());
+  for (fs::directory_iterator at(storage.directory, error), end; !error && at != end;
+       at.increment(error)) {
+    target.names.insert(at->path().filename().string());
   }
   if (error) return fail(Code::Io, "listing " + storage.directory + ": " + error.message());
   return target;
@@ -247,6 +250,11 @@ Result<EvacuateSurvey> RealWorld::look(const EvacuateOptions& options) {
     if (theirs.contains({status.st_dev, status.st_ino}) || of_jobs.contains(path.string())) {
       continue;
     }
+    const auto user = used.find({status.st_dev, status.st_ino});
+    if (user != used.end() && !scope.has(user->second.place)) {
+      survey.problem.items.push_back(named_elsewhere(user->second, path.string()));
+      continue;
+    }
     // All guests use its copy already, and whoever was to delete it was killed.
     const auto copy = copy_of(path.string(), copies);
     struct stat of_copy {};
@@ -284,18 +292,19 @@ Status RealWorld::check(const EvacuateProblem& problem, const EvacuateStep& step
 }
 
 Status RealWorld::carry_out(const EvacuateProblem& problem, const EvacuateStep& step,
-                            Length bandwidth, Observer& observer, Cancel& cancel) {
+                            const EvacuateShare& share, Observer& observer, Cancel& cancel) {
   DROVER_ASSIGN(const auto files, memmig::connect_guest_files(uri_));
   if (step.kind == EvacuateKind::Disk) {
     DROVER_TRY(disks_are_there(*files, problem, step));
     RelocateOptions options = relocation_of(problem, step);
-    options.bandwidth = bandwidth;
+    options.bandwidth = share.bandwidth;
+    options.parallel = share.files;
     DROVER_TRY(relocate(options, observer, cancel));
     return {};
   }
   FileStep one{.item = problem.items[step.files.front().item],
                .target = step.files.front().path,
-               .bandwidth = bandwidth};
+               .bandwidth = share.bandwidth};
   for (const auto& target : problem.targets) one.directories.push_back(target.directory);
   DROVER_TRY(evacuate_file(*files, JobStore(), one, observer, cancel));
   if (const auto host = memmig::connect_disk_host({.uri = uri_})) {

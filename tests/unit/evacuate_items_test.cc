@@ -66,6 +66,23 @@ TEST_F(EvacuateItems, AStorageIsAFilesystemOrADirectoryOfIt) {
   EXPECT_FALSE(part.has(place("/mnt/a/x", 1)));
 }
 
+TEST_F(EvacuateItems, AMountOfAPartIsADirectory) {
+  memmig::Storage bound = storage("/mnt/a");
+  bound.whole_mount = false;
+  EXPECT_TRUE(Scope(bound).has(place("/mnt/a/x", 1)));
+  FilePlace elsewhere = place("/whole/other/x", 1);
+  elsewhere.filesystem = "a";
+  EXPECT_TRUE(scope_.has(elsewhere));
+  EXPECT_FALSE(Scope(bound).has(elsewhere));
+}
+
+TEST_F(EvacuateItems, AFileThatIsNamedByAnotherMountStays) {
+  add(Kind::Disk, "web1", "vda", "/whole/sub/x");
+  const EvacuateItem item = named_elsewhere(used_.begin()->second, "/mnt/a/x");
+  EXPECT_EQ(item.path, "/mnt/a/x");
+  EXPECT_EQ(item.stays, "it is disk vda of guest web1, which names it as /whole/sub/x");
+}
+
 TEST_F(EvacuateItems, ANameThatIsGoneIsWhereItsDirectoryIs) {
   const Scope part(storage("/mnt/a/sub"), [](const std::string& path) -> Result<FilePlace> {
     if (path == "/link/") return place("/mnt/a/sub", 9);
