@@ -152,7 +152,8 @@ def test_eight_guests_and_drover_is_killed_in_between(storages: Lab) -> None:
 
     first = Evacuation(lab, "--bandwidth", "16M")
     first.wait_for(lambda e: e["event"] == "step" and e["state"] == "done")
-    first.wait_for(lambda e: e["event"] == "step" and e["state"] == "begun" and e["number"] == 3)
+    third = first.wait_for(lambda e: e["event"] == "step" and e["state"] == "begun" and e["number"] == 3)["guests"][0]
+    first.wait_for(lambda e: e["event"] == "progress" and any(d["disk"].startswith(f"{third}:") for d in e["disks"]))
     kill_all(lab.a, "drover evacuate")
     first.end()
     left = jobs(lab.a)
