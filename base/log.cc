@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "base/log.h"
 
-#include <algorithm>
-#include <memory>
-#include <mutex>
-#include <utility>
-
 #include <spdlog/sinks/basic_file_sink.h>
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
 #include <sys/stat.h>
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <utility>
 
 namespace drover {
 
@@ -31,6 +31,7 @@ class Loggers {
     const std::lock_guard lock(mutex_);
     last_ = std::move(made);
   }
+  void leave() { own() = first_; }
 
  private:
   static Logger& own() {
@@ -38,13 +39,14 @@ class Loggers {
     return instance;
   }
   static Logger to_stderr() {
-    auto made = std::make_shared<spdlog::logger>(
-        "drover", std::make_shared<spdlog::sinks::stderr_sink_mt>());
+    auto made = std::make_shared<spdlog::logger>("drover",
+                                                 std::make_shared<spdlog::sinks::stderr_sink_mt>());
     made->set_level(spdlog::level::warn);
     return made;
   }
+  const Logger first_ = to_stderr();
   std::mutex mutex_;  // guards the next
-  Logger last_ = to_stderr();
+  Logger last_ = first_;
 };
 
 Loggers& loggers() {
@@ -87,6 +89,8 @@ Status log_to_file(const std::string& path) {
   }
   return {};
 }
+
+void log_to_stderr() { loggers().leave(); }
 
 void set_log_level(LogLevel level) { loggers().mine()->set_level(spdlog_level(level)); }
 

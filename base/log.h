@@ -6,11 +6,11 @@
 //   log_info("disk {}: {} chunks to copy", disk, count);
 #pragma once
 
+#include <fmt/format.h>
+
 #include <functional>
 #include <string>
 #include <string_view>
-
-#include <fmt/format.h>
 
 #include "base/result.h"
 
@@ -22,7 +22,10 @@ enum class LogLevel { Debug, Info, Warning, Error };
 // of all that have opened none themselves. Without it, lines at Warning and above go to standard
 // error.
 Status log_to_file(const std::string& path);
-// Hands all further lines, of any level, to `sink` instead; it is called on any thread. For simulations.
+// Sends this thread's further lines to standard error again, whatever log another has opened.
+void log_to_stderr();
+// Hands all further lines, of any level, to `sink` instead; it is called on any thread. For
+// simulations.
 void log_to(std::function<void(LogLevel, std::string_view)> sink);
 void set_log_level(LogLevel level);
 void log_line(LogLevel level, std::string_view text);

@@ -123,6 +123,12 @@ Result<Length> allocated(const std::string& path) {
 }
 
 Status take_after(const std::string& example, const std::string& path) {
+  const UniqueFd to(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW));
+  if (!to) return fail_errno(errno, "setting the owner and mode of " + path);
+  return take_after(example, to.get(), path);
+}
+
+Status take_after(const std::string& example, int fd, const std::string& path) {
   const UniqueFd from(::open(example.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   struct stat status {};
   if (!from || ::fstat(from.get(), &status) != 0) return fail_errno(errno, "looking at " + example);
@@ -130,9 +136,8 @@ Status take_after(const std::string& example, const std::string& path) {
   if (!S_ISREG(status.st_mode)) return {};
   const Owner owner =
       owner_before_libvirt(from.get()).value_or(Owner{status.st_uid, status.st_gid});
-  const UniqueFd to(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW));
-  if (!to || ::fchown(to.get(), owner.user, owner.group) != 0 ||
-      ::fchmod(to.get(), status.st_mode & kPermissions) != 0) {
+  if (::fchown(fd, owner.user, owner.group) != 0 ||
+      ::fchmod(fd, status.st_mode & kPermissions) != 0) {
     return fail_errno(errno, "setting the owner and mode of " + path);
   }
   return {};

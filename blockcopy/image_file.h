@@ -35,6 +35,8 @@ Result<Length> allocated(const std::string& path);
 // Owner, group and mode as the other file has them, or had them before libvirt gave it to QEMU
 // (which it notes in an extended attribute while a guest uses it).
 Status take_after(const std::string& example, const std::string& path);
+// The same of an open file; `path` is for messages.
+Status take_after(const std::string& example, int fd, const std::string& path);
 
 // The other name instead of the first, durably; AlreadyExists if anything has that name.
 Status publish(const std::string& staged, const std::string& path);

@@ -50,7 +50,7 @@ CLI::App* add_evacuate(CLI::App& app, WrittenEvacuation& written) {
       ->required()
       ->allow_extra_args();
   value("--parallel", written.parallel, "N",
-        fmt::format("guests whose files go at once [default: {}]", defaults.parallel));
+        fmt::format("files that are copied at once [default: {}]", defaults.parallel));
   value("--bandwidth", written.bandwidth, "RATE",
         fmt::format("limit for all together, per second: 100M (MiB), none\n[default: {}]",
                     format_rate_setting(defaults.bandwidth)));

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "base/clock.h"
+#include "base/log.h"
 #include "job/inbox.h"
 
 namespace drover::job {
@@ -33,14 +34,16 @@ const Job* job_of(const EvacuateSurvey& survey, const std::string& uuid) {
   return found == survey.jobs.end() ? nullptr : &*found;
 }
 
-// Of disks only: that there is a relocation under way means nothing to the other files.
 void leave_to_their_jobs(EvacuateSurvey& survey) {
   for (EvacuateItem& item : survey.problem.items) {
-    if (item.kind != EvacuateKind::Disk || !item.stays.empty()) continue;
-    const Job* job = job_of(survey, item.users.front().uuid);
-    if (job == nullptr || !job->alive) continue;
-    item.stays =
-        fmt::format("job {} is at work on it: 'drover watch {}' follows it", job->id, job->id);
+    if (!item.stays.empty()) continue;
+    for (const EvacuateItem::User& user : item.users) {
+      const Job* job = job_of(survey, user.uuid);
+      if (job == nullptr || !job->alive) continue;
+      item.stays =
+          fmt::format("job {} is at work on {}: 'drover watch {}' follows it", job->id,
+                      item.kind == EvacuateKind::Disk ? "it" : "guest " + user.guest, job->id);
+    }
   }
 }
 
@@ -82,7 +85,8 @@ struct Task {
   std::set<std::string> guests;  // UUIDs
   std::string guest;             // for its progress
   Length bytes;
-  std::function<Status(Observer&, Cancel&)> run;
+  unsigned files = 1;  // that it could copy at once
+  std::function<Status(unsigned files, Observer&, Cancel&)> run;
   std::function<void()> begins;
   std::function<void(const Status&)> ended;
 };
@@ -172,8 +176,9 @@ class Voice final : public Observer {
   const std::size_t task_;
 };
 
-// Begins them in their order, each as soon as there are fewer than `most` and none of its guests is
-// in another. After a cancel none is begun, and those under way are cancelled.
+// Begins them in their order, each as soon as fewer than `most` files are copied and none of its
+// guests is in another; it gets what is left of `most`, as far as it needs it. After a cancel none
+// is begun, and those under way are cancelled.
 class Crew {
  public:
   Crew(const std::vector<Task>& tasks, unsigned most, EvacuateObserver& observer, Cancel& cancel)
@@ -201,32 +206,39 @@ class Crew {
   struct Running {
     // Its own: one that somebody cancels by `drover cancel` cancels no other.
     Cancel cancel;
+    unsigned files = 0;
     std::thread thread;
   };
 
   void begin_what_can() {
     std::set<std::string> busy;
+    unsigned left = most_;
     for (const auto& [task, running] : running_) {
       busy.insert(tasks_[task].guests.begin(), tasks_[task].guests.end());
+      left -= running->files;
     }
-    for (auto at = waiting_.begin(); at != waiting_.end() && running_.size() < most_;) {
+    for (auto at = waiting_.begin(); at != waiting_.end() && left > 0;) {
       const std::set<std::string>& guests = tasks_[*at].guests;
       if (std::ranges::any_of(guests, [&](const auto& guest) { return busy.contains(guest); })) {
         ++at;
         continue;
       }
       busy.insert(guests.begin(), guests.end());
-      begin(*at);
+      const unsigned files = std::clamp(tasks_[*at].files, 1U, left);
+      begin(*at, files);
+      left -= files;
       at = waiting_.erase(at);
     }
   }
 
-  void begin(std::size_t task) {
+  void begin(std::size_t task, unsigned files) {
     chorus_.begins(task);
     Running& running = *running_.emplace(task, std::make_unique<Running>()).first->second;
-    running.thread = std::thread([this, task, &running] {
+    running.files = files;
+    running.thread = std::thread([this, task, files, &running] {
+      log_to_stderr();  // until it opens a job's
       Voice voice(chorus_, task);
-      chorus_.ended(task, tasks_[task].run(voice, running.cancel));
+      chorus_.ended(task, tasks_[task].run(files, voice, running.cancel));
       inbox_.push(task);
     });
   }
@@ -281,7 +293,8 @@ class Evacuation {
       tasks.push_back({.guests = {job.uuid},
                        .guest = job.guest,
                        .bytes = {},
-                       .run = [&](Observer& voice,
+                       .files = job.files,
+                       .run = [&](unsigned /*files*/, Observer& voice,
                                   Cancel& cancel) { return world_.resume(job.id, voice, cancel); },
                        .begins = [&] { observer_.resumes(job); },
                        .ended =
@@ -298,7 +311,9 @@ class Evacuation {
   void do_steps(const EvacuateProposal& proposal) {
     const EvacuateProblem& problem = proposal.survey.problem;
     const auto& steps = proposal.plan.steps;
-    const std::size_t at_once = std::clamp<std::size_t>(steps.size(), 1, options_.parallel);
+    std::size_t files = 0;
+    for (const EvacuateStep& step : steps) files += step.files.size();
+    const std::size_t at_once = std::clamp<std::size_t>(files, 1, options_.parallel);
     // No limit stays none, and a limit stays one.
     const Length each(options_.bandwidth == Length()
                           ? 0
@@ -312,8 +327,10 @@ class Evacuation {
       const EvacuateItem& first = problem.items[steps[i].files.front().item];
       task.guest = first.users.empty() ? first.path : first.users.front().guest;
       task.bytes = steps[i].bytes;
-      task.run = [this, &problem, &step = steps[i], each](Observer& voice, Cancel& cancel) {
-        return world_.carry_out(problem, step, each, voice, cancel);
+      task.files = static_cast<unsigned>(steps[i].files.size());
+      task.run = [this, &problem, &step = steps[i], each](unsigned its, Observer& voice,
+                                                          Cancel& cancel) {
+        return world_.carry_out(problem, step, {its, Length(each.bytes() * its)}, voice, cancel);
       };
       task.begins = [this, &proposal, i] { observer_.begins(proposal, i); };
       task.ended = [this, &proposal, i](const Status& status) { ended(proposal, i, status); };
@@ -375,6 +392,7 @@ Result<EvacuateProposal> propose_evacuation(const EvacuateOptions& options, Evac
 
 Result<EvacuateSummary> evacuate(const EvacuateOptions& options, EvacuateWorld& world,
                                  EvacuateObserver& observer, Cancel& cancel) {
+  log_to_stderr();  // not to the log of the job that was begun last
   return Evacuation(options, world, observer, cancel).run();
 }
 

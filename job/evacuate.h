@@ -37,7 +37,7 @@ namespace drover::job {
 struct EvacuateOptions {
   std::string from;             // a directory, or a pool
   std::vector<std::string> to;  // the same
-  unsigned parallel = 2;        // steps at once; each reads the one storage
+  unsigned parallel = 2;        // files copied at once; each is read from the one storage
   Length bandwidth;             // per second, of all together; zero: no limit
   std::string uri = "qemu:///system";
 };
@@ -50,6 +50,7 @@ struct EvacuateSurvey {
     std::string guest;
     std::string uuid;
     bool alive = false;  // a process works on it
+    unsigned files = 1;  // that it copies at once
   };
   memmig::Storage source;
   std::vector<memmig::Storage> targets;
@@ -57,6 +58,12 @@ struct EvacuateSurvey {
   std::vector<std::string> others;  // files on the storage that are no guest's; never touched
   std::vector<Job> jobs;
   std::vector<std::string> notes;  // for people
+};
+
+// What a step may take.
+struct EvacuateShare {
+  unsigned files = 1;  // copied at once
+  Length bandwidth;    // per second; zero: no limit
 };
 
 // What is asked of the host.
@@ -75,7 +82,7 @@ class EvacuateWorld {
   // Afterwards the guests use the new files and the old ones are gone; after an error neither, but
   // for what the message says.
   virtual Status carry_out(const EvacuateProblem& problem, const EvacuateStep& step,
-                           Length bandwidth, Observer& observer, Cancel& cancel) = 0;
+                           const EvacuateShare& share, Observer& observer, Cancel& cancel) = 0;
   virtual Status resume(const std::string& job, Observer& observer, Cancel& cancel) = 0;
 
  protected:

@@ -586,8 +586,7 @@ Status JobStore::check_no_job(const Plan& plan) const {
   for (const JobView& other : others) {
     if (!other.record || other.record->plan.uuid != plan.uuid) continue;
     return fail(
-        Code::AlreadyExists,
-        fmt::format("guest {} has a job already: {}", plan.guest, other.id),
+        Code::AlreadyExists, fmt::format("guest {} has a job already: {}", plan.guest, other.id),
         other.alive
             ? fmt::format("`drover watch {0}` shows it, `drover cancel {0}` undoes it", other.id)
             : fmt::format("its process has ended: `drover resume {0}` goes on with it, "
@@ -646,6 +645,21 @@ Result<std::unique_ptr<Job>> JobStore::open(const std::string& id) const {
   DROVER_ASSIGN(UniqueFd lock, take_lock(view.directory, id));
   DROVER_ASSIGN(JobRecord record, read_record(view.directory, id));
   return std::unique_ptr<Job>(new Job(places_, view.directory, std::move(record), std::move(lock)));
+}
+
+Result<JobPause> JobStore::pause() const {
+  DROVER_ASSIGN(UniqueFd state, lock_state(places_));
+  return JobPause(*this, std::move(state));
+}
+
+Status JobPause::guest(const std::string& uuid) {
+  DROVER_ASSIGN(const std::vector<JobView> jobs, store_->list());
+  for (const JobView& job : jobs) {
+    if (!job.record || job.record->plan.uuid != uuid || stopped_.contains(job.id)) continue;
+    if (job.alive) return fail(busy_error(job.id, job.pid));
+    DROVER_ASSIGN(stopped_[job.id], store_->open(job.id));
+  }
+  return {};
 }
 
 Result<JobView> JobStore::look(const std::string& id) const {

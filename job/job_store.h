@@ -39,6 +39,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "base/clock.h"
@@ -56,12 +57,12 @@ using WallTime = std::chrono::system_clock::time_point;  // for people: never to
 struct JobRecord {
   static constexpr std::uint64_t kVersion = 1;
   std::string id;  // 1 to 64 of [A-Za-z0-9._-], no dot first; create() makes it when it is empty
-  MoveOptions options;                         // of a move
-  std::optional<RelocateOptions> relocation;   // there: it is a relocation
-  Plan plan;                                 // guest, uuid, host, disks
-  WallTime created{};                        // create() fills in this and the next
-  pid_t pid = 0;                             // of the process that began it
-  std::map<std::string, std::string> state;  // whatever else the job has to find again
+  MoveOptions options;                        // of a move
+  std::optional<RelocateOptions> relocation;  // there: it is a relocation
+  Plan plan;                                  // guest, uuid, host, disks
+  WallTime created{};                         // create() fills in this and the next
+  pid_t pid = 0;                              // of the process that began it
+  std::map<std::string, std::string> state;   // whatever else the job has to find again
 
   [[nodiscard]] Kind kind() const { return relocation ? Kind::Relocate : Kind::Move; }
   [[nodiscard]] nlohmann::json to_json() const;
@@ -177,6 +178,22 @@ class Job {
   UniqueFd lock_;
 };
 
+class JobStore;
+
+// While it lives no job begins or ends on this host: for what is quick.
+class JobPause {
+ public:
+  // Nor is a job of this guest at work, or taken up again. Busy: one is.
+  Status guest(const std::string& uuid);
+
+ private:
+  friend class JobStore;
+  JobPause(const JobStore& store, UniqueFd state) : store_(&store), state_(std::move(state)) {}
+  const JobStore* store_;
+  UniqueFd state_;
+  std::map<std::string, std::unique_ptr<Job>> stopped_;  // by their ids
+};
+
 // What can be seen of a job from outside.
 struct JobView {
   std::string id;
@@ -206,6 +223,9 @@ class JobStore {
   Result<std::unique_ptr<Job>> create(JobRecord record) const;
   // Takes the lock of a job that nobody works on.
   Result<std::unique_ptr<Job>> open(const std::string& id) const;
+
+  // Waits for whoever else does that. The store outlives it.
+  Result<JobPause> pause() const;
 
   Result<JobView> look(const std::string& id) const;
   // By their ids' order. A job that can't be read is in it, and says so.

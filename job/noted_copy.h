@@ -5,7 +5,7 @@
 // killed after that finds it again, and knows it from a file of somebody else's:
 //
 //   DROVER_ASSIGN(std::string note, note_of("/mnt/a/debian.iso"));
-//   DROVER_TRY(copy_noted("/mnt/a/debian.iso", "/mnt/b/debian.iso", {}, cancel));
+//   DROVER_ASSIGN(note, copy_noted("/mnt/a/debian.iso", "/mnt/b/debian.iso", {}, cancel));
 //   ... killed ...
 //   noted_copies("/mnt/b")[note]     // "/mnt/b/debian.iso"
 //   forget_note("/mnt/b/debian.iso");
@@ -33,14 +33,18 @@ struct NotedCopyOptions {
   Length bandwidth;                             // per second; zero: no limit
   std::function<void(Length copied)> progress;  // may be empty
 };
-// Under a hidden name first; owner and mode as the source's; durable when it returns. Afterwards
-// nothing is left if it failed. AlreadyExists; Cancelled; Busy if the source was changed meanwhile;
+// Under a hidden name first, which is this source's alone; owner and mode as the source's; durable
+// when it returns. Returns the note. Afterwards nothing is left if it failed. AlreadyExists;
+// Cancelled; Busy if the source was changed meanwhile, or if another process copies it there;
 // NoSpace and others of the system's.
-Status copy_noted(const std::string& source, const std::string& target,
-                  const NotedCopyOptions& options, Cancel& cancel);
+Result<std::string> copy_noted(const std::string& source, const std::string& target,
+                               const NotedCopyOptions& options, Cancel& cancel);
 
-// What a copy_noted() that was killed has left there.
-void remove_unfinished_copy(const std::string& target);
+// What a copy_noted() of this source that was killed has left in the directory. Busy: it lives.
+Status remove_unfinished_copy(const std::string& source, const std::string& directory);
+
+// The note on a copy; NotFound if it has none.
+Result<std::string> noted_on(const std::string& copy);
 
 void forget_note(const std::string& path);
 

@@ -7,18 +7,21 @@
 
 #include <algorithm>
 #include <pugixml.hpp>
+#include <set>
 #include <sstream>
 #include <utility>
 
 #include "memmig/domain_xml.h"
 #include "memmig/libvirt_support.h"
 #include "memmig/relocation.h"
+#include "memmig/storage_host.h"
 
 namespace drover::memmig {
 
 namespace {
 
 using Connection = std::unique_ptr<virConnect, Freer<virConnectClose>>;
+using Snapshot = std::unique_ptr<virDomainSnapshot, Freer<virDomainSnapshotFree>>;
 using pugi::xml_document;
 using pugi::xml_node;
 
@@ -94,6 +97,20 @@ std::vector<FileUse> files_of(const GuestInfo& guest, const xml_document& docume
   for (const std::string& path : guest.boot_files) {
     add(FileUse::Kind::Other, "kernel or other boot file", path);
   }
+  for (const xml_node device : document.child("domain").child("devices").children()) {
+    const std::string_view name = device.name();
+    const xml_node source = device.child("source");
+    if (name == "memory") {
+      add(FileUse::Kind::Other, "persistent memory", source.child("path").text().get());
+    } else if (name == "filesystem") {
+      add(FileUse::Kind::Other, "shared directory", source.attribute("dir").value());
+      add(FileUse::Kind::Other, "shared directory", source.attribute("file").value());
+    } else if (name != "disk") {
+      const bool file = device.attribute("type").value() == std::string_view("file");
+      if (file) add(FileUse::Kind::Other, "output file", source.attribute("path").value());
+      add(FileUse::Kind::Other, "log", device.child("log").attribute("file").value());
+    }
+  }
   say_what_stays(guest, out);
   return out;
 }
@@ -122,11 +139,43 @@ class LibvirtFiles final : public GuestFiles {
 
  private:
   Status add_uses(virDomainPtr domain, std::vector<FileUse>& out);
+  Result<std::string> add_remembered(virDomainPtr domain, std::vector<FileUse>& out);
   Result<std::vector<FileUse>> uses_of(const std::string& xml);
+  Result<std::string> path_of_volume(const std::string& pool, const std::string& volume);
+  bool is_there(virDomainPtr domain);
   Result<Domain> domain_of(const FileUse& use);
 
   Connection connection_;
 };
+
+// Empty: it is no file.
+Result<std::string> LibvirtFiles::path_of_volume(const std::string& pool_name,
+                                                 const std::string& volume_name) {
+  const std::string doing = fmt::format("looking for volume {} of pool {}", volume_name, pool_name);
+  const Pool pool(virStoragePoolLookupByName(connection_.get(), pool_name.c_str()));
+  if (!pool) {
+    Error error = libvirt_error(doing);
+    if (error.code == Code::NotFound) {
+      error.code = Code::Incompatible;
+      error.hint = "a guest names it; define the pool, or take the disk out of the guest";
+    }
+    return fail(std::move(error));
+  }
+  if (const Volume volume(virStorageVolLookupByName(pool.get(), volume_name.c_str())); volume) {
+    virStorageVolInfo details{};
+    if (virStorageVolGetInfo(volume.get(), &details) < 0) return libvirt_fail(doing);
+    if (details.type != VIR_STORAGE_VOL_FILE) return std::string();
+    const Text path(virStorageVolGetPath(volume.get()));
+    if (!path) return libvirt_fail(doing);
+    return std::string(path.get());
+  }
+  // The pool is not active, or has not seen it.
+  const Text xml(virStoragePoolGetXMLDesc(pool.get(), 0));
+  if (!xml) return libvirt_fail(doing);
+  DROVER_ASSIGN(const PoolFacts facts, parse_pool(xml.get()));
+  const bool directory = facts.type == "dir" || facts.type == "fs" || facts.type == "netfs";
+  return directory ? facts.path + "/" + volume_name : std::string();
+}
 
 // Volumes of pools as the files they are.
 Result<std::vector<FileUse>> LibvirtFiles::uses_of(const std::string& xml) {
@@ -136,40 +185,70 @@ Result<std::vector<FileUse>> LibvirtFiles::uses_of(const std::string& xml) {
   DROVER_TRY(parse_definition(xml, guest));
   for (GuestDisk& disk : guest.disks) {
     if (disk.kind != DiskKind::Volume) continue;
-    const Pool pool(virStoragePoolLookupByName(connection_.get(), disk.pool.c_str()));
-    const Volume volume(pool ? virStorageVolLookupByName(pool.get(), disk.volume.c_str())
-                             : nullptr);
-    virStorageVolInfo details{};
-    const Text path(volume ? virStorageVolGetPath(volume.get()) : nullptr);
-    if (!path || virStorageVolGetInfo(volume.get(), &details) < 0 ||
-        details.type != VIR_STORAGE_VOL_FILE) {
-      continue;
-    }
+    DROVER_ASSIGN(std::string path, path_of_volume(disk.pool, disk.volume));
+    if (path.empty()) continue;
     disk.kind = DiskKind::File;
-    disk.path = path.get();
+    disk.path = std::move(path);
   }
   return files_of(guest, document);
 }
 
+// What it has that remembers, as FileUse::remembered.
+Result<std::string> LibvirtFiles::add_remembered(virDomainPtr domain, std::vector<FileUse>& out) {
+  const auto add = [&](const std::string& what, const Text& xml) -> Status {
+    if (!xml) return libvirt_fail("reading the " + what);
+    DROVER_ASSIGN(const std::vector<std::string> paths, paths_in(xml.get()));
+    for (const std::string& path : paths) {
+      out.push_back({.kind = FileUse::Kind::Remembered, .disk = what, .path = path});
+    }
+    return {};
+  };
+  virDomainSnapshotPtr* list = nullptr;
+  const int count = virDomainListAllSnapshots(domain, &list, 0);
+  if (count < 0) return libvirt_fail("listing a guest's snapshots");
+  std::vector<Snapshot> snapshots;
+  for (int i = 0; i < count; ++i) snapshots.emplace_back(list[i]);
+  std::free(static_cast<void*>(list));
+  for (const Snapshot& snapshot : snapshots) {
+    const std::string what = fmt::format("snapshot {}", virDomainSnapshotGetName(snapshot.get()));
+    DROVER_TRY(add(what, Text(virDomainSnapshotGetXMLDesc(snapshot.get(), 0))));
+  }
+  const int saved = virDomainHasManagedSaveImage(domain, 0);
+  if (saved < 0) return libvirt_fail("asking whether a guest has a saved state");
+  if (saved == 1) {
+    DROVER_TRY(add("saved state", Text(virDomainManagedSaveGetXMLDesc(domain, 0))));
+  }
+  return std::string(saved == 1 ? "a saved state" : count > 0 ? "snapshots" : "");
+}
+
 Status LibvirtFiles::add_uses(virDomainPtr domain, std::vector<FileUse>& out) {
-  const bool running = virDomainIsActive(domain) == 1;
-  std::string remembered;
-  if (virDomainSnapshotNum(domain, 0) > 0) remembered = "snapshots";
-  if (virDomainHasManagedSaveImage(domain, 0) == 1) remembered = "a saved state";
+  const int running = virDomainIsActive(domain);
+  if (running < 0) return libvirt_fail("asking whether a guest runs");
+  const int persistent = virDomainIsPersistent(domain);
+  if (persistent < 0) return libvirt_fail("asking whether a guest persists");
+  std::vector<FileUse> its;
+  DROVER_ASSIGN(const std::string remembered, add_remembered(domain, its));
   for (const bool live : {true, false}) {
-    if (live ? !running : virDomainIsPersistent(domain) != 1) continue;
+    if (live ? running != 1 : persistent != 1) continue;
     DROVER_ASSIGN(const std::string xml, definition_of(domain, kind_of_definition(live)));
     DROVER_ASSIGN(std::vector<FileUse> uses, uses_of(xml));
     for (FileUse& use : uses) {
-      use.guest = virDomainGetName(domain);
-      use.uuid = uuid_of(domain);
       use.live = live;
-      use.running = running;
-      use.remembered = remembered;
-      out.push_back(std::move(use));
+      its.push_back(std::move(use));
     }
   }
+  for (FileUse& use : its) {
+    use.guest = virDomainGetName(domain);
+    use.uuid = uuid_of(domain);
+    use.running = running == 1;
+    use.remembered = remembered;
+    out.push_back(std::move(use));
+  }
   return {};
+}
+
+bool LibvirtFiles::is_there(virDomainPtr domain) {
+  return Domain(virDomainLookupByUUIDString(connection_.get(), uuid_of(domain).c_str())) != nullptr;
 }
 
 Result<std::vector<FileUse>> LibvirtFiles::uses() {
@@ -182,8 +261,10 @@ Result<std::vector<FileUse>> LibvirtFiles::uses() {
   std::vector<FileUse> out;
   for (const Domain& domain : domains) {
     const Status added = add_uses(domain.get(), out);
+    if (added) continue;
     // One that has just gone uses nothing.
-    if (!added && added.error().code != Code::NotFound) return fail(added.error());
+    if (added.error().code == Code::NotFound && !is_there(domain.get())) continue;
+    return fail(added.error());
   }
   std::ranges::stable_sort(out, {}, &FileUse::guest);
   return out;
@@ -236,6 +317,26 @@ Result<std::vector<FileUse>> files_of_definition(const std::string& xml) {
   GuestInfo guest;
   DROVER_TRY(parse_definition(xml, guest));
   return files_of(guest, document);
+}
+
+Result<std::vector<std::string>> paths_in(const std::string& xml) {
+  xml_document document;
+  if (!document.load_string(xml.c_str())) {
+    return fail(Code::InvalidArgument, "reading what a guest remembers: it is no XML");
+  }
+  struct Collector final : pugi::xml_tree_walker {
+    bool for_each(xml_node& node) override {
+      add(node.value());
+      for (const auto& attribute : node.attributes()) add(attribute.value());
+      return true;
+    }
+    void add(const char* text) {
+      if (text[0] == '/') paths.insert(text);
+    }
+    std::set<std::string> paths;
+  } collector;
+  document.traverse(collector);
+  return std::vector<std::string>(collector.paths.begin(), collector.paths.end());
 }
 
 Result<std::string> medium_element(const std::string& xml, const std::string& disk,

@@ -27,12 +27,13 @@ struct FileUse {
     Medium,   // in a CD-ROM drive
     Floppy,
     Nvram,
-    Other,  // kernel, firmware, ACPI table, ...
+    Other,       // kernel, firmware, ACPI table, persistent memory, a shared directory, ...
+    Remembered,  // a snapshot or the saved state names it, whatever the definitions say
   };
   Kind kind = Kind::Disk;
   std::string guest;
   std::string uuid;
-  std::string disk;      // "sda"; of Nvram and Other what it is: "NVRAM", "kernel"
+  std::string disk;      // "sda"; of the last three what it is: "NVRAM", "kernel", "saved state"
   std::string path;      // of a pool's volume, too
   std::string format;    // of a disk; may be empty
   bool live = false;     // the running guest's definition; else the persistent one
@@ -49,7 +50,8 @@ class GuestFiles {
   GuestFiles(const GuestFiles&) = delete;
   GuestFiles& operator=(const GuestFiles&) = delete;
 
-  // By guest. A guest that runs and persists is in it with both definitions.
+  // By guest. A guest that runs and persists is in it with both definitions. An error if that can't
+  // be said of all guests: Incompatible for a volume of a pool that is not defined.
   virtual Result<std::vector<FileUse>> uses() = 0;
   // Has that definition's drive hold another file. In a running guest the tray opens and closes:
   // Busy if the guest does not let it.
@@ -69,6 +71,9 @@ Result<std::unique_ptr<GuestFiles>> connect_guest_files(const std::string& uri);
 // What one definition names; `guest`, `uuid`, `live` and so on are left to the caller, and volumes
 // of pools are left out. InvalidArgument.
 Result<std::vector<FileUse>> files_of_definition(const std::string& xml);
+// All absolute paths that it has anywhere, whatever they are: of a snapshot or a saved state. By
+// name. InvalidArgument: no XML.
+Result<std::vector<std::string>> paths_in(const std::string& xml);
 // The drive's <disk> element with another file in it, for virDomainUpdateDeviceFlags. NotFound.
 Result<std::string> medium_element(const std::string& xml, const std::string& disk,
                                    const std::string& path);

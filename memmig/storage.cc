@@ -101,6 +101,7 @@ Result<Storage> look_at_storage(StorageHost& host, const std::string& name,
   }
   storage.directory = place.path;
   storage.mount_point = place.mount_point;
+  storage.whole_mount = place.whole_mount;
   storage.filesystem = place.filesystem;
   storage.capacity = place.capacity;
   storage.used = place.capacity - place.free;
@@ -132,9 +133,8 @@ Mount find_mount(const std::string& mountinfo, std::uint64_t id) {
     std::istringstream back(line.substr(dash + 3));
     std::string parent;
     std::string device;
-    std::string root;
     Mount mount;
-    if (!(front >> mount.id >> parent >> device >> root >> mount.mount_point) ||
+    if (!(front >> mount.id >> parent >> device >> mount.root >> mount.mount_point) ||
         !(back >> mount.type >> mount.source) || mount.id != id) {
       continue;
     }
@@ -143,6 +143,10 @@ Mount find_mount(const std::string& mountinfo, std::uint64_t id) {
     return mount;
   }
   return {};
+}
+
+bool is_whole(const Mount& mount) {
+  return mount.root == "/" && (mount.type != "zfs" || mount.source.find('/') == std::string::npos);
 }
 
 std::string filesystem_key(const Mount& mount, std::uint64_t device) {
@@ -180,6 +184,7 @@ Result<FilePlace> look_at_place(const std::string& path) {
   const std::string mounts{std::istreambuf_iterator<char>(file), {}};
   const Mount mount = find_mount(mounts, status.stx_mnt_id);
   place.mount_point = mount.mount_point;
+  place.whole_mount = is_whole(mount);
   place.filesystem = filesystem_key(mount, place.device);
   if (place.kind == FilePlace::Kind::File) place.names_backing = names_backing_file(place.path);
   return place;

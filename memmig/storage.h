@@ -32,6 +32,7 @@ struct FilePlace {
   std::string path;         // with all links followed
   std::string filesystem;   // the same for all places that share their free space
   std::string mount_point;  // where this host has it
+  bool whole_mount = true;  // all of the filesystem is there; no bind mount, no subvolume
   bool read_only = false;
   Length capacity;           // without what only root may use
   Length free;               // of that
@@ -50,6 +51,7 @@ struct Storage {
   std::string pool;       // libvirt's, if it was named by that
   std::string directory;  // where new files go
   std::string mount_point;
+  bool whole_mount = true;  // as FilePlace's
   std::string filesystem;
   Length capacity;
   Length used;
@@ -96,12 +98,15 @@ std::vector<DiskLoad> loads_between(const std::vector<DiskIo>& before,
 // One line of /proc/self/mountinfo (proc(5)).
 struct Mount {
   std::uint64_t id = 0;
+  std::string root;  // what of the filesystem is there; all of it: "/"
   std::string mount_point;
   std::string type;
   std::string source;
 };
 // The mount of that number, in the text of /proc/self/mountinfo; an empty one if it is not there.
 Mount find_mount(const std::string& mountinfo, std::uint64_t id);
+// All of its filesystem is there: no bind mount of a part, no subvolume or dataset.
+bool is_whole(const Mount& mount);
 // What tells filesystems apart: the device number, but btrfs and ZFS have one for each subvolume.
 std::string filesystem_key(const Mount& mount, std::uint64_t device);
 

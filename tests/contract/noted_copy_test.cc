@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -12,6 +13,8 @@
 #include <fstream>
 #include <sstream>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace drover::job {
 namespace {
@@ -19,6 +22,8 @@ namespace {
 namespace fs = std::filesystem;
 using ::testing::ElementsAre;
 using ::testing::IsEmpty;
+using ::testing::SizeIs;
+using ::testing::UnorderedElementsAre;
 
 class NotedCopy : public ::testing::Test {
  protected:
@@ -76,7 +81,7 @@ TEST_F(NotedCopy, HasTheContentOwnerAndModeAndIsFoundAgain) {
 
 TEST_F(NotedCopy, NeverReplacesAFile) {
   std::ofstream(target_) << "mine";
-  const Status copied = copy_noted(source_, target_, {}, cancel_);
+  const auto copied = copy_noted(source_, target_, {}, cancel_);
   ASSERT_FALSE(copied.has_value());
   EXPECT_EQ(copied.error().code, Code::AlreadyExists);
   EXPECT_EQ(read(target_), "mine");
@@ -87,7 +92,7 @@ TEST_F(NotedCopy, LeavesNothingWhenItIsCancelled) {
   // At this rate it would take an hour.
   const NotedCopyOptions options{.bandwidth = Length(1000),
                                  .progress = [&](Length) { cancel_.request(); }};
-  const Status copied = copy_noted(source_, target_, options, cancel_);
+  const auto copied = copy_noted(source_, target_, options, cancel_);
   ASSERT_FALSE(copied.has_value());
   EXPECT_EQ(copied.error().code, Code::Cancelled);
   EXPECT_THAT(names(), IsEmpty());
@@ -98,18 +103,71 @@ TEST_F(NotedCopy, LeavesNothingWhenTheSourceChangesMeanwhile) {
   const NotedCopyOptions options{.progress = [&](Length) {
     if (!std::exchange(changed, true)) std::ofstream(source_, std::ios::app) << "more";
   }};
-  const Status copied = copy_noted(source_, target_, options, cancel_);
+  const auto copied = copy_noted(source_, target_, options, cancel_);
   ASSERT_FALSE(copied.has_value());
   EXPECT_EQ(copied.error().code, Code::Busy);
   EXPECT_THAT(names(), IsEmpty());
 }
 
 TEST_F(NotedCopy, WhatAKilledOneHasLeftIsNoCopyAndIsReplaced) {
-  std::ofstream(directory_ + "/b/.drover-evacuate-a.iso") << "half";
+  const pid_t killed = ::fork();
+  ASSERT_GE(killed, 0);
+  if (killed == 0) {
+    (void)copy_noted(source_, target_, {.progress = [](Length) { ::_exit(0); }}, cancel_);
+    ::_exit(1);
+  }
+  int status = 1;
+  ASSERT_EQ(::waitpid(killed, &status, 0), killed);
+  ASSERT_EQ(status, 0);
+  ASSERT_THAT(names(), SizeIs(1));
   EXPECT_THAT(noted_copies(directory_ + "/b"), IsEmpty());
   ASSERT_TRUE(copy_noted(source_, target_, {}, cancel_).has_value());
   EXPECT_THAT(names(), ElementsAre("a.iso"));
   EXPECT_EQ(read(target_), content_);
+}
+
+TEST_F(NotedCopy, TwoFilesOfOneNameAreCopiedAtOnce) {
+  fs::create_directory(directory_ + "/other");
+  const std::string other = directory_ + "/other/a.iso";
+  std::ofstream(other) << "other";
+  bool once = false;
+  const NotedCopyOptions options{.progress = [&](Length) {
+    if (std::exchange(once, true)) return;
+    ASSERT_TRUE(remove_unfinished_copy(other, directory_ + "/b").has_value());
+    EXPECT_TRUE(copy_noted(other, directory_ + "/b/other.iso", {}, cancel_).has_value());
+  }};
+  ASSERT_TRUE(copy_noted(source_, target_, options, cancel_).has_value());
+  EXPECT_THAT(names(), UnorderedElementsAre("a.iso", "other.iso"));
+  EXPECT_EQ(read(target_), content_);
+  EXPECT_EQ(read(directory_ + "/b/other.iso"), "other");
+}
+
+TEST_F(NotedCopy, OneThatIsUnderWayIsLeftAlone) {
+  const NotedCopyOptions options{.progress = [&](Length) {
+    const auto second = copy_noted(source_, directory_ + "/b/second.iso", {}, cancel_);
+    ASSERT_FALSE(second.has_value());
+    EXPECT_EQ(second.error().code, Code::Busy);
+    EXPECT_FALSE(remove_unfinished_copy(source_, directory_ + "/b").has_value());
+  }};
+  ASSERT_TRUE(copy_noted(source_, target_, options, cancel_).has_value());
+  EXPECT_THAT(names(), ElementsAre("a.iso"));
+  EXPECT_EQ(read(target_), content_);
+}
+
+TEST_F(NotedCopy, AnotherFileUnderItsHiddenNameIsNotPublished) {
+  bool once = false;
+  std::string hidden;
+  const NotedCopyOptions options{.progress = [&](Length) {
+    if (std::exchange(once, true)) return;
+    hidden = directory_ + "/b/" + names().front();
+    fs::remove(hidden);
+    std::ofstream(hidden) << "half";
+  }};
+  const auto copied = copy_noted(source_, target_, options, cancel_);
+  ASSERT_FALSE(copied.has_value());
+  EXPECT_EQ(copied.error().code, Code::Busy);
+  EXPECT_FALSE(fs::exists(target_));
+  EXPECT_EQ(read(hidden), "half");
 }
 
 }  // namespace

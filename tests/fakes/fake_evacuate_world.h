@@ -34,6 +34,7 @@ class FakeEvacuateWorld : public EvacuateWorld {
   // What was done, in the order in which it ended: "web1.raw > /mnt/b", "resume web1-1".
   std::vector<std::string> log;
   std::size_t most_at_once = 0;
+  unsigned most_files = 0;   // copied at once
   bool guest_twice = false;  // two steps of one guest at once
   std::vector<Length> bandwidths;
 
@@ -67,6 +68,12 @@ class FakeEvacuateWorld : public EvacuateWorld {
     changed_.wait(lock, [&] { return running_.size() >= count; });
   }
 
+  // Waits until so many steps have begun.
+  void wait_for_begun(std::size_t count) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return begun_ >= count; });
+  }
+
   Status claim(const EvacuateSurvey& /*survey*/) override {
     if (claimed) return fail(Code::Busy, "another drover empties it");
     return {};
@@ -96,17 +103,21 @@ class FakeEvacuateWorld : public EvacuateWorld {
     return {};
   }
 
-  Status carry_out(const EvacuateProblem& problem, const EvacuateStep& step, Length bandwidth,
-                   Observer& observer, Cancel& cancel) override {
+  Status carry_out(const EvacuateProblem& problem, const EvacuateStep& step,
+                   const EvacuateShare& share, Observer& observer, Cancel& cancel) override {
     const EvacuateItem item = problem.items[step.files.front().item];
     std::set<std::string> guests;
     for (const auto& user : item.users) guests.insert(user.uuid);
     {
       const std::lock_guard lock(mutex_);
-      bandwidths.push_back(bandwidth);
+      bandwidths.push_back(share.bandwidth);
+      files_ += share.files;
+      most_files = std::max(most_files, files_);
     }
-    DROVER_TRY(work(item.path, guests, item.bytes, observer, cancel));
+    const Status done = work(item.path, guests, item.bytes, observer, cancel);
     const std::lock_guard lock(mutex_);
+    files_ -= share.files;
+    DROVER_TRY(done);
     for (const auto& file : step.files) {
       const std::string& path = problem.items[file.item].path;
       std::erase_if(items, [&](const EvacuateItem& one) { return one.path == path; });
@@ -137,6 +148,7 @@ class FakeEvacuateWorld : public EvacuateWorld {
         for (const std::string& guest : guests) guest_twice = guest_twice || its.contains(guest);
       }
       running_[what] = guests;
+      ++begun_;
       most_at_once = std::max(most_at_once, running_.size());
       changed_.notify_all();
     }
@@ -162,6 +174,8 @@ class FakeEvacuateWorld : public EvacuateWorld {
 
   std::mutex mutex_;
   std::condition_variable changed_;
+  std::size_t begun_ = 0;
+  unsigned files_ = 0;
   std::map<std::string, std::set<std::string>> running_;
 };
 

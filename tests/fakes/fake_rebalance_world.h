@@ -54,7 +54,7 @@ class FakeRebalanceWorld final : public RebalanceWorld {
         if (stores[i].name != name) continue;
         Length used = stores[i].other;
         for (const Disk& disk : disks) used += disk.storage == i ? disk.allocated : Length();
-        report.storages.push_back({name, "", name, name, name, stores[i].capacity, used});
+        report.storages.push_back({name, "", name, name, true, name, stores[i].capacity, used});
       }
     }
     for (const Disk& disk : disks) {

@@ -152,7 +152,8 @@ def test_eight_guests_and_drover_is_killed_in_between(storages: Lab) -> None:
 
     first = Evacuation(lab, "--bandwidth", "16M")
     first.wait_for(lambda e: e["event"] == "step" and e["state"] == "done")
-    first.wait_for(lambda e: e["event"] == "step" and e["state"] == "begun" and e["number"] == 3)
+    third = first.wait_for(lambda e: e["event"] == "step" and e["state"] == "begun" and e["number"] == 3)["guests"][0]
+    first.wait_for(lambda e: e["event"] == "progress" and any(d["disk"].startswith(f"{third}:") for d in e["disks"]))
     kill_all(lab.a, "drover evacuate")
     first.end()
     left = jobs(lab.a)
@@ -286,7 +287,8 @@ def test_killed_after_a_copy_and_before_the_old_file_was_deleted(storages: Lab) 
         lab.guest(name, [], memory="128M", start=False, devices=CDROM)
     copy_noted(ISO)
     copied = lab.a.path(f"{B}/{ISO}").stat().st_ino
-    lab.a.path(f"{B}/.drover-evacuate-{ISO}").write_bytes(b"half a copy, of another run")
+    iso = lab.a.path(f"{A}/{ISO}").stat()
+    lab.a.path(f"{B}/.drover-evacuate-{iso.st_dev:x}-{iso.st_ino}").write_bytes(b"half a copy, of another run")
     lab.a.virsh("change-media", "off2", "sda", f"{B}/{ISO}", "--update", "--config")
     assert event(evacuate(lab), "evacuated")["steps"] == 1
     assert files(lab.a, A, B, C) == {f"{B}/{ISO}"} and lab.a.path(f"{B}/{ISO}").stat().st_ino == copied

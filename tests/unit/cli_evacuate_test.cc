@@ -91,8 +91,9 @@ class RunEvacuate : public ::testing::Test {
       return lender_.check(problem, step, cancel);
     }
     Status carry_out(const job::EvacuateProblem& problem, const job::EvacuateStep& step,
-                     Length bandwidth, job::Observer& observer, job::Cancel& cancel) override {
-      return lender_.carry_out(problem, step, bandwidth, observer, cancel);
+                     const job::EvacuateShare& share, job::Observer& observer,
+                     job::Cancel& cancel) override {
+      return lender_.carry_out(problem, step, share, observer, cancel);
     }
     Status resume(const std::string& job, job::Observer& observer, job::Cancel& cancel) override {
       return lender_.resume(job, observer, cancel);

@@ -93,17 +93,33 @@ TEST_F(Evacuate, RunsNoMoreAtOnceThanItMayAndNoGuestTwice) {
 }
 
 TEST_F(Evacuate, FillsAllPlacesAndWaitsForTheGuestsOfASharedImage) {
-  options_.parallel = 3;
+  options_.parallel = 5;
   world_.stuck = {"/mnt/a/db1.raw", "/mnt/a/web1.raw", "/mnt/a/web2.raw"};
   std::thread user([&] {
-    world_.wait_for_running(3);
+    // Those three, the fourth disk, and then its guest's NVRAM: of the ISO's guests two are busy.
+    world_.wait_for_begun(5);
     cancel_.request();
   });
   const auto summary = run();
   user.join();
   ASSERT_FALSE(summary.has_value());
-  EXPECT_EQ(world_.most_at_once, 3U);
-  EXPECT_THAT(observer_.begun, ElementsAre(0, 1, 2));
+  EXPECT_THAT(observer_.begun, ElementsAre(0, 1, 2, 3, 5));
+  EXPECT_FALSE(world_.guest_twice);
+}
+
+TEST_F(Evacuate, TheLimitIsOnFilesWhicheverGuestsTheyAreOf) {
+  for (const char* disk : {"vdb", "vdc", "vdd"}) {
+    EvacuateItem item =
+        FakeEvacuateWorld::file(EvacuateKind::Disk, std::string("db1-") + disk, 1_GiB, {"db1"});
+    item.users.front().disk = disk;
+    world_.items.push_back(item);
+  }
+  options_.parallel = 3;
+  options_.bandwidth = Length(300);
+  ASSERT_TRUE(run().has_value());
+  EXPECT_EQ(world_.most_files, 3U);
+  EXPECT_THAT(world_.bandwidths, Contains(Length(300))) << "one with four disks gets all";
+  EXPECT_THAT(world_.bandwidths, Contains(Length(100)));
 }
 
 TEST_F(Evacuate, TheBandwidthIsSharedByThoseThatRunAtOnce) {
@@ -188,7 +204,10 @@ TEST_F(Evacuate, AJobThatIsAtWorkIsLeftAlone) {
   ASSERT_TRUE(summary.has_value());
   EXPECT_THAT(
       left(*summary),
-      ElementsAre(std::pair("/mnt/a/web1.raw",
+      ElementsAre(std::pair("/mnt/a/debian.iso",
+                            "job web1-1 is at work on guest web1: "
+                            "'drover watch web1-1' follows it"),
+                  std::pair("/mnt/a/web1.raw",
                             "job web1-1 is at work on it: 'drover watch web1-1' follows it")));
 }
 

@@ -51,6 +51,32 @@ TEST(GuestFiles, AreAllThatADefinitionNames) {
   EXPECT_THAT((*uses)[3].stays, HasSubstr("is vmdk"));
 }
 
+TEST(GuestFiles, MemoryDirectoriesAndOutputAreAmongThem) {
+  const auto uses = files_of_definition(R"(<domain><name>a</name><uuid>u</uuid><devices>
+<memory model='nvdimm'><source><path>/mnt/a/pmem.raw</path></source></memory>
+<filesystem type='mount'><source dir='/mnt/a/share'/><target dir='tag'/></filesystem>
+<serial type='file'><source path='/mnt/a/serial.txt'/></serial>
+<serial type='pty'><source path='/dev/pts/3'/><log file='/mnt/a/log.txt'/></serial>
+</devices></domain>)");
+  ASSERT_TRUE(uses.has_value());
+  std::vector<std::string> paths;
+  for (const FileUse& use : *uses) {
+    EXPECT_EQ(use.kind, Kind::Other);
+    paths.push_back(use.path);
+  }
+  EXPECT_THAT(
+      paths, ElementsAre("/mnt/a/pmem.raw", "/mnt/a/share", "/mnt/a/serial.txt", "/mnt/a/log.txt"));
+}
+
+TEST(GuestFiles, ASnapshotNamesAllPathsThatAreInIt) {
+  const auto paths = paths_in(R"(<domainsnapshot><name>one</name>
+<memory snapshot='external' file='/mnt/a/memory'/><domain><os><nvram>/mnt/a/v.fd</nvram></os><devices>
+<disk device='cdrom'><source file='/mnt/a/debian.iso'/></disk></devices></domain></domainsnapshot>)");
+  ASSERT_TRUE(paths.has_value());
+  EXPECT_THAT(*paths, ElementsAre("/mnt/a/debian.iso", "/mnt/a/memory", "/mnt/a/v.fd"));
+  EXPECT_FALSE(paths_in("no xml <").has_value());
+}
+
 TEST(GuestFiles, AMediumIsChangedAndNothingElseOfItsDrive) {
   const auto element = medium_element(kGuest, "sda", "/mnt/b/debian & more.iso");
   ASSERT_TRUE(element.has_value());

@@ -256,6 +256,14 @@ TEST(Mounts, OfOneFilesystemHaveOneKey) {
   EXPECT_EQ(filesystem_key(find_mount(kMounts, 37), 1), "zfs tank");
 }
 
+TEST(Mounts, OfAPartAreNotWhole) {
+  EXPECT_TRUE(is_whole({.root = "/", .type = "ext4", .source = "/dev/sdb1"}));
+  EXPECT_TRUE(is_whole({.root = "/", .type = "zfs", .source = "tank"}));
+  EXPECT_FALSE(is_whole({.root = "/sub", .type = "ext4", .source = "/dev/sdb1"}));
+  EXPECT_FALSE(is_whole({.root = "/", .type = "zfs", .source = "tank/vm"}));
+  EXPECT_FALSE(is_whole(find_mount("36 21 8:1 /@home /home rw - btrfs /dev/sdb1 rw\n", 36)));
+}
+
 class RealPlaces : public ::testing::Test {
  protected:
   RealPlaces() {
