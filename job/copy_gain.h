@@ -30,7 +30,7 @@ class CopyGain {
   static constexpr Length kEnough = Length(std::uint64_t{64} << 20);
   // It does not gain if what is left fell by less than one part in so many of what was copied.
   static constexpr std::uint64_t kLeastShare = 16;
-  static constexpr Duration kStrict = std::chrono::seconds(30);
+  static constexpr Duration kStrict = std::chrono::minutes(2);
   static constexpr Duration kPatience = std::chrono::minutes(10);
 
   enum class Verdict {

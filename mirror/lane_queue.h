@@ -29,8 +29,10 @@ class LaneQueue {
   [[nodiscard]] bool empty() const { return urgent_.empty() && bulk_.empty(); }
 
  private:
-  // After so many bytes of urgent frames in a row a copy that waits has its turn.
-  static constexpr Length kUrgentShare = Length(std::uint64_t{4} << 20);
+  // After so many bytes of urgent frames in a row a copy that waits has its turn: of a lane that a guest
+  // keeps busy the copy gets half, for the guest waits for neither before the handover, and in the
+  // handover what is left to copy must become less.
+  static constexpr Length kUrgentShare = Length(std::uint64_t{1} << 20);
   using Chunk = std::pair<std::uint16_t, std::uint64_t>;
   [[nodiscard]] Chunk chunk_of(const OutFrame& frame) const;
   [[nodiscard]] bool has_chunk(const std::deque<OutFrame>& queue, Chunk chunk) const;

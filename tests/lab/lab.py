@@ -1133,6 +1133,9 @@ class Lab:
             for port, inside in ((host.name, "eth0"), (f"{host.name}-g", "eth1")):
                 self._in_switch("ip", "link", "add", port, "type", "veth", "peer", "name", inside, "netns", str(host.pid))
                 self._in_switch("ip", "link", "set", port, "master", "br0", "up")
+            # br0 must not answer for eth0's address: the host's traffic would come in by eth1, past set_rate() and
+            # set_link().
+            host.run("echo 1 >/proc/sys/net/ipv4/conf/all/arp_ignore && echo 2 >/proc/sys/net/ipv4/conf/all/arp_announce")
             host.run(f"ip addr add {host.ip}/16 dev eth0 && ip link set eth0 up && ip link add br0 type bridge &&"
                      " ip link set eth1 master br0 up && ip link set br0 up")
         threads = [_Task(host._start_services) for host in self.hosts]

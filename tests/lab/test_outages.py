@@ -100,12 +100,12 @@ def test_a_fast_writer_over_a_slow_link(lab: Lab, seen: Seen, link: str) -> None
     start = time.monotonic()
     running = Move(lab, guest)
     for phase in ("copy", "synchronised"):
-        begun = running.wait_for_phase(phase)["elapsed_ms"]
+        begun = running.wait_for(lambda e, phase=phase: e.get("phase") == phase, 600)["elapsed_ms"]  # type: ignore[misc]
         writes = guest.status()["writes"]
         over = running.wait_for(lambda e, begun=begun: e.get("elapsed_ms", 0) > begun + 3000 or  # type: ignore[misc]
                                 e.get("phase") in ("barrier", "resume"))["elapsed_ms"]
         rates.append((guest.status()["writes"] - writes) * 1000 / (over - begun))
-    outcome = running.end()
+    outcome = running.end(600)
     took = time.monotonic() - start
     assert outcome.exit_code == 0, outcome.text()
     lab.set_rate(None)
