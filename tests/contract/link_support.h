@@ -437,6 +437,11 @@ class TestSource final : public Answers {
     const std::lock_guard lock(mutex_);
     return applied_;
   }
+  // How many of these were answered before the link came up again, the last time.
+  [[nodiscard]] std::size_t answered_before_up() {
+    const std::lock_guard lock(mutex_);
+    return answered_before_up_;
+  }
   [[nodiscard]] std::vector<std::uint64_t> differing_tokens() {
     const std::lock_guard lock(mutex_);
     return differing_;
@@ -500,6 +505,7 @@ class TestSource final : public Answers {
   void link_up(const std::vector<TargetDisk>& disks) override {
     const std::lock_guard lock(mutex_);
     ups_.push_back(disks);
+    answered_before_up_ = applied_.size();
     EXPECT_EQ(downs_.size(), ups_.size()) << "a link that is up came up";
     changed_.notify_all();
   }
@@ -533,6 +539,7 @@ class TestSource final : public Answers {
   std::condition_variable changed_;
   std::size_t sent_ = 0;
   std::vector<std::uint64_t> applied_;
+  std::size_t answered_before_up_ = 0;
   std::vector<std::uint64_t> differing_;
   std::map<std::uint64_t, Error> refused_;
   std::vector<Error> downs_;

@@ -154,7 +154,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line("| " + " | ".join(line) + " |")
 
 
-# Of the outages, resumes and relocations these stand for the others in an ordinary run; all of them take 20 minutes
+# Of the outages, resumes, relocations and evacuations these stand for the others in an ordinary run; all of them take 20 minutes
 # more.
 _QUICK = {"test_link_down_5_s[copy]", "test_receiver_killed[copy]", "test_runner_stopped_for_10_s[copy]",
           "test_runner_killed[copy]", "test_a_second_move_of_the_same_guest_is_refused",
@@ -164,13 +164,14 @@ _QUICK = {"test_link_down_5_s[copy]", "test_receiver_killed[copy]", "test_runner
           "test_a_target_that_gets_full_in_the_middle[raw-True]", "test_a_source_that_cannot_be_read",
           "test_libvirtd_is_restarted_while_disks_are_copied[9]",
           "test_drover_is_killed_and_resume_takes_the_copies_up", "test_a_killed_job_is_cancelled", "test_refusals",
-          "test_an_old_file_that_others_use_is_kept"}
+          "test_an_old_file_that_others_use_is_kept", "test_eight_guests_and_drover_is_killed_in_between",
+          "test_killed_after_a_copy_and_before_the_old_file_was_deleted"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.environ.get("DROVER_LAB_LONG"):
         return
     for item in items:
-        long = item.path.name in ("test_outages.py", "test_resume.py", "test_relocate.py")
+        long = item.path.name in ("test_outages.py", "test_resume.py", "test_relocate.py", "test_evacuate.py")
         if long and item.name not in _QUICK:
             item.add_marker(pytest.mark.skip(reason="takes minutes with its like: DROVER_LAB_LONG=1 runs it"))
