@@ -65,6 +65,14 @@ void free_in_pieces(int fd) {
   }
 }
 
+Result<UnlinkedFile> unlink_open(const std::string& path) {
+  UniqueFd fd(::open(path.c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
+  if (::unlink(path.c_str()) != 0 && errno != ENOENT) {
+    return fail_errno(errno, "deleting " + path);
+  }
+  return UnlinkedFile(std::move(fd));
+}
+
 struct Owner {
   uid_t user = 0;
   gid_t group = 0;
@@ -192,23 +200,24 @@ Status sync_file(const std::string& path) {
 }
 
 Status unlink_file(const std::string& path) {
-  const UniqueFd fd(::open(path.c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
-  if (::unlink(path.c_str()) != 0 && errno != ENOENT) {
-    return fail_errno(errno, "deleting " + path);
-  }
-  if (fd && is_ours_alone(fd.get())) free_in_pieces(fd.get());
-  return {};
+  const Result<UnlinkedFile> gone = unlink_open(path);
+  return gone ? Status() : fail(gone.error());
 }
 
-Status remove_file(const std::string& path, const ImageIdentity& identity) {
+UnlinkedFile::~UnlinkedFile() {
+  if (fd_ && is_ours_alone(fd_.get())) free_in_pieces(fd_.get());
+}
+
+Result<UnlinkedFile> remove_file(const std::string& path, const ImageIdentity& identity) {
   const auto present = identify_file(path);
-  if (!present && present.error().code == Code::NotFound) return {};
+  if (!present && present.error().code == Code::NotFound) return UnlinkedFile();
   if (!present) return fail(present.error());
   if (*present != identity) {
     return fail(Code::Busy, path + " is another file by now; it was left alone");
   }
-  DROVER_TRY(unlink_file(path));
-  return sync_directory(directory_of(path));
+  DROVER_ASSIGN(UnlinkedFile gone, unlink_open(path));
+  DROVER_TRY(sync_directory(directory_of(path)));
+  return gone;
 }
 
 }  // namespace drover::blockcopy

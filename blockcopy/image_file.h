@@ -15,8 +15,10 @@
 #pragma once
 
 #include <string>
+#include <utility>
 
 #include "base/result.h"
+#include "base/unique_fd.h"
 #include "base/units.h"
 #include "blockcopy/image.h"
 
@@ -56,8 +58,21 @@ Status sync_file(const std::string& path);
 // filesystems other than ext4, XFS and Btrfs it is plain unlink().
 // Gone already: fine.
 Status unlink_file(const std::string& path);
+// A file whose name is gone; its blocks are freed as above when this goes, which is after whatever
+// else here holds it open (a lock). XFS counts them as used for a moment where they are left to the
+// last close.
+class UnlinkedFile {
+ public:
+  explicit UnlinkedFile(UniqueFd fd = {}) : fd_(std::move(fd)) {}
+  ~UnlinkedFile();
+  UnlinkedFile(UnlinkedFile&&) = default;
+  UnlinkedFile& operator=(UnlinkedFile&&) = delete;
+
+ private:
+  UniqueFd fd_;
+};
 // unlink_file(), durably, if it is still that file: Busy if another has taken its name. Gone
 // already: fine.
-Status remove_file(const std::string& path, const ImageIdentity& identity);
+Result<UnlinkedFile> remove_file(const std::string& path, const ImageIdentity& identity);
 
 }  // namespace drover::blockcopy

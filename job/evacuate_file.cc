@@ -156,7 +156,7 @@ class FileMove {
     }
     const auto users = uses_of(step_.target);
     if (!users || !users->empty()) return;
-    if (const Status removed = blockcopy::remove_file(step_.target, copy_); !removed) {
+    if (const auto removed = blockcopy::remove_file(step_.target, copy_); !removed) {
       log_warning("{}", removed.error().to_string());
     }
   }

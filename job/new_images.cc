@@ -105,13 +105,13 @@ Status NewImages::remove(const DiskPlan& disk) {
   // Whatever libvirt says of the guest.
   const auto lock = memmig::lock_image(disk.target_path);
   if (!lock && lock.error().code != Code::NotFound) return fail(lock.error());
-  Status removed = blockcopy::remove_file(disk.target_path, *identity);
+  const auto removed = blockcopy::remove_file(disk.target_path, *identity);
   // Somebody else's file has that name: nothing of ours is left.
   if (!removed && removed.error().code == Code::Busy) {
     log_warning("{}", removed.error().message);
     return {};
   }
-  return removed;
+  return removed ? Status() : fail(removed.error());
 }
 
 Status NewImages::note_source(const DiskPlan& disk) {
@@ -120,7 +120,7 @@ Status NewImages::note_source(const DiskPlan& disk) {
   return note(source_key(disk), identity);
 }
 
-Status NewImages::remove_source(const DiskPlan& disk) {
+Result<blockcopy::UnlinkedFile> NewImages::remove_source(const DiskPlan& disk) {
   DROVER_ASSIGN(const auto identity, noted(source_key(disk)));
   if (!identity) return fail(Code::Busy, disk.source_path + ": the job's journal does not know it");
   return blockcopy::remove_file(disk.source_path, *identity);

@@ -17,7 +17,8 @@
 #include <string>
 
 #include "base/result.h"
-#include "blockcopy/image.h"
+#include "blockcopy/image_file.h"
+#include "blockcopy//image.h"
 #include "job/journal.h"
 #include "job/move.h"
 
@@ -54,7 +55,7 @@ class NewImages {
 
   // Which file the source is, noted when the job begins: no other is ever deleted in its place.
   Status note_source(const DiskPlan& disk);
-  Status remove_source(const DiskPlan& disk);
+  Result<blockcopy::UnlinkedFile> remove_source(const DiskPlan& disk);
 
  private:
   [[nodiscard]] std::string staged(const DiskPlan& disk) const;

@@ -590,7 +590,8 @@ class Relocation {
         summary_.kept.push_back(disk.source_path);
       }
     }
-    cold_.reset();
+    cold_.reset();  // it holds the old images' locks
+    deleted_.clear();
     std::vector<std::string> paths;
     for (const DiskPlan& disk : gone_over_) {
       paths.push_back(disk.source_path);
@@ -684,7 +685,9 @@ class Relocation {
     if (!user.empty()) return fail(Code::Busy, "it is used by " + user);
     // One that was renamed is the guest's own disk now.
     if (!disk.renamed) DROVER_TRY(unused(disk.source_path));
-    return images_->remove_source(disk);
+    DROVER_ASSIGN(blockcopy::UnlinkedFile gone, images_->remove_source(disk));
+    deleted_.push_back(std::move(gone));
+    return {};
   }
 
   void note_growth(const DiskPlan& disk) {
@@ -794,6 +797,7 @@ class Relocation {
   std::map<std::string, std::string> io_errors_;
   std::map<std::string, std::string> failures_;
   std::unique_ptr<ColdCopy> cold_;
+  std::vector<blockcopy::UnlinkedFile> deleted_;
   std::unique_ptr<memmig::Subscription> events_;
 };
 
