@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cli/text.h"
+#include "cli/option_values.h"
 #include "cli/values.h"
 
 namespace drover::cli {
@@ -23,7 +24,6 @@ other files stay. Ctrl-C undoes what is under way and keeps what is done; the sa
 goes on with the rest, also after a crash.
 Manual page: drover-evacuate(1).)";
 
-constexpr unsigned kMostParallel = 64;
 
 }  // namespace
 
@@ -71,27 +71,9 @@ Result<EvacuateCommand> evacuate_command(const WrittenEvacuation& written) {
   if (std::ranges::count(options.to, std::string()) > 0) {
     return fail(Code::InvalidArgument, "--to: the value is empty");
   }
-  if (written.parallel) {
-    const auto count = parse_count(*written.parallel, {1, kMostParallel});
-    if (!count) {
-      return fail(Code::InvalidArgument, "--parallel: " + count.error().message,
-                  count.error().hint);
-    }
-    options.parallel = static_cast<unsigned>(*count);
-  }
-  if (written.bandwidth) {
-    const auto rate = parse_rate(*written.bandwidth);
-    if (!rate) {
-      return fail(Code::InvalidArgument, "--bandwidth: " + rate.error().message, rate.error().hint);
-    }
-    options.bandwidth = *rate;
-  }
-  if (written.uri) {
-    if (written.uri->empty()) {
-      return fail(Code::InvalidArgument, "--source-uri: the value is empty");
-    }
-    options.uri = *written.uri;
-  }
+  DROVER_TRY(take_parallel(written.parallel, options.parallel));
+  DROVER_TRY(take_bandwidth(written.bandwidth, options.bandwidth));
+  DROVER_TRY(take_source_uri(written.uri, options.uri));
   return command;
 }
 

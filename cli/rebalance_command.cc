@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "cli/text.h"
+#include "cli/option_values.h"
 #include "cli/values.h"
 
 namespace drover::cli {
@@ -77,17 +78,6 @@ Result<std::pair<std::string, std::string>> parse_pin(const std::string& text) {
                 "write the guest and its disk: web1:vda");
   }
   return std::pair(text.substr(0, colon), text.substr(colon + 1));
-}
-
-template <class T, class Parse>
-Status take(const char* option, const T& text, Parse parse, auto& into) {
-  auto parsed = parse(text);
-  if (!parsed) {
-    return fail(Code::InvalidArgument, std::string(option) + ": " + parsed.error().message,
-                parsed.error().hint);
-  }
-  into = std::move(*parsed);
-  return {};
 }
 
 }  // namespace
@@ -164,12 +154,7 @@ Result<RebalanceCommand> rebalance_command(const WrittenRebalance& written) {
   for (const std::string& text : written.pins) {
     DROVER_TRY(take("--pin", text, parse_pin, options.pins.emplace_back()));
   }
-  if (written.uri) {
-    if (written.uri->empty()) {
-      return fail(Code::InvalidArgument, "--source-uri: the value is empty");
-    }
-    options.uri = *written.uri;
-  }
+  DROVER_TRY(take_source_uri(written.uri, options.uri));
   return command;
 }
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cli/text.h"
+#include "cli/option_values.h"
 #include "cli/values.h"
 
 namespace drover::cli {
@@ -23,7 +24,6 @@ DEST is a directory, a storage pool of libvirt's, or TARGET=PATH, which may be r
 may run, stand still or be off. Ctrl-C undoes it: the guest goes on with its old disks.
 Manual page: drover-relocate(1).)";
 
-constexpr unsigned kMostParallel = 64;
 
 bool is_place(const std::string& text) {
   const std::size_t equals = text.find('=');
@@ -133,27 +133,9 @@ Result<RelocateCommand> relocate_command(const WrittenRelocation& written) {
     }
     options.format = *written.format;
   }
-  if (written.bandwidth) {
-    auto rate = parse_rate(*written.bandwidth);
-    if (!rate) {
-      return fail(Code::InvalidArgument, "--bandwidth: " + rate.error().message, rate.error().hint);
-    }
-    options.bandwidth = *rate;
-  }
-  if (written.parallel) {
-    const auto count = parse_count(*written.parallel, {1, kMostParallel});
-    if (!count) {
-      return fail(Code::InvalidArgument, "--parallel: " + count.error().message,
-                  count.error().hint);
-    }
-    options.parallel = static_cast<unsigned>(*count);
-  }
-  if (written.uri) {
-    if (written.uri->empty()) {
-      return fail(Code::InvalidArgument, "--source-uri: the value is empty");
-    }
-    options.uri = *written.uri;
-  }
+  DROVER_TRY(take_bandwidth(written.bandwidth, options.bandwidth));
+  DROVER_TRY(take_parallel(written.parallel, options.parallel));
+  DROVER_TRY(take_source_uri(written.uri, options.uri));
   options.keep_source = written.keep_source;
   return command;
 }

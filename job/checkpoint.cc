@@ -2,7 +2,6 @@
 #include "job/checkpoint.h"
 
 #include <algorithm>
-#include <charconv>
 
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
@@ -13,24 +12,6 @@
 namespace drover::job {
 
 using nlohmann::json;
-
-std::string record_key(std::size_t disk, mirror::GroupIndex group) {
-  return fmt::format("{}{}/{:012x}", kRecordPrefix, disk, group);
-}
-
-Result<std::pair<std::size_t, mirror::GroupIndex>> parse_record_key(std::string_view key) {
-  const auto broken = [&] { return fail(Code::Protocol, fmt::format("the journal has a record \"{}\"", key)); };
-  if (!key.starts_with(kRecordPrefix)) return broken();
-  key.remove_prefix(kRecordPrefix.size());
-  const std::size_t slash = key.find('/');
-  if (slash == std::string_view::npos) return broken();
-  std::size_t disk = 0;
-  mirror::GroupIndex group = 0;
-  const auto parsed = std::from_chars(key.data(), key.data() + slash, disk);
-  const auto rest = std::from_chars(key.data() + slash + 1, key.data() + key.size(), group, 16);
-  if (parsed.ptr != key.data() + slash || rest.ptr != key.data() + key.size() || slash == 0) return broken();
-  return std::pair(disk, group);
-}
 
 std::string encode_targets(const std::vector<mirror::TargetDisk>& targets) {
   json list = json::array();
@@ -56,21 +37,21 @@ Result<std::vector<mirror::TargetDisk>> decode_targets(std::string_view text) {
   return targets;
 }
 
-Status store_records(mirror::MirrorEngine& engine, Journal& journal, std::size_t disks,
+Status store_records(mirror::MirrorEngine& engine, RecordStore& store, std::size_t disks,
                      const std::optional<std::vector<mirror::TargetDisk>>& targets, Journal::Sync sync) {
   constexpr std::size_t kAtOnce = 4;  // the engine's thread is held up for each
-  Journal::Batch batch;
+  std::vector<RecordStore::One> changed;
   for (std::size_t disk = 0; disk < disks; ++disk) {
     std::optional<mirror::GroupIndex> next = 0;
     while (next) {
       mirror::Arbiter::Records records = engine.take_records(disk, *next, kAtOnce);
-      for (const mirror::GroupRecord& one : records.records) batch.put(record_key(disk, one.group), one.bytes);
+      for (mirror::GroupRecord& one : records.records) changed.push_back({disk, std::move(one)});
       next = records.next;
     }
   }
-  if (targets) batch.put(kTargetsKey, encode_targets(*targets));
-  if (batch.changes().empty() && sync == Journal::Sync::No) return {};
-  return journal.write(batch, sync);
+  Journal::Batch also;
+  if (targets) also.put(kTargetsKey, encode_targets(*targets));
+  return store.write(changed, std::move(also), sync);
 }
 
 FlushPlan plan_flushes(Length data) {
@@ -146,7 +127,7 @@ Status Checkpointer::store_records(Journal::Sync sync) {
     const std::lock_guard lock(mutex_);
     targets = targets_;
   }
-  const Status written = job::store_records(job_.engine, job_.journal, job_.disk_count, targets, sync);
+  const Status written = job::store_records(job_.engine, job_.records, job_.disk_count, targets, sync);
   if (!written) {
     broken_ = true;
     return written;

@@ -4,7 +4,7 @@
 // what the target has to the journal, and changes QEMU's dirty bitmaps so that they hold little.
 // mirror/arbiter.h says why its order is safe.
 //
-//   Checkpointer checkpointer(platform, {engine, hypervisor, journal, guest, disks, generation});
+//   Checkpointer checkpointer(platform, {engine, hypervisor, records, guest, disks, generation});
 //   ...                                   // copying goes on
 //   checkpointer.stop();                  // before the handover; it may be started again
 //
@@ -29,22 +29,19 @@
 
 #include "job/journal.h"
 #include "job/platform.h"
+#include "job/record_store.h"
 #include "memmig/hypervisor.h"
 #include "mirror/engine.h"
 
 namespace drover::job {
 
 // What is in the journal besides the job's state.
-std::string record_key(std::size_t disk, mirror::GroupIndex group);
-inline constexpr std::string_view kRecordPrefix = "chunks/";
-// Its disk and group. Protocol if it is no such key.
-Result<std::pair<std::size_t, mirror::GroupIndex>> parse_record_key(std::string_view key);
 inline constexpr std::string_view kTargetsKey = "targets";  // the target's images when the records were right
 std::string encode_targets(const std::vector<mirror::TargetDisk>& targets);
 Result<std::vector<mirror::TargetDisk>> decode_targets(std::string_view text);
 
 // Stores what has changed of all records, and with it `targets`, if there are any.
-Status store_records(mirror::MirrorEngine& engine, Journal& journal, std::size_t disks,
+Status store_records(mirror::MirrorEngine& engine, RecordStore& store, std::size_t disks,
                      const std::optional<std::vector<mirror::TargetDisk>>& targets, Journal::Sync sync);
 
 // A power cut of the target may cost 5 % of a disk of 4 GiB at most, and what the guest wrote
@@ -67,7 +64,7 @@ class Checkpointer {
   struct Job {
     mirror::MirrorEngine& engine;
     memmig::Hypervisor& source;
-    Journal& journal;
+    RecordStore& records;
     std::string guest;                      // UUID
     std::vector<memmig::BitmapSpec> disks;  // those with bitmaps
     std::size_t disk_count = 0;             // of the engine

@@ -45,9 +45,11 @@ class RocksJournal final : public Journal {
                                         : changes.Delete(slice(change.key));
       if (!added.ok()) return fail(error_of(added, "writing the job's journal"));
     }
-    rocksdb::WriteOptions options;
-    options.sync = sync == Sync::Yes;
-    const rocksdb::Status written = db_->Write(options, &changes);
+    // Not a synced Write(): others' unsynced ones would wait for its disk, and one of them is on the
+    // guest's write path (job/record_store.h). SyncWAL() lets them go on.
+    rocksdb::Status written;
+    if (!batch.changes().empty()) written = db_->Write(rocksdb::WriteOptions(), &changes);
+    if (written.ok() && sync == Sync::Yes) written = db_->SyncWAL();
     if (!written.ok()) return fail(error_of(written, "writing the job's journal"));
     return {};
   }

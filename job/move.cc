@@ -263,6 +263,7 @@ class Move {
     if (!files_.mutation.forget_max_slowdown)
       engine_options.arbiter.max_strict_wait = options_.max_slowdown;
     engine_options.watchdog_command = {"/proc/self/exe", std::string(mirror::kWatchdogCommand)};
+    records_.emplace(*journal_);
     DROVER_ASSIGN(engine_, platform_.create_engine(engine_options, engine_events()));
     mirror::LinkOptions link;
     link.address = receiver.address;
@@ -318,7 +319,7 @@ class Move {
                                         error.message, "", true}});
     };
     events.touching = [this](std::size_t disk, const mirror::GroupRecord& record) {
-      if (const Status noted = journal_->put_unsynced(record_key(disk, record.group), record.bytes); !noted) {
+      if (const Status noted = records_->put(disk, record); !noted) {
         queue_->push(Trouble{noted.error()});
       }
     };
@@ -439,7 +440,7 @@ class Move {
     checkpointer_ = std::make_unique<Checkpointer>(
         platform_,
         Checkpointer::Job{
-            *engine_, source(), *journal_, uuid(), disks, prepared_.move_plan.disks.size(),
+            *engine_, source(), *records_, uuid(), disks, prepared_.move_plan.disks.size(),
             generation_, flush_plan().every, [this](const Error& error) {
               queue_->push(
                   Trouble{Error{error.code, "on the target: " + error.message, error.hint, false}});
@@ -607,7 +608,7 @@ class Move {
     if (bitmaps) DROVER_TRY(copy_what_was_missed());
     // Before the journal takes this QEMU's bitmaps for all that was missed, its records say what they don't.
     if (!known) {
-      DROVER_TRY(store_records(*engine_, *journal_, prepared_.move_plan.disks.size(), std::nullopt, Journal::Sync::Yes));
+      DROVER_TRY(store_records(*engine_, *records_, prepared_.move_plan.disks.size(), std::nullopt, Journal::Sync::Yes));
     }
     DROVER_TRY(know_qemu());
     engine_->start();
@@ -1526,6 +1527,7 @@ class Move {
   // Before the engine: its thread uses it until it ends.
   std::atomic<bool> mirrors_may_go_{false};
   std::atomic<bool> mirror_lost_{false};  // while the guest still wrote
+  std::optional<RecordStore> records_;  // of engine_
   std::unique_ptr<mirror::MirrorEngine> engine_;
   std::unique_ptr<Checkpointer> checkpointer_;
   std::atomic<bool> disk_failed_{false};

@@ -9,14 +9,6 @@
 
 namespace drover::mirror {
 
-namespace {
-// A record is stored each time something is sent to so many chunks for the first time: of the
-// others it can say then that nothing was sent. (64 MiB of 1 MiB chunks: at 1 GB/s some 15 records
-// a second.)
-constexpr std::uint64_t kSpan = 64;
-static_assert(kGroupChunks % kSpan == 0, "a span is of one group");
-}  // namespace
-
 Arbiter::Arbiter(const Options& options)
     : options_(options),
       chunks_((options.disk_size.bytes() + options.chunk_size.bytes() - 1) /
@@ -26,11 +18,13 @@ Arbiter::Arbiter(const Options& options)
       sent_(chunks_),
       compare_(chunks_),
       verify_cursor_(chunks_),
-      touched_((chunks_ + kSpan - 1) / kSpan),
+      touched_((chunks_ + options.touch_span - 1) / options.touch_span),
       changed_((chunks_ + kGroupChunks - 1) / kGroupChunks),
       unflushed_({chunks_, options.chunk_size / kBlock, options.max_masks / 8, false}),
       flushing_({chunks_, options.chunk_size / kBlock, options.max_masks / 8, false}),
       lane_down_(options.lanes, false) {
+  CHECK(options.touch_span > 0 && kGroupChunks % options.touch_span == 0,
+        "a span is of one group");
   CHECK(options.disk_size.bytes() > 0, "a disk has at least one byte");
   CHECK(options.chunk_size.bytes() > 0 && options.lanes > 0, "chunks and lanes exist");
   CHECK(options.chunk_size.bytes() % kBlock.bytes() == 0 && options.chunk_size <= kMaxChunk,
@@ -85,8 +79,8 @@ void Arbiter::dirty(ChunkIndex chunk, const BlockMask& blocks) {
 
 // Something is about to be sent. True: its group's record must say so first.
 bool Arbiter::touch(ChunkIndex chunk) {
-  if (touched_.contains(chunk / kSpan)) return false;
-  touched_.insert(chunk / kSpan);
+  if (touched_.contains(chunk / options_.touch_span)) return false;
+  touched_.insert(chunk / options_.touch_span);
   changed(chunk);
   return !options_.mutation.touch_late;
 }
@@ -710,7 +704,7 @@ std::string Arbiter::record(GroupIndex group,
   std::vector<ChunkRecord> chunks(std::min(kGroupChunks, chunks_ - first));
   for (std::uint64_t i = 0; i < chunks.size(); ++i) {
     const ChunkIndex chunk = first + i;
-    if (!touched_.contains(chunk / kSpan)) continue;
+    if (!touched_.contains(chunk / options_.touch_span)) continue;
     ChunkRecord& out = chunks[i];
     out.touched = true;
     // It was a hole, or was not sent yet; when this record is read it may have been.
@@ -732,23 +726,23 @@ std::string Arbiter::record(GroupIndex group,
   return encode_group({group, options_.disk_size, options_.chunk_size}, chunks);
 }
 
-std::string Arbiter::take_record(GroupIndex group) {
+GroupRecord Arbiter::take_record(GroupIndex group) {
   CHECK(group < groups(), "the group exists");
-  return record(group, in_flight());
+  return {group, record(group, in_flight()), ++taken_};
 }
 
 Arbiter::Records Arbiter::take_records(GroupIndex first, std::size_t most) {
   Records taken;
   std::optional<std::unordered_map<ChunkIndex, BlockMask>> on_the_way;
   for (auto group = changed_.next(first); group; group = changed_.next(*group + 1)) {
-    const auto touched = touched_.next(*group * kGroupChunks / kSpan);
-    if (!touched || *touched >= (*group + 1) * kGroupChunks / kSpan) continue;
+    const auto touched = touched_.next(*group * kGroupChunks / options_.touch_span);
+    if (!touched || *touched >= (*group + 1) * kGroupChunks / options_.touch_span) continue;
     if (taken.records.size() == most) {
       taken.next = *group;
       break;
     }
     if (!on_the_way) on_the_way = in_flight();
-    taken.records.push_back({*group, record(*group, *on_the_way)});
+    taken.records.push_back({*group, record(*group, *on_the_way), ++taken_});
   }
   return taken;
 }
@@ -766,7 +760,7 @@ Status Arbiter::restore(GroupIndex group, std::string_view bytes, bool unflushed
   for (std::uint64_t i = 0; i < chunks->size(); ++i) {
     ChunkRecord& chunk = (*chunks)[i];
     if (!chunk.touched) continue;
-    touched_.insert((first + i) / kSpan);
+    touched_.insert((first + i) / options_.touch_span);
     if (!options_.mutation.restore_as_fresh) mark_sent(first + i);
     pending_.erase(first + i);
     if (unflushed_lost && !chunk.unflushed.empty()) {
@@ -807,7 +801,7 @@ void Arbiter::know_nothing(ChunkIndex first, ChunkIndex end) {
   sent_.insert_range(first, end);
   passed_ = sent_.count();
   compare_.insert_range(first, end);
-  touched_.insert_range(first / kSpan, (end + kSpan - 1) / kSpan);
+  touched_.insert_range(first / options_.touch_span, (end + options_.touch_span - 1) / options_.touch_span);
   changed(first);
 }
 

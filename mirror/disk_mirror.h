@@ -93,7 +93,7 @@ class DiskMirror {
   void flush_done(FlushId id) { arbiter_.flush_done(id); }
   void flush_failed(FlushId id) { arbiter_.flush_failed(id); }
   void target_lost_unflushed() { arbiter_.target_lost_unflushed(); }
-  std::string take_record(GroupIndex group) { return arbiter_.take_record(group); }
+  GroupRecord take_record(GroupIndex group) { return arbiter_.take_record(group); }
   Arbiter::Records take_records(GroupIndex first, std::size_t most) {
     return arbiter_.take_records(first, most);
   }

@@ -164,6 +164,7 @@ EngineSetup MoveSim::draw_engine(World& world, const MoveSimOptions& options) {
   EngineSetup engine;
   engine.chunk_size = Length(std::uint64_t{4096} << random.below(3));
   engine.handover_rest = Length(random.below(3) * 8192);
+  if (random.one_in(2)) engine.arbiter.touch_span = std::uint64_t{1} << random.below(3);
   engine.arbiter.max_forwarded = Length(random.one_in(3) ? engine.chunk_size.bytes() : 1U << 20);
   engine.arbiter.strict_window = Length(random.one_in(2) ? random.below(8192) : 1U << 20);
   if (random.one_in(3)) engine.arbiter.max_lag = std::chrono::milliseconds(1 + random.below(20));

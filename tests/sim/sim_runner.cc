@@ -583,7 +583,10 @@ class SimEngine final : public mirror::MirrorEngine {
   }
   mirror::Arbiter::Records take_records(std::size_t disk, mirror::GroupIndex first,
                                         std::size_t most) override {
-    return core_.take_records(disk, first, most);
+    mirror::Arbiter::Records taken = core_.take_records(disk, first, most);
+    // The engine's thread goes on before the caller's does.
+    if (world_.chance(500)) world_.sleep(world_.between(20us, 3ms));
+    return taken;
   }
   std::vector<mirror::FlushId> flush_begin() override { return core_.flush_begin(); }
   void flush_ended(const std::vector<mirror::FlushId>& ids, bool done) override {

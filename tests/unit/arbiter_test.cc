@@ -55,7 +55,7 @@ class ArbiterRules : public testing::Test {
     arbiter_.lane_up(0);
   }
   void flush() { arbiter_.flush_done(arbiter_.flush_begin()); }
-  std::string record(GroupIndex group = 0) { return arbiter_.take_record(group); }
+  std::string record(GroupIndex group = 0) { return arbiter_.take_record(group).bytes; }
 
   Arbiter arbiter_{disk_of(8)};
   Actions actions_;
@@ -249,7 +249,7 @@ TEST(ArbiterRecords, ASpanIsTouchedBeforeTheFirstFrameAndOnce) {
   }
   // What is recorded now: these may have been sent, the others were not.
   Arbiter restored(disk_of(2 * kGroupChunks));
-  ASSERT_TRUE(restored.restore(0, arbiter.take_record(0), false));
+  ASSERT_TRUE(restored.restore(0, arbiter.take_record(0).bytes, false));
   EXPECT_FALSE(restored.start_copy(Instant())->fresh);
   for (int i = 1; i < 64; ++i) EXPECT_FALSE(restored.start_copy(Instant())->fresh);
   EXPECT_TRUE(restored.start_copy(Instant())->fresh);

@@ -193,6 +193,31 @@ TEST(ManualPages, ListTheFieldsOfEachEvent) {
   }
 }
 
+// The members of an event of `--json`, but for its name; `deep`: those of its values, too.
+Names fields_of(const std::string& text, bool deep) {
+  Names fields;
+  const nlohmann::json object = nlohmann::json::parse(text);
+  for (const auto& [name, value] : object.items()) {
+    if (name != "event") fields.insert(name);
+    if (deep) collect(value, fields);
+  }
+  return fields;
+}
+
+// Those that the page's section describes in the event's entry; none, and a failure, where it has no entry.
+Names documented_fields(const std::string& section_text, const std::string& event) {
+  const std::size_t start = section_text.find(".TP\n.B " + event + "\n");
+  if (start == std::string::npos) {
+    ADD_FAILURE() << "no entry for " << event;
+    return {};
+  }
+  const std::string entry =
+      section_text.substr(start, section_text.find("\n.TP", start + 4) - start);
+  Names documented = all_matches(entry, R"(\n\.BR? ([a-z_]+)(?! \())");
+  documented.erase(event);
+  return documented;
+}
+
 TEST(ManualPages, ListTheFieldsOfWhatRebalanceSays) {
   job::testing::FakeRebalanceWorld world;
   job::testing::FakeRebalanceWorld::fill_one(world);
@@ -211,18 +236,8 @@ TEST(ManualPages, ListTheFieldsOfWhatRebalanceSays) {
       {"rebalanced", json_rebalanced({.last = *proposal})}};
   const std::string section_text = section(page_text("drover-rebalance.1"), ".SS JSON");
   for (const auto& [event, text] : events) {
-    Names fields;
-    const nlohmann::json object = nlohmann::json::parse(text);
-    for (const auto& [name, value] : object.items()) {
-      if (name != "event") fields.insert(name);
-      if (event == "proposal") collect(value, fields);  // storages are described only there
-    }
-    const std::size_t start = section_text.find(".TP\n.B " + event + "\n");
-    ASSERT_NE(start, std::string::npos) << event;
-    const std::string entry =
-        section_text.substr(start, section_text.find("\n.TP", start + 4) - start);
-    Names documented = all_matches(entry, R"(\n\.BR? ([a-z_]+)(?! \())");
-    documented.erase(event);
+    Names fields = fields_of(text, event == "proposal");  // storages are described only there
+    Names documented = documented_fields(section_text, event);
     // The events of the moves themselves are only named.
     if (event == "move") {
       for (const char* other : {"started", "progress", "note", "drover"}) documented.erase(other);
@@ -248,18 +263,8 @@ TEST(ManualPages, ListTheFieldsOfWhatEvacuateSays) {
       {"evacuated", json_evacuated({})}};
   const std::string section_text = section(page_text("drover-evacuate.1"), ".SS JSON");
   for (const auto& [event, text] : events) {
-    Names fields;
-    const nlohmann::json object = nlohmann::json::parse(text);
-    for (const auto& [name, value] : object.items()) {
-      if (name != "event") fields.insert(name);
-      if (event == "evacuation") collect(value, fields);  // steps are described only there
-    }
-    const std::size_t start = section_text.find(".TP\n.B " + event + "\n");
-    ASSERT_NE(start, std::string::npos) << event;
-    const std::string entry =
-        section_text.substr(start, section_text.find("\n.TP", start + 4) - start);
-    Names documented = all_matches(entry, R"(\n\.BR? ([a-z_]+)(?! \())");
-    documented.erase(event);
+    Names fields = fields_of(text, event == "evacuation");  // steps are described only there
+    Names documented = documented_fields(section_text, event);
     if (event == "step") {  // its other members are those of a step of the plan
       for (const char* other : {"number", "kind", "guests", "bytes", "files"}) fields.erase(other);
     }
