@@ -22,6 +22,7 @@ Host      run(cmd) popen(cmd)    a command inside the host; the process object i
   virsh(...)  libvirt()  qmp(domain, command, ...)
   path("/x")                     where the machine sees the host's /x
   mount_fs("xfs", "1G", "/mnt/a")   a small filesystem of its own;   loop_disk("1G")   a block device
+  mount_shared_fs(...)           the same, of all hosts
   power_cut("/mnt/a")            what was not synced there is gone;   new_boot_id()
   du(path)  restart_libvirtd()  machine_pid(4711)  ip  name  pid
 Disk      one disk of a guest: size, format, data, cache ... (see the class)
@@ -473,6 +474,20 @@ class Host:
         self.run(["chmod", "711", where])
         self._clean.setdefault("mounts", set()).add(where)
 
+    def mount_shared_fs(self, kind: str, size: str, where: str) -> None:
+        """The same, mounted in all of the lab's hosts: storage that they share. (They also share a kernel, so any
+        filesystem does.)"""
+        self.mount_fs(kind, size, where)
+        fs = self._filesystems[where]
+        device = next(d for d, image in _loops_below(self.lab.dir) if image == str(fs.image))
+        for host in self.lab.hosts:
+            if host is not self:
+                host._device_node(device)
+                host.run(["mkdir", "-p", where])
+                host.run(["mount", "-t", fs.kind, *(["-o", fs.options] if fs.options else []), device, where])
+                host._clean.setdefault("mounts", set()).add(where)
+                host._filesystems[where] = fs
+
     def _mount_image(self, fs: "_Mounted", where: str) -> None:
         device = self._loop(fs.image)
         self.run(["mount", "-t", fs.kind, *(["-o", fs.options] if fs.options else []), device, where])
@@ -520,9 +535,12 @@ class Host:
 
     def _loop(self, image: Path) -> str:
         device = _tool(["losetup", "--find", "--show", "--direct-io=on", str(image)]).stdout.strip()
+        self._device_node(device)
+        return device
+
+    def _device_node(self, device: str) -> None:
         self.run(["sh", "-c", f"[ -b {device} ] || mknod -m 660 {device} b $1 $2 && chgrp disk {device}", "sh",
                   str(os.major(os.stat(device).st_rdev)), str(os.minor(os.stat(device).st_rdev))])
-        return device
 
     # Life.
 

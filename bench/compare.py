@@ -1,0 +1,87 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: Apache-2.0
+"""drover against the tools that people use today, in the lab: a table, a chart and the raw figures.
+bench/README.md says what is measured and how."""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPO / "tests/lab"), str(REPO / "bench")]
+
+import machine  # noqa: E402
+from lab import WORK, LabError, why_not  # noqa: E402
+from report import Goal, Result, chart, goals_table, medians, table  # noqa: E402
+from scenarios import SCENARIOS, Bench  # noqa: E402
+
+
+def as_json(results: list[Result], described: dict[str, str], runs: int, quick: bool) -> str:
+    return json.dumps({
+        "machine": described, "runs": runs, "quick": quick,
+        "scenarios": [{"name": r.name, "title": r.title, "rows": r.rows, "medians": medians(r.rows), "notes": r.notes,
+                       "goals": [{"what": g.what.strip(), "wanted": g.wanted, "at_most": g.at_most, "measured": g.measured,
+                                  "unit": g.unit, "reached": g.reached, "why": g.why} for g in r.goals]}
+                      for r in results]}, indent=1) + "\n"
+
+
+def show(results: list[Result], described: dict[str, str], note: str) -> str:
+    parts = [f"Machine: {', '.join(f'{k}: {v}' for k, v in described.items())}. {note}"]
+    for result in results:
+        parts.append(f"**{result.name}**: {result.title}")
+        if result.rows:
+            parts.append(table(result))
+        parts += [text for text in result.notes if text]
+    parts.append(goals_table(results))
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="compare.sh", description=(__doc__ or "").splitlines()[0],
+                                     epilog=f"scenarios: {', '.join(SCENARIOS)}")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the data, one run: does it work at all?")
+    parser.add_argument("--runs", type=int, help="of each (default: 5; with --quick 1)")
+    parser.add_argument("--only", metavar="SCENARIO,...", help="only these")
+    parser.add_argument("--output", type=Path, default=REPO / "build/bench", metavar="DIR",
+                        help="where compare.md, .svg and .json go (default: build/bench)")
+    args = parser.parse_args()
+    runs = args.runs or (1 if args.quick else 5)
+    names = args.only.split(",") if args.only else list(SCENARIOS)
+    unknown = [name for name in names if name not in SCENARIOS]
+    if unknown or runs < 1:
+        parser.error(f"no scenario {', '.join(unknown)} (there are {', '.join(SCENARIOS)})" if unknown else "--runs is at least 1")
+    reason = why_not()
+    if reason:
+        print(f"compare.sh: {reason}", file=sys.stderr)
+        return 2
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    def say(text: str) -> None:
+        print(f"  {text}", file=sys.stderr, flush=True)
+
+    described = machine.describe(WORK, REPO / "build/drover", 256 if args.quick else 1024)
+    note = f"{'--quick: a quarter of the data. ' if args.quick else ''}Medians of {runs}."
+    bench = Bench(runs, args.quick, say)
+    results: list[Result] = []
+    failed = False
+    for name in names:
+        print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
+        try:
+            results.append(SCENARIOS[name](bench))
+        except LabError as e:
+            failed = True
+            results.append(Result(name, f"failed: {e}", goals=[Goal(f"{name}", 0, None, why="failed")]))
+            say(str(e))
+        # After each: what was measured is not lost if a later one is interrupted.
+        (args.output / "compare.json").write_text(as_json(results, described, runs, args.quick))
+        (args.output / "compare.md").write_text(show(results, described, note))
+        (args.output / "compare.svg").write_text(chart(results, "Moving a guest: total time, shorter is better"))
+    print(show(results, described, note))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

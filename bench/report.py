@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What compare.py makes of its measurements: medians, a table, which goals were reached, a chart. Pure functions.
+
+A row is one run's figures, as tests/lab/movers.py describes them, under the name of who was measured ("mover").
+"""
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from typing import Any, Iterable, Optional
+from xml.sax.saxutils import escape
+
+Row = dict[str, Any]
+
+# Key of a row, heading, how it is printed.
+COLUMNS = [("total_s", "total s", "{:.2f}"), ("bulk_s", "bulk s", "{:.2f}"), ("blackout_ms", "blackout ms", "{:.0f}"),
+           ("write_mean_ms", "write mean ms", "{:.2f}"), ("write_p99_ms", "p99 ms", "{:.1f}"),
+           ("write_worst_ms", "worst ms", "{:.0f}"), ("writes_per_s", "writes/s", "{:.0f}"),
+           ("wire_mib", "sent MiB", "{:.0f}"), ("busy", "link busy", "{:.0%}"), ("runner_mib", "runner MiB", "{:.0f}"),
+           ("receiver_mib", "receiver MiB", "{:.0f}")]
+
+
+@dataclasses.dataclass
+class Goal:
+    """A line that is to be reached. measured None: it could not be measured, `why` says why."""
+    what: str
+    wanted: float
+    measured: Optional[float]
+    at_most: bool = True
+    unit: str = ""
+    why: str = ""
+
+    @property
+    def reached(self) -> Optional[bool]:
+        if self.measured is None:
+            return None
+        return self.measured <= self.wanted if self.at_most else self.measured >= self.wanted
+
+
+@dataclasses.dataclass
+class Result:
+    """What one scenario has measured."""
+    name: str
+    title: str
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    goals: list[Goal] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def median(self, mover: str, key: str) -> Optional[float]:
+        return median(self.rows, mover, key)
+
+    def ratio(self, mover: str, key: str, other: str, other_key: Optional[str] = None) -> Optional[float]:
+        """The first one's median in the other one's; None if there is none of either."""
+        mine, its = self.median(mover, key), self.median(other, other_key or key)
+        return None if mine is None or not its else mine / its
+
+
+def movers(rows: Iterable[Row]) -> list[str]:
+    """Who was measured, in the order of first appearance."""
+    return list(dict.fromkeys(row["mover"] for row in rows))
+
+
+def median(rows: Iterable[Row], mover: str, key: str) -> Optional[float]:
+    values = [row[key] for row in rows if row["mover"] == mover and row.get(key) is not None]
+    return statistics.median(values) if values else None
+
+
+def medians(rows: list[Row]) -> list[Row]:
+    """A row for each mover: the medians of its columns, and of how many runs."""
+    found = []
+    for mover in movers(rows):
+        row: Row = {"mover": mover, "runs": sum(1 for r in rows if r["mover"] == mover)}
+        for key, _, _ in COLUMNS:
+            value = median(rows, mover, key)
+            if value is not None:
+                row[key] = value
+        found.append(row)
+    return found
+
+
+def _grid(lines: list[list[str]]) -> str:
+    """A Markdown table; the first line is its heading. The first column is text, the others are figures."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+
+    def put(line: list[str]) -> str:
+        cells = [text.ljust(width) if i == 0 else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths))]
+        return "| " + " | ".join(cells) + " |"
+
+    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    return "\n".join([put(lines[0]), "| " + " | ".join(rule) + " |"] + [put(line) for line in lines[1:]])
+
+
+def table(result: Result) -> str:
+    """The scenario's medians, with those columns that have a figure."""
+    rows = medians(result.rows)
+    used = [c for c in COLUMNS if any(c[0] in row for row in rows)]
+    lines = [[""] + [heading for _, heading, _ in used] + ["runs"]]
+    for row in rows:
+        lines.append([row["mover"]] + [form.format(row[key]) if key in row else "" for key, _, form in used] +
+                     [str(row["runs"])])
+    return _grid(lines)
+
+
+def _figure(value: float, unit: str) -> str:
+    text = f"{value:.0%}" if unit == "%" else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+    return text if unit in ("", "%") else f"{text} {unit}"
+
+
+def goals_table(results: Iterable[Result]) -> str:
+    """Each line that is to be reached: wanted, measured, reached."""
+    lines = [["goal", "wanted", "measured", "reached"]]
+    for goal in (g for result in results for g in result.goals):
+        bound = ("<= " if goal.at_most else ">= ") + _figure(goal.wanted, goal.unit)
+        measured = goal.why or "not measured" if goal.measured is None else _figure(goal.measured, goal.unit)
+        lines.append([goal.what, bound, measured, {True: "yes", False: "NO", None: "-"}[goal.reached]])
+    return _grid(lines) if len(lines) > 1 else ""
+
+
+# Both a light and a dark page can be behind the chart: a file on its own cannot know but by asking.
+_STYLE = """
+text { font: 13px sans-serif; fill: #1f2328; }
+.title { font-weight: bold; }
+.drover { fill: #1a7f37; } .other { fill: #8c959f; } .axis { stroke: #8c959f; }
+@media (prefers-color-scheme: dark) {
+  text { fill: #e6edf3; }
+  .drover { fill: #3fb950; } .other { fill: #6e7681; } .axis { stroke: #6e7681; }
+}
+"""
+
+
+def chart(results: Iterable[Result], heading: str) -> str:
+    """An SVG picture: for each scenario a bar for each mover, as long as the median of its total time. The bars
+    of one scenario are to one scale, the longest as wide as the picture has room for."""
+    left, bar_width, line, gap = 190, 480, 22, 26
+    parts: list[str] = []
+    y = 34
+    for result in results:
+        rows = [row for row in medians(result.rows) if row.get("total_s")]
+        if not rows:
+            continue
+        longest = max(row["total_s"] for row in rows)
+        parts.append(f'<text class="title" x="8" y="{y + 14}">{escape(result.title)}</text>')
+        y += gap
+        parts.append(f'<line class="axis" x1="{left}" y1="{y - 4}" x2="{left}" y2="{y + line * len(rows) - 2}"/>')
+        for row in rows:
+            width = max(1.0, bar_width * row["total_s"] / longest)
+            kind = "drover" if row["mover"].startswith("drover") else "other"
+            parts.append(f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{escape(row["mover"])}</text>')
+            parts.append(f'<rect class="{kind}" x="{left}" y="{y}" width="{width:.1f}" height="{line - 6}"/>')
+            parts.append(f'<text x="{left + width + 6:.1f}" y="{y + 12}">{row["total_s"]:.1f} s</text>')
+            y += line
+        y += 12
+    width = left + bar_width + 80
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" width="{width}" height="{y}" role="img">\n'
+            f"<title>{escape(heading)}</title>\n<style>{_STYLE}</style>\n"
+            f'<text class="title" x="8" y="20">{escape(heading)}</text>\n' + "\n".join(parts) + "\n</svg>\n")
