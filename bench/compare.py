@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -71,7 +72,7 @@ def main() -> int:
         print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
         try:
             results.append(SCENARIOS[name](bench))
-        except LabError as e:
+        except (LabError, OSError, subprocess.SubprocessError) as e:
             failed = True
             results.append(Result(name, f"failed: {e}", goals=[Goal(f"{name}", 0, None, why="failed")]))
             say(str(e))

@@ -96,7 +96,8 @@ def table(result: Result) -> str:
     used = [c for c in COLUMNS if any(c[0] in row for row in rows)]
     lines = [[""] + [heading for _, heading, _ in used] + ["runs"]]
     for row in rows:
-        lines.append([row["mover"]] + [form.format(row[key]) if key in row else "" for key, _, form in used] +
+        gave_up = sum(1 for r in result.rows if r["mover"] == row["mover"] and r.get("gave_up"))
+        lines.append([row["mover"] + (f" ({gave_up} did not end)" if gave_up else "")] + [form.format(row[key]) if key in row else "" for key, _, form in used] +
                      [str(row["runs"])])
     return _grid(lines)
 

@@ -10,6 +10,7 @@ write_mean_ms, write_p99_ms, write_worst_ms   the guest's write latency while th
               while the disks were copied), by the guest's clock (which stands still during the blackout)
 writes_per_s  the rate the guest reached meanwhile, by the same clock
 wire_mib      what drover sent
+gave_up       it did not come to an end within PATIENCE_S, and was ended; the guest has stayed
 busy          share of `link_rate` that was in use in the bulk phase, with all headers
 """
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lab import Guest, Host, Lab, LabError
 from moves import Move
 
 Row = dict[str, Any]
+PATIENCE_S = 120
 
 
 def felt(status: Row) -> Row:
@@ -96,15 +98,24 @@ def _virsh(*options: str) -> Callable[[Guest, Host, _Bulk], None]:
                 then()
 
         over = threading.Event()
-        command = ["virsh", "migrate", "--live", "--persistent", "--undefinesource", *options, guest.name,
-                   f"qemu+ssh://{target.name}/system"]
         follower = threading.Thread(target=follow)
         follower.start()
+        migration = guest.host.popen(["virsh", "migrate", "--live", "--persistent", "--undefinesource", *options,
+                                      guest.name, f"qemu+ssh://{target.name}/system"], text=True,
+                                     stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
         try:
-            guest.host.run(command)
+            error = migration.communicate(timeout=PATIENCE_S)[1]
+        except subprocess.TimeoutExpired:
+            # A guest that writes faster than its disk is mirrored: libvirt would go on for ever.
+            guest.host.virsh("domjobabort", guest.name)
+            migration.communicate(timeout=60)
+            bulk.row["gave_up"] = True
+            return
         finally:
             over.set()
             follower.join()
+        if migration.returncode != 0:
+            raise LabError(f"virsh migrate: exit code {migration.returncode}: {error.strip()}")
     return run
 
 
@@ -115,11 +126,12 @@ def _drover(guest: Guest, target: Host, bulk: _Bulk) -> None:
             running.wait_for_phase("copy")
             bulk.begins()
             # The guest's answer takes a moment: it is asked while there still is something to copy.
-            running.wait_for_copied(0.9 if bulk.bulk_only else 0.98)
+            share = 0.9 if bulk.bulk_only else 2
+            running.wait_for(lambda e: e.get("phase") in ("synchronised", "memory") or
+                             e.get("phase") == "copy" and e["copied_bytes"] >= share * e["data_bytes"] > 0, PATIENCE_S)
             bulk.ends()
-    except LabError:
-        pass  # the outcome below says why
-    outcome = running.end(timeout=1200)
+    finally:
+        outcome = running.end(timeout=2 * PATIENCE_S)
     if outcome.exit_code != 0:
         raise LabError(f"drover move: exit code {outcome.exit_code}: {outcome.text()}")
     summary = outcome.summary
@@ -153,6 +165,10 @@ def move(lab: Lab, guest: Guest, mover: str, bulk_only: bool = False, link_rate:
     row = {"mover": mover, "total_s": round(time.monotonic() - begin, 2)}
     if not bulk_only:
         row.update(felt(guest.command("status")))
+    if bulk.row.get("gave_up"):
+        for path in paths:
+            target.path(path).unlink(missing_ok=True)
+        return {**row, **bulk.row}
     if guest.host is not target:
         raise LabError(f"{mover}: the guest is still on {source.name}")
     if mover != "virsh-memory":

@@ -40,6 +40,7 @@ def test_the_table_has_the_columns_that_were_measured() -> None:
     assert lines[0].split("|")[1:-1] == [" " * 8, " total s ", " blackout ms ", " runs "]
     assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["drover", "5.00", "65", "3"]
     assert len({len(line) for line in lines}) == 1  # aligned
+    assert "| virsh (1 did not end) |" in table(Result("x", "x", [{"mover": "virsh", "total_s": 180, "gave_up": True}]))
 
 
 @pytest.mark.parametrize("measured,at_most,reached", [(0.45, True, True), (0.46, True, False), (None, True, None),
