@@ -5,6 +5,7 @@ bench/README.md says what is measured and how."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -24,8 +25,7 @@ def as_json(results: list[Result], described: dict[str, str], runs: int, quick: 
     return json.dumps({
         "machine": described, "runs": runs, "quick": quick,
         "scenarios": [{"name": r.name, "title": r.title, "rows": r.rows, "medians": medians(r.rows), "notes": r.notes,
-                       "goals": [{"what": g.what.strip(), "wanted": g.wanted, "at_most": g.at_most, "measured": g.measured,
-                                  "unit": g.unit, "reached": g.reached, "why": g.why} for g in r.goals]}
+                       "goals": [{**dataclasses.asdict(g), "reached": g.reached} for g in r.goals]}
                       for r in results]}, indent=1) + "\n"
 
 
@@ -49,11 +49,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=REPO / "build/bench", metavar="DIR",
                         help="where compare.md, .svg and .json go (default: build/bench)")
     args = parser.parse_args()
-    runs = args.runs or (1 if args.quick else 5)
+    runs = args.runs if args.runs is not None else 1 if args.quick else 5
     names = args.only.split(",") if args.only else list(SCENARIOS)
     unknown = [name for name in names if name not in SCENARIOS]
-    if unknown or runs < 1:
-        parser.error(f"no scenario {', '.join(unknown)} (there are {', '.join(SCENARIOS)})" if unknown else "--runs is at least 1")
+    if unknown:
+        parser.error(f"no scenario {', '.join(unknown)} (there are {', '.join(SCENARIOS)})")
+    if runs < 1:
+        parser.error("--runs is at least 1")
     reason = why_not()
     if reason:
         print(f"compare.sh: {reason}", file=sys.stderr)

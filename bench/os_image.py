@@ -51,7 +51,8 @@ def os_image(cache: Path) -> Path:
     tree, making = cache / f".os-tree-{os.getpid()}", cache / f".os-{os.getpid()}.raw"
     try:
         # In a mount namespace of its own: what debootstrap mounts in the tree goes with it.
-        _run(["unshare", "--mount", "--fork", "debootstrap", f"--include={PACKAGES}", SUITE, str(tree), mirror], "debootstrap")
+        _run(["unshare", "--mount", "--fork", "debootstrap", f"--include={PACKAGES}", SUITE, str(tree), mirror],
+             "debootstrap")
         shutil.rmtree(tree / "var/cache/apt/archives", ignore_errors=True)
         _run(["truncate", "-s", SIZE, str(making)], "truncate")
         _run(["mkfs.ext4", "-q", "-d", str(tree), str(making)], "mkfs.ext4")

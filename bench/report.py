@@ -83,7 +83,7 @@ def _grid(lines: list[list[str]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
 
     def put(line: list[str]) -> str:
-        cells = [text.ljust(width) if i == 0 else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths))]
+        cells = [line[0].ljust(widths[0])] + [text.rjust(width) for text, width in zip(line[1:], widths[1:])]
         return "| " + " | ".join(cells) + " |"
 
     rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
@@ -97,8 +97,8 @@ def table(result: Result) -> str:
     lines = [[""] + [heading for _, heading, _ in used] + ["runs"]]
     for row in rows:
         gave_up = sum(1 for r in result.rows if r["mover"] == row["mover"] and r.get("gave_up"))
-        lines.append([row["mover"] + (f" ({gave_up} did not end)" if gave_up else "")] + [form.format(row[key]) if key in row else "" for key, _, form in used] +
-                     [str(row["runs"])])
+        name = row["mover"] + (f" ({gave_up} did not end)" if gave_up else "")
+        lines.append([name] + [form.format(row[key]) if key in row else "" for key, _, form in used] + [str(row["runs"])])
     return _grid(lines)
 
 
@@ -152,6 +152,7 @@ def chart(results: Iterable[Result], heading: str) -> str:
             y += line
         y += 12
     width = left + bar_width + 80
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" width="{width}" height="{y}" role="img">\n'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" width="{width}" height="{y}"'
+            ' role="img">\n'
             f"<title>{escape(heading)}</title>\n<style>{_STYLE}</style>\n"
             f'<text class="title" x="8" y="20">{escape(heading)}</text>\n' + "\n".join(parts) + "\n</svg>\n")

@@ -161,7 +161,7 @@ def clone(bench: Bench) -> Result:
         lab.set_rate("1gbit")
         first = f"{IMAGES}/first.raw"
         for host in lab.hosts:
-            subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "raw", str(image), str(host.path(first))], check=True)
+            subprocess.run(["cp", "--sparse=always", str(image), str(host.path(first))], check=True)
             host.run(["drover", "index", first])
         guest = lab.guest("second", [Disk(image=image)], rate="idle", options="w.reads=0")
         bench.series(result, lab, guest, ["drover", "virsh"], link_rate=GBIT)
@@ -299,10 +299,14 @@ def micro(bench: Bench) -> Result:
     result = Result("micro", "micro-benchmarks")
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
         p = subprocess.run([str(REPO / "bench/micro.sh"), "--benchmark_filter=arbiter/|nbd/write_4_KiB_round_trip",
-                            f"--benchmark_out={out.name}", "--benchmark_out_format=json"], text=True, capture_output=True)
+                            f"--benchmark_out={out.name}", "--benchmark_out_format=json"], text=True,
+                           capture_output=True)
         bench.say(p.stdout)
-        measured = {b["name"]: b for b in json.loads(Path(out.name).read_text())["benchmarks"]} if p.returncode == 0 else {}
-    result.notes = ["" if measured else f"bench/micro.sh failed: {p.stderr[-500:]}"]
+        measured: dict[str, Row] = {}
+        if p.returncode == 0:
+            measured = {b["name"]: b for b in json.loads(Path(out.name).read_text())["benchmarks"]}
+        else:
+            result.notes = [f"bench/micro.sh failed: {p.stderr[-500:]}"]
 
     def median(name: str, key: str) -> Optional[float]:
         found = measured.get(f"{name}_median")
@@ -319,5 +323,5 @@ def micro(bench: Bench) -> Result:
 
 
 SCENARIOS: dict[str, Callable[[Bench], Result]] = {
-    "raw": raw, "os": installed_os, "clone": clone, "delay": delay, "writes": writes, "blackout": blackout, "micro": micro,
-    "memory": memory, "qcow2": qcow2, "sparse": sparse, "fastest": fastest, "slow": slow}
+    "raw": raw, "os": installed_os, "clone": clone, "delay": delay, "writes": writes, "blackout": blackout,
+    "micro": micro, "memory": memory, "qcow2": qcow2, "sparse": sparse, "fastest": fastest, "slow": slow}

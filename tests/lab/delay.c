@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// delay: a long cable between two network interfaces. Every frame that one of them receives is sent from
-// the other one so many milliseconds later, in order, in both directions; the rate is not limited (tc's
-// business). For the lab, whose kernel may have no netem. Linux's own segmentation offload is kept: a
-// frame is up to 64 KiB with its virtio_net_hdr, so a Gbit/s is a few thousand frames.
+// delay: a long cable between two network interfaces. Every frame that one of them receives is sent
+// from the other one so many milliseconds later, in order, in both directions; the rate is not
+// limited (tc's business). For the lab, whose kernel may have no netem. Linux's own segmentation
+// offload is kept: a frame is up to 64 KiB with its virtio_net_hdr, so a Gbit/s is a few thousand
+// frames.
 //
 //   delay IF1 IF2 MILLISECONDS       until SIGTERM; prints "ready" when it forwards
 //
-// A frame that finds the queue full (kMaxBytes: more than any rate here has in so short a time) or the
-// interface's own queue full is lost, as on a wire.
+// A frame that finds the queue full (kMaxBytes: more than any rate here has in so short a time) or
+// the interface's own queue full is lost, as on a wire.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -65,7 +66,8 @@ static int open_interface(const char* name) {
   if (fd < 0) die("socket");
   int one = 1, size = kSocketBuffer;
   if (setsockopt(fd, SOL_PACKET, PACKET_VNET_HDR, &one, sizeof one) != 0) die("PACKET_VNET_HDR");
-  if (setsockopt(fd, SOL_PACKET, PACKET_IGNORE_OUTGOING, &one, sizeof one) != 0) die("PACKET_IGNORE_OUTGOING");
+  if (setsockopt(fd, SOL_PACKET, PACKET_IGNORE_OUTGOING, &one, sizeof one) != 0)
+    die("PACKET_IGNORE_OUTGOING");
   if (setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof size) != 0) die("SO_RCVBUFFORCE");
   // What waits in tc's queue counts here: a full one must lose frames, not hold up the others.
   if (setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof size) != 0) die("SO_SNDBUFFORCE");
@@ -74,7 +76,8 @@ static int open_interface(const char* name) {
   if (address.sll_ifindex == 0) die(name);
   if (bind(fd, (struct sockaddr*)&address, sizeof address) != 0) die("bind");
   struct packet_mreq all = {.mr_ifindex = address.sll_ifindex, .mr_type = PACKET_MR_PROMISC};
-  if (setsockopt(fd, SOL_PACKET, PACKET_ADD_MEMBERSHIP, &all, sizeof all) != 0) die("promiscuous mode");
+  if (setsockopt(fd, SOL_PACKET, PACKET_ADD_MEMBERSHIP, &all, sizeof all) != 0)
+    die("promiscuous mode");
   return fd;
 }
 
@@ -82,7 +85,8 @@ static void take_in(struct cable* cable, int64_t delay) {
   for (;;) {
     ssize_t size = recv(cable->in, incoming, sizeof incoming, MSG_TRUNC);
     if (size < 0) return;  // nothing more, or the interface is down for now
-    if ((size_t)size > sizeof incoming || cable->count == kMaxFrames || cable->bytes + (size_t)size > kMaxBytes) {
+    if ((size_t)size > sizeof incoming || cable->count == kMaxFrames ||
+        cable->bytes + (size_t)size > kMaxBytes) {
       continue;
     }
     struct frame* frame = &cable->frames[(cable->first + cable->count++) % kMaxFrames];
@@ -127,7 +131,8 @@ int main(int argc, char** argv) {
         next = cables[i].frames[cables[i].first].due;
       }
     }
-    struct pollfd ends[2] = {{.fd = cables[0].in, .events = POLLIN}, {.fd = cables[1].in, .events = POLLIN}};
+    struct pollfd ends[2] = {{.fd = cables[0].in, .events = POLLIN},
+                             {.fd = cables[1].in, .events = POLLIN}};
     int64_t left = next - now();
     if (left < 0) left = 0;
     struct timespec wait = {.tv_sec = left / 1000000000, .tv_nsec = left % 1000000000};
