@@ -45,6 +45,7 @@ class Result:
     rows: list[Row] = dataclasses.field(default_factory=list)
     goals: list[Goal] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    charted: str = "total_s"  # the column that the chart shows
 
     def median(self, mover: str, key: str) -> Optional[float]:
         return median(self.rows, mover, key)
@@ -117,41 +118,51 @@ def goals_table(results: Iterable[Result]) -> str:
     return _grid(lines) if len(lines) > 1 else ""
 
 
-# Both a light and a dark page can be behind the chart: a file on its own cannot know but by asking.
+# Both a light and a dark page can be behind the chart; a picture on its own asks which.
 _STYLE = """
 text { font: 13px sans-serif; fill: #1f2328; }
 .title { font-weight: bold; }
-.drover { fill: #1a7f37; } .other { fill: #8c959f; } .axis { stroke: #8c959f; }
+.drover { fill: #1a7f37; } .other { fill: #6e7781; } .rest { opacity: 0.45; } .axis { stroke: #8c959f; }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6edf3; }
-  .drover { fill: #3fb950; } .other { fill: #6e7681; } .axis { stroke: #6e7681; }
+  .drover { fill: #3fb950; } .other { fill: #8b949e; }
 }
 """
+_LEFT, _WIDTH, _LINE = 190, 480, 22  # where bars begin, how long the longest is, from one to the next
+
+
+def _bar(row: Row, key: str, longest: float, y: int) -> list[str]:
+    """A mover's name, its bar and its figure. Of a total time the part in which disks were copied is in full colour."""
+    scale = _WIDTH / longest
+    whole = max(1.0, row[key] * scale)
+    part = min(whole, row.get("bulk_s", 0) * scale) if key == "total_s" else whole
+    kind = "drover" if row["mover"] == "drover" else "other"
+    figure = f"{row[key]:.1f} s" if key.endswith("_s") else f"{row[key]:.0f} ms"
+    return [f'<text x="{_LEFT - 8}" y="{y + 12}" text-anchor="end">{escape(row["mover"])}</text>',
+            f'<rect class="{kind} rest" x="{_LEFT}" y="{y}" width="{whole:.1f}" height="{_LINE - 6}"/>',
+            f'<rect class="{kind}" x="{_LEFT}" y="{y}" width="{part:.1f}" height="{_LINE - 6}"/>',
+            f'<text x="{_LEFT + whole + 6:.1f}" y="{y + 12}">{figure}</text>']
 
 
 def chart(results: Iterable[Result], heading: str) -> str:
-    """An SVG picture: for each scenario a bar for each mover, as long as the median of its total time. The bars
-    of one scenario are to one scale, the longest as wide as the picture has room for."""
-    left, bar_width, line, gap = 190, 480, 22, 26
+    """An SVG picture: for each scenario in which something is compared a bar for each mover, as long as its median.
+    The bars of one scenario are to one scale, the longest as wide as the picture has room for."""
     parts: list[str] = []
     y = 34
     for result in results:
-        rows = [row for row in medians(result.rows) if row.get("total_s")]
-        if not rows:
+        rows = [row for row in medians(result.rows) if row.get(result.charted)]
+        if len(rows) < 2:
             continue
-        longest = max(row["total_s"] for row in rows)
+        longest = max(row[result.charted] for row in rows)
         parts.append(f'<text class="title" x="8" y="{y + 14}">{escape(result.title)}</text>')
-        y += gap
-        parts.append(f'<line class="axis" x1="{left}" y1="{y - 4}" x2="{left}" y2="{y + line * len(rows) - 2}"/>')
+        y += 26
+        bottom = y + _LINE * len(rows) - 2
+        parts.append(f'<line class="axis" x1="{_LEFT}" y1="{y - 4}" x2="{_LEFT}" y2="{bottom}"/>')
         for row in rows:
-            width = max(1.0, bar_width * row["total_s"] / longest)
-            kind = "drover" if row["mover"].startswith("drover") else "other"
-            parts.append(f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{escape(row["mover"])}</text>')
-            parts.append(f'<rect class="{kind}" x="{left}" y="{y}" width="{width:.1f}" height="{line - 6}"/>')
-            parts.append(f'<text x="{left + width + 6:.1f}" y="{y + 12}">{row["total_s"]:.1f} s</text>')
-            y += line
+            parts += _bar(row, result.charted, longest, y)
+            y += _LINE
         y += 12
-    width = left + bar_width + 80
+    width = _LEFT + _WIDTH + 80
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" width="{width}" height="{y}"'
             ' role="img">\n'
             f"<title>{escape(heading)}</title>\n<style>{_STYLE}</style>\n"

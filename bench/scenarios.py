@@ -246,7 +246,8 @@ def slow(bench: Bench) -> Result:
 def blackout(bench: Bench) -> Result:
     """Two like guests: one's disk is on storage that both hosts have, so libvirt moves its memory alone. Only one
     of them runs at a time."""
-    result = Result("blackout", "how long the guest stands still: 256 MiB disk, 200 writes/s, unlimited link")
+    result = Result("blackout", "how long the guest stands still: 256 MiB disk, 200 writes/s, unlimited link",
+                    charted="blackout_ms")
     shared = "/mnt/shared"
 
     def no_relabelling(xml: str) -> str:

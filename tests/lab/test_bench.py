@@ -59,14 +59,19 @@ def test_goals_say_why_they_were_not_measured() -> None:
 
 def test_the_chart_is_well_formed_and_its_bars_are_to_scale() -> None:
     results = [Result("x", 'less < & "more"', ROWS), Result("none", "nothing measured"),
-               Result("y", "one", [{"mover": "cp", "total_s": 0.0001}])]
+               Result("y", "nobody to compare with", ROWS[:1]), Result("z", "blackout", ROWS, charted="blackout_ms"),
+               Result("t", "tiny", [{"mover": "cp", "total_s": 1e-4, "bulk_s": 1e-4}, {"mover": "drover", "total_s": 9}])]
     root = ElementTree.fromstring(chart(results, "A & B"))
     svg = "{http://www.w3.org/2000/svg}"
-    bars = [float(bar.get("width", 0)) for bar in root.iter(f"{svg}rect")]
-    assert bars[0] / bars[1] == pytest.approx(5 / 11, abs=0.01)
-    assert len(bars) == 3 and all(bar >= 1 for bar in bars)
+    bars = [(float(bar.get("width", 0)), bar.get("class")) for bar in root.iter(f"{svg}rect")]
+    totals = [width for width, kind in bars if kind in ("drover rest", "other rest")]
+    assert totals[0] / totals[1] == pytest.approx(5 / 11, abs=0.01)
+    assert totals[2] / totals[3] == pytest.approx(65 / 120, abs=0.01)
+    assert len(totals) == 6 and min(totals) == 1
+    assert [width for width, kind in bars if kind in ("drover", "other")] == [0, 0, *totals[2:4], 0, 0]  # while copying
     texts = [text.text for text in root.iter(f"{svg}text")]
-    assert 'less < & "more"' in texts and "nothing measured" not in texts
+    assert 'less < & "more"' in texts and "nothing measured" not in texts and "nobody to compare with" not in texts
+    assert "5.0 s" in texts and "65 ms" in texts
     assert float(root.get("height", 0)) >= max(float(bar.get("y", 0)) for bar in root.iter(f"{svg}rect"))
     assert ElementTree.fromstring(chart([], "nothing")) is not None
 
