@@ -4,7 +4,7 @@
 # trips beside those of nbdkit's memory plugin. Prints Google Benchmark's own table: of each the median, mean and
 # spread of five repetitions, in random order, so that the machine's moods favour none.
 #
-#   bench/micro.sh [--benchmark_filter=REGEX ...]       # options go to the runner; all of it takes 3 minutes
+#   bench/micro.sh [--benchmark_filter=REGEX ...]       # options go to the runner; all of it takes 2 minutes
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
 cmake --preset release >/dev/null
