@@ -96,16 +96,16 @@ void Arbiter::guest_write(WriteId id, WriteKind kind, Extent extent, Instant now
                           bool scarce) {
   CHECK(extent.length.bytes() > 0 && extent.end() <= Offset(options_.disk_size.bytes()),
         "the NBD server lets only extents of the disk through");
-  const bool fresh_id = writes_.emplace(id, Write()).second;
+  const auto [entry, fresh_id] = writes_.try_emplace(id);
   CHECK(fresh_id, "a write's id is new");
   // In strict mode a write waits when too much is on its way.
   const bool may_wait = strict_ || options_.mutation.wait_outside_strict;
   const bool much = scarce || bytes_on_the_way_ + extent.length > options_.strict_window;
   const bool wait_for_target = may_wait && kind != WriteKind::Discard && much;
+  entry->second.acknowledged = !wait_for_target;
+  entry->second.arrived = now;
   begin_part(id);  // held until all parts are taken
   if (wait_for_target) waiting_.push_back(id);
-  writes_.at(id).acknowledged = !wait_for_target;
-  writes_.at(id).arrived = now;
   for (Offset at = extent.offset; at < extent.end();) {
     const ChunkIndex chunk = at.bytes() / options_.chunk_size.bytes();
     const Offset end = std::min(extent.end(), chunk_extent(chunk).end());

@@ -8,13 +8,7 @@
 The guest: raw 4 GiB with 2 GiB of data that cannot be compressed, qcow2 1 GiB with 256 MiB of it, 512 MiB
 of RAM, 1000 writes of 4 KiB a second into that data. Each run starts with cold caches; direction
 alternates; afterwards the witness has read back everything. The movers take turns, so that a machine
-that gets slower or faster meanwhile does not favour one of them.
-
-total     wall clock of the command
-blackout  QEMU's STOP on the source to RESUME on the target
-mean, p99, worst   the guest's write latency while the command ran, by the guest's clock (which stands
-          still during the blackout)
-writes/s  the rate the guest reached meanwhile, by the same clock
+that gets slower or faster meanwhile does not favour one of them. The columns: movers.py.
 """
 from __future__ import annotations
 
@@ -22,85 +16,12 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
-from typing import Any, Callable
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from lab import Disk, Guest, Host, Lab  # noqa: E402
-
-
-def prepare_nothing(_guest: Guest, _target: Host) -> None:
-    pass
-
-
-def virsh_prepare(guest: Guest, target: Host) -> None:
-    """Without a storage pool libvirt wants the target images to exist. Not counted as part of the time."""
-    for path in guest.disks().values():
-        info = json.loads(guest.host.run(["qemu-img", "info", "-U", "--output=json", path]).stdout)
-        target.run(["qemu-img", "create", "-q", "-f", info["format"], path, str(info["virtual-size"])])
-
-
-def virsh_command(guest: Guest, target: Host) -> list[str]:
-    return ["virsh", "migrate", "--live", "--persistent", "--undefinesource", "--copy-storage-all", guest.name,
-            f"qemu+ssh://{target.name}/system"]
-
-
-def virsh_synchronous_command(guest: Guest, target: Host) -> list[str]:
-    return virsh_command(guest, target) + ["--copy-storage-synchronous-writes"]
-
-
-def drover_command(guest: Guest, target: Host) -> list[str]:
-    return ["drover", "move", guest.name, target.name]
-
-
-MOVERS: dict[str, tuple[Callable[[Guest, Host], None], Callable[[Guest, Host], list[str]]]] = {
-    "virsh": (virsh_prepare, virsh_command),
-    "virsh-sync": (virsh_prepare, virsh_synchronous_command),
-    "drover": (prepare_nothing, drover_command),
-}
-
-
-def move(lab: Lab, guest: Guest, mover: str) -> dict[str, Any]:
-    """One measured move to the other host; removes what the mover leaves of the source's disks."""
-    prepare, command = MOVERS[mover]
-    source = guest.host
-    target = lab.other(source)
-    paths = guest.disks().values()
-    prepare(guest, target)
-    lab.drop_caches()
-    guest.command("reset")
-    mark = lab.events.mark()
-    begin = time.monotonic()
-    source.run(command(guest, target))
-    total = time.monotonic() - begin
-    status = guest.command("status")
-    if guest.host is not target:
-        raise SystemExit(f"{mover}: the guest is still on {source.name}")
-    for path in paths:
-        source.path(path).unlink(missing_ok=True)
-    latency = status["latency"]["since_reset"]
-    return {
-        "mover": mover,
-        "total_s": round(total, 2),
-        "blackout_ms": round((lab.events.blackout(guest.name, mark) or 0) * 1000),
-        "write_mean_ms": round(latency["mean_us"] / 1000, 2),
-        "write_p99_ms": round(latency["p99_us"] / 1000, 1),
-        "write_worst_ms": round(latency["max_us"] / 1000),
-        "writes_per_s": round(status["writes"] * 1000 / status["since_reset_ms"]),
-    }
-
-
-def quiet_latency(guest: Guest) -> dict[str, Any]:
-    """The same figures while nothing happens, for five reports."""
-    guest.command("reset")
-    first = guest.status()["n"]
-    status = guest.wait_report(after=first + 4)
-    latency = status["latency"]["since_reset"]
-    return {"mover": "(none)", "write_mean_ms": round(latency["mean_us"] / 1000, 2),
-            "write_p99_ms": round(latency["p99_us"] / 1000, 1), "write_worst_ms": round(latency["max_us"] / 1000),
-            "writes_per_s": round(status["writes"] * 1000 / status["since_reset_ms"])}
+from lab import Disk, Lab  # noqa: E402
+from movers import MOVERS, Row, in_turn, move, quiet_latency  # noqa: E402
 
 
 def main() -> int:
@@ -114,13 +35,13 @@ def main() -> int:
     movers = args.movers.split(",")
     columns = ["mover", "total_s", "blackout_ms", "write_mean_ms", "write_p99_ms", "write_worst_ms", "writes_per_s"]
 
-    def show(row: dict[str, Any], note: str = "") -> None:
+    def show(row: Row, note: str = "") -> None:
         if args.json:
             print(json.dumps({**row, "note": note}), flush=True)
         else:
             print(" ".join(f"{row.get(c, ''):>14}" for c in columns), note, flush=True)
 
-    runs: list[dict[str, Any]] = []
+    runs: list[Row] = []
     with Lab() as lab:
         if args.link:
             lab.set_rate(args.link)
@@ -128,13 +49,13 @@ def main() -> int:
         if not args.json:
             print(" ".join(f"{c:>14}" for c in columns))
         show(quiet_latency(guest))
-        for _ in range(args.runs):
-            for mover in movers:
-                runs.append(move(lab, guest, mover))
-                show(runs[-1])
+        for mover in in_turn(movers, args.runs):
+            runs.append(move(lab, guest, mover))
+            show(runs[-1])
         for mover in movers:
             mine = [r for r in runs if r["mover"] == mover]
-            show({c: mover if c == "mover" else round(statistics.median(r[c] for r in mine), 2) for c in columns}, "median")
+            show({"mover": mover, **{c: round(statistics.median(r[c] for r in mine), 2) for c in columns[1:]
+                                     if all(c in r for r in mine)}}, "median")
         verdict = guest.verify()
         print(f"witness: {verdict['units']} blocks read back, {verdict['mismatches']} mismatches,"
               f" {verdict['io_errors']} I/O errors", file=sys.stderr)

@@ -13,6 +13,7 @@ Lab       the hosts, the switch between them, what was created. Context manager;
   a, b, lab["hosta"], hosts      the hosts
   guest(name, disks, ...)        make the images on a host, define the guest, start it, wait for it
   set_rate("1gbit" | None)       limit the links;      set_link(host, up)   pull a host's cable
+  set_delay(20 | None)           milliseconds each way between two hosts
   events                         QEMU's events of all hosts; events.blackout(guest.name)
   leftovers()                    what a move left behind: a list of lines, empty when all is clean
   compare(host, path, host, path)  None if the images' contents are equal
@@ -21,6 +22,7 @@ Host      run(cmd) popen(cmd)    a command inside the host; the process object i
   virsh(...)  libvirt()  qmp(domain, command, ...)
   path("/x")                     where the machine sees the host's /x
   mount_fs("xfs", "1G", "/mnt/a")   a small filesystem of its own;   loop_disk("1G")   a block device
+  mount_shared_fs(...)           the same, of all hosts
   power_cut("/mnt/a")            what was not synced there is gone;   new_boot_id()
   du(path)  restart_libvirtd()  machine_pid(4711)  ip  name  pid
 Disk      one disk of a guest: size, format, data, cache ... (see the class)
@@ -238,6 +240,20 @@ def _module_files() -> list[Path]:
     for name in MODULES:
         add(name)
     return order
+
+
+def build_delay() -> Path:
+    """The program behind Lab.set_delay(), built when it is not in the cache yet."""
+    source = REPO / "tests/lab/delay.c"
+    program = CACHE / f"delay-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
+    if not program.exists():
+        temporary = CACHE / f".delay-{os.getpid()}-{threading.get_ident()}"
+        try:
+            _tool(["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(temporary), str(source)])
+            temporary.rename(program)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return program
 
 
 def build_witness() -> tuple[Path, Path, Path]:
@@ -458,6 +474,20 @@ class Host:
         self.run(["chmod", "711", where])
         self._clean.setdefault("mounts", set()).add(where)
 
+    def mount_shared_fs(self, kind: str, size: str, where: str) -> None:
+        """The same, mounted in all of the lab's hosts: storage that they share. (They also share a kernel, so any
+        filesystem does.)"""
+        self.mount_fs(kind, size, where)
+        fs = self._filesystems[where]
+        device = next(d for d, image in _loops_below(self.lab.dir) if image == str(fs.image))
+        for host in self.lab.hosts:
+            if host is not self:
+                host._device_node(device)
+                host.run(["mkdir", "-p", where])
+                host.run(["mount", "-t", fs.kind, *(["-o", fs.options] if fs.options else []), device, where])
+                host._clean.setdefault("mounts", set()).add(where)
+                host._filesystems[where] = fs
+
     def _mount_image(self, fs: "_Mounted", where: str) -> None:
         device = self._loop(fs.image)
         self.run(["mount", "-t", fs.kind, *(["-o", fs.options] if fs.options else []), device, where])
@@ -505,9 +535,12 @@ class Host:
 
     def _loop(self, image: Path) -> str:
         device = _tool(["losetup", "--find", "--show", "--direct-io=on", str(image)]).stdout.strip()
+        self._device_node(device)
+        return device
+
+    def _device_node(self, device: str) -> None:
         self.run(["sh", "-c", f"[ -b {device} ] || mknod -m 660 {device} b $1 $2 && chgrp disk {device}", "sh",
                   str(os.major(os.stat(device).st_rdev)), str(os.minor(os.stat(device).st_rdev))])
-        return device
 
     # Life.
 
@@ -811,6 +844,7 @@ class Disk:
 
     data: how much of it holds witness records from the start: "2G", or "0:1G,2G:512M" for several
     places. They cannot be compressed unless `entropy` is below 100 (percent of each block that is noise).
+    image: a raw file of the machine's, of which the disk is a copy (then size and data are not looked at).
     path: the image, or a block device made with Host.loop_disk() (then size is the device's); default
     IMAGES/GUEST-TARGET.FORMAT. `driver` and `xml` go into the <driver> and <disk> elements as they are,
     e.g. driver={"iothread": "1"}, xml="<iotune><total_bytes_sec>10000000</total_bytes_sec></iotune>".
@@ -818,6 +852,7 @@ class Disk:
     size: Union[str, int] = "1G"
     format: str = "raw"
     data: str = ""
+    image: Optional[Path] = None
     path: Optional[str] = None
     bus: str = "virtio"  # or "scsi"
     cache: str = "none"
@@ -831,6 +866,10 @@ class Disk:
         self.path = self.path or f"{IMAGES}/{guest}-{self.target}.{self.format}"
         block = self.path.startswith("/dev/")
         fill = ["witness", "--fill", "", self.target, str(unit), str(entropy), self.data]
+        if self.image:
+            _tool(["qemu-img", "convert", "-q", "-f", "raw", "-O", self.format, str(self.image),
+                   str(host.path(self.path))])
+            return
         if self.format == "raw":
             if not block:
                 host.run(["qemu-img", "create", "-q", "-f", "raw", self.path, str(parse_size(self.size))])
@@ -1054,6 +1093,7 @@ class Lab:
         self.hosts = [Host(self, h, f"10.99.0.{i + 1}") for i, h in enumerate(hosts)]
         self.events = Events()
         self._children: list[subprocess.Popen[Any]] = []
+        self._delay: Optional[subprocess.Popen[Any]] = None
         self._old_sigterm: Any = None
         self._attached = False
 
@@ -1155,6 +1195,8 @@ class Lab:
                 _kill(host.pid, host.start_time)  # PID 1: all of the host goes with it
         if self.switch:
             _kill(self.switch, self._switch_start)
+        if self._delay is not None:
+            self._delay.kill()
         for child in self._children:
             if child.poll() is None:
                 # unshare ends by itself after the host's PID 1; only one that never got so far is left.
@@ -1255,6 +1297,36 @@ class Lab:
             else:
                 with contextlib.suppress(LabError):
                     self._in_switch("tc", "qdisc", "del", "dev", h.name, "root")
+
+    def set_delay(self, milliseconds: Optional[int]) -> None:
+        """Makes the cable between the lab's two hosts so long, each way; None: short again. What goes to a
+        host still passes set_rate(), after the delay. Guests' network cards (br0) are not delayed."""
+        ports = [h.name for h in self.hosts]
+        if len(ports) != 2:
+            raise LabError("a delay is between two hosts")
+        if self._delay is not None:
+            self._delay.kill()
+            self._delay.wait()
+            self._children.remove(self._delay)
+            self._delay = None
+            for port in ports:
+                self._in_switch("ip", "link", "set", port, "master", "br0")
+        if milliseconds:
+            program = build_delay()
+            for port in ports:
+                self._in_switch("ip", "link", "set", port, "nomaster")
+            self._delay = self._spawn(["nsenter", "-t", str(self.switch), "-n", "--", str(program), *ports,
+                                       str(milliseconds)], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+            assert self._delay.stdout
+            with self._delay.stdout as answer:
+                if answer.readline() != b"ready\n":
+                    raise LabError("the delaying relay did not start")
+
+    def link_bytes(self, host: Host) -> int:
+        """Bytes that went to that host under set_rate(), all headers included."""
+        report = json.loads(_tool(["nsenter", "-t", str(self.switch), "-n", "--", "tc", "-s", "-j", "qdisc", "show",
+                                   "dev", host.name]).stdout)
+        return int(report[0]["bytes"])
 
     def set_link(self, host: Host, up: bool) -> None:
         """Plugs the host's cable in or out."""

@@ -82,6 +82,20 @@ def test_link_can_be_limited(lab: Lab) -> None:
     assert seconds() < slow
 
 
+def test_link_can_be_long(lab: Lab) -> None:
+    connect = ("import socket, time; a = time.monotonic(); socket.create_connection(('hostb', 22)).close();"
+               " print(time.monotonic() - a)")
+
+    def round_trip() -> float:
+        return min(float(lab.a.run(["python3", "-c", connect]).stdout) for _ in range(5))
+
+    assert round_trip() < 0.04
+    lab.set_delay(20)
+    assert 0.04 <= round_trip() < 0.2
+    lab.set_delay(None)
+    assert round_trip() < 0.04
+
+
 @pytest.mark.parametrize("kind", ["xfs", "ext4", "btrfs"])
 def test_small_filesystem_gets_full(lab: Lab, kind: str) -> None:
     lab.a.mount_fs(kind, "400M" if kind == "xfs" else "120M", "/mnt/small")  # the smallest XFS is 300 MiB
