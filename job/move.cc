@@ -18,6 +18,7 @@
 #include "base/check.h"
 #include "base/log.h"
 #include "base/unique_fd.h"
+#include "job/blackout.h"
 #include "job/checkpoint.h"
 #include "job/copy_gain.h"
 #include "job/copy_pace.h"
@@ -754,6 +755,7 @@ class Move {
     switch (event.kind) {
       case GuestEvent::Kind::CpusStopped: source_stopped_at_.store(event.received); break;
       case GuestEvent::Kind::Quiesced:
+        quiesced_at_.store(event.received);
         mirrors_may_go_.store(true);  // QEMU ends them when it goes
         source_went_on_.store(false);
         queue_->push(SourceStopped{});
@@ -807,6 +809,7 @@ class Move {
     // Without an image that could be guarded the source might still run: then migrate() must have said
     // that it is over (which the machine takes for this event).
     const bool guarded = !plan().disks.empty();
+    if (event.kind == GuestEvent::Kind::Suspended) note_memory_there(event.received);
     if (event.kind == GuestEvent::Kind::Suspended && guarded) queue_->push(TargetSuspended{});
     if (event.kind == GuestEvent::Kind::CpusRunning) target_runs_at_.store(event.received);
     if (event.kind == GuestEvent::Kind::ConnectionLost) {
@@ -814,6 +817,12 @@ class Move {
                                         "the connection to the target's libvirt was lost: " + event.detail, "",
                                         true}});
     }
+  }
+
+  // By the target's event or, should that be lost, by the end of libvirt's call.
+  void note_memory_there(Instant when) {
+    Instant never{};
+    memory_there_at_.compare_exchange_strong(never, when);
   }
 
   // The guest first: the copy is as fast as its disks' latency allows (job/copy_pace.h).
@@ -929,6 +938,7 @@ class Move {
                                             .uid = static_cast<int>(guest.qemu_uid),
                                             .gid = static_cast<int>(guest.qemu_gid)}));
     memory_started_ = true;
+    memory_there_at_.store({});
     tries_.memory_moves();
     Journal::Batch none;
     none.remove(kBarrierKey);
@@ -938,6 +948,7 @@ class Move {
       ended.status = source().migrate(migrate, [this](const memmig::MigrationProgress& progress) {
         meter_.memory(progress.memory_total, progress.memory_remaining);
       });
+      if (ended.status) note_memory_there(platform_.now());
       queue_->push(std::move(ended));
     });
     // While libvirt starts QEMU there: then the barrier has little left to flush.
@@ -1097,10 +1108,15 @@ class Move {
     const Instant drained = platform_.now();
     writes_at_barrier_ = mirrored_writes();
     barrier_asked_ = true;
-    if (!files_.mutation.skip_barrier) DROVER_TRY(engine_->link().barrier(kBarrierTimeout));
+    if (!files_.mutation.skip_barrier) {
+      DROVER_ASSIGN(marks_.barrier, engine_->link().barrier(kBarrierTimeout));
+    }
+    marks_.drain_began = start;
+    marks_.drained = drained;
+    marks_.barrier_passed = platform_.now();
     log_info("barrier: drained in {} us, flushed and released in {} us",
              std::chrono::duration_cast<std::chrono::microseconds>(drained - start).count(),
-             std::chrono::duration_cast<std::chrono::microseconds>(platform_.now() - drained).count());
+             std::chrono::duration_cast<std::chrono::microseconds>(marks_.barrier_passed - drained).count());
     DROVER_TRY(journal_->put_unsynced(kBarrierKey, "passed"));
     if (!options_.hold_barrier_file.empty()) hold_barrier();
     queue_->push(BarrierPassed{});
@@ -1133,12 +1149,14 @@ class Move {
   }
 
   Status resume_target() {
+    marks_.guard_began = platform_.now();
     if (const Status guarded = guard_source(); !guarded) {
       queue_->push(SourceNotGuarded{guarded.error()});
       return {};
     }
     resume_tried_ = true;
-    const Instant deadline = platform_.now() + kCommitPatience;
+    marks_.guarded = platform_.now();
+    const Instant deadline = marks_.guarded + kCommitPatience;
     Status resumed = target().resume(uuid());
     if (!resumed && files_.mutation.resume_once) {
       source_guard_.clear();
@@ -1462,6 +1480,11 @@ class Move {
     summary_.blackout = std::chrono::duration_cast<std::chrono::microseconds>(resumed - stopped);
     // The one that saw it stop may have been another process.
     if (stopped == Instant()) summary_.blackout = {};
+    marks_.stopped = stopped;
+    marks_.quiesced = quiesced_at_.load();
+    marks_.memory_there = memory_there_at_.load();
+    marks_.running = resumed;
+    summary_.blackout_parts = blackout_parts(marks_);
     summary_.runner_peak_memory = platform_.peak_memory();
     return {std::move(summary_), true};
   }
@@ -1533,7 +1556,10 @@ class Move {
   std::atomic<bool> user_paused_{false};
   std::atomic<bool> source_went_on_{false};  // since it stopped for the handover
   std::atomic<Instant> source_stopped_at_{};
+  std::atomic<Instant> quiesced_at_{};
+  std::atomic<Instant> memory_there_at_{};
   std::atomic<Instant> target_runs_at_{};
+  BlackoutMarks marks_;  // the job's thread's
   std::optional<std::uint64_t> writes_at_barrier_;
   Instant resumed_at_{};
   bool barrier_asked_ = false;

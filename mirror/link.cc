@@ -941,7 +941,7 @@ class LinkImpl final : public Link {
     return connections->control->call(request, left_until(deadline));
   }
 
-  Status barrier(std::chrono::milliseconds timeout) override {
+  Result<BarrierTimes> barrier(std::chrono::milliseconds timeout) override {
     const Instant deadline = now() + timeout;
     DROVER_ASSIGN(const std::shared_ptr<Connections> connections, up_now());
     nlohmann::json digests = nlohmann::json::array();
@@ -949,9 +949,10 @@ class LinkImpl final : public Link {
       DROVER_ASSIGN(const LaneDigest digest, lane->settle(deadline));
       digests.push_back(digest.to_json());
     }
-    DROVER_TRY(connections->control->call({{"op", "barrier"}, {"lanes", std::move(digests)}},
-                                          left_until(deadline)));
-    return {};
+    DROVER_ASSIGN(const nlohmann::json answer,
+                  connections->control->call({{"op", "barrier"}, {"lanes", std::move(digests)}},
+                                             left_until(deadline)));
+    return barrier_times(answer);
   }
 
   Status start_relay(const RelayOptions& options) override {
@@ -1190,6 +1191,15 @@ class LinkImpl final : public Link {
 };
 
 }  // namespace
+
+BarrierTimes barrier_times(const nlohmann::json& answer) {
+  const auto time = [&answer](const char* name) {
+    if (!answer.is_object() || !answer.contains(name)) return std::chrono::microseconds(0);
+    const Result<std::uint64_t> told = get_unsigned(answer, name, UINT32_MAX);
+    return std::chrono::microseconds(told ? static_cast<std::int64_t>(*told) : 0);
+  };
+  return {time("compare_us"), time("flush_us"), time("release_us")};
+}
 
 std::chrono::milliseconds reconnect_delay(unsigned attempt, const RetryDelays& delays,
                                           std::uint64_t random) {

@@ -98,6 +98,15 @@ struct LinkCounters {
   std::uint64_t reconnects = 0;
 };
 
+// What the target's part of the barrier took, by its clock. Zero: an older receiver did not say.
+struct BarrierTimes {
+  std::chrono::microseconds compare{0};
+  std::chrono::microseconds flush{0};
+  std::chrono::microseconds release{0};
+};
+// Of the barrier's answer; what is not a plausible number counts as not said.
+BarrierTimes barrier_times(const nlohmann::json& answer);
+
 class Link : public Lanes {
  public:
   static Result<std::unique_ptr<Link>> connect(Loop& engine, const LinkOptions& options,
@@ -115,7 +124,7 @@ class Link : public Lanes {
   // Protocol if the proof fails (it names the lane), Busy if frames stay unanswered, Unreachable,
   // or the target's error. A barrier that was passed, but whose answer was lost with the link, may
   // be asked for again on the next one if no frame was sent there.
-  virtual Status barrier(std::chrono::milliseconds timeout) = 0;
+  virtual Result<BarrierTimes> barrier(std::chrono::milliseconds timeout) = 0;
   // Listens on `unix_path` (mode and owner as given; removed at the end) and relays each
   // connection, encrypted, to the unix socket of the same path on the target: QEMU's memory
   // migration. Until stop_relay(), or until the link goes down: both break the connections that are

@@ -238,12 +238,22 @@ class Store {
     if (images_.empty()) return fail(Code::Protocol, "there is no image to prove");
     DROVER_TRY(keep());  // the source has asked for it before, so that nobody waits for it now
     log_info("the barrier begins");
+    const Instant begin = now();
     DROVER_TRY(compare(expected));
-    for (std::size_t i = 0; i < images_.size(); ++i) DROVER_TRY(release(i));
+    const Instant compared = now();
+    DROVER_TRY(all_images(&blockcopy::TargetImage::flush));
+    const Instant flushed = now();
+    DROVER_TRY(all_images(&blockcopy::TargetImage::release));
     barrier_passed_ = true;
     passed_ = expected;
-    log_info("the barrier is passed");
-    return nlohmann::json::object();
+    const auto took = [](Instant from, Instant until) {
+      return std::chrono::duration_cast<std::chrono::microseconds>(until - from).count();
+    };
+    const nlohmann::json times = {{"compare_us", took(begin, compared)},
+                                  {"flush_us", took(compared, flushed)},
+                                  {"release_us", took(flushed, now())}};
+    log_info("the barrier is passed: {}", times.dump());
+    return times;
   }
 
   Result<nlohmann::json> remove(const nlohmann::json& request) {
@@ -341,6 +351,23 @@ class Store {
     auto status = images_[index]->release();
     if (!status) DROVER_TRY(record_.note_loss(index));
     return status;
+  }
+
+  // All images at once, each on a thread of its own: the guest waits for the slowest, not for their sum.
+  Status all_images(Status (blockcopy::TargetImage::*what)()) {
+    std::vector<Status> done(images_.size());
+    {
+      std::vector<std::jthread> threads;
+      for (std::size_t i = 1; i < images_.size(); ++i) {
+        threads.emplace_back([&, i] { done[i] = (*images_[i].*what)(); });
+      }
+      done[0] = (*images_[0].*what)();
+    }
+    for (std::size_t i = 0; i < images_.size(); ++i) {
+      if (!done[i]) DROVER_TRY(record_.note_loss(i));
+    }
+    for (Status& status : done) DROVER_TRY(std::move(status));
+    return {};
   }
 
   Status open_again(std::size_t index) {

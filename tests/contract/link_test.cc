@@ -143,7 +143,7 @@ TEST_P(LinkCopyTest, TheTargetHoldsWhatTheSourceSent) {
   copy_all(source, disk, chunk_, GetParam().lanes);
   ASSERT_TRUE(source.wait_answers());
   EXPECT_EQ(source.applied_tokens().size(), 25U);
-  const Status barrier = source.link().barrier(kPatience);
+  const auto barrier = source.link().barrier(kPatience);
   ASSERT_TRUE(barrier.has_value()) << barrier.error().to_string();
   EXPECT_TRUE(disks_[0]->bytes() == disk);
   EXPECT_TRUE(disks_[0]->flushed);
@@ -196,7 +196,7 @@ TEST_F(LinkTest, OfFramesOfOneChunkTheLaterOneWins) {
     }
   }
   ASSERT_TRUE(source.wait_answers());
-  const Status barrier = source.link().barrier(kPatience);
+  const auto barrier = source.link().barrier(kPatience);
   ASSERT_TRUE(barrier.has_value()) << barrier.error().to_string();
   EXPECT_TRUE(disks_[0]->bytes() == truth);
   EXPECT_TRUE(source.refused_tokens().empty());
@@ -884,7 +884,7 @@ class HealTest : public LinkTest {
   // All that the source has is on the target, and the barrier proves it.
   void expect_delivered() {
     ASSERT_TRUE(source_.deliver(content_, chunk_, options_.lanes));
-    const Status barrier = source_.link().barrier(kPatience);
+    const auto barrier = source_.link().barrier(kPatience);
     ASSERT_TRUE(barrier.has_value()) << barrier.error().to_string();
     EXPECT_TRUE(disks_[0]->bytes() == content_);
     EXPECT_FALSE(disks_[0]->removed);
@@ -992,7 +992,7 @@ TEST_F(HealTest, ABarrierWhoseAnswerWasLostIsAskedForAgain) {
   ASSERT_TRUE(source_.link().barrier(kPatience).has_value());
   network_->cut(0);
   ASSERT_TRUE(source_.wait_up());
-  const Status again = source_.link().barrier(kPatience);
+  const auto again = source_.link().barrier(kPatience);
   EXPECT_TRUE(again.has_value()) << again.error().to_string();
   EXPECT_TRUE(disks_[0]->released);
   ASSERT_TRUE(source_.link().call({{"op", "finish"}}, kPatience).has_value());
