@@ -25,6 +25,7 @@
 #include "job/event_queue.h"
 #include "job/handover_tries.h"
 #include "job/journal.h"
+#include "job/memory_channels.h"
 #include "job/move_machine.h"
 #include "job/platform.h"
 #include "job/prepare.h"
@@ -926,6 +927,7 @@ class Move {
     }
     migrate.memory_uri = "unix://" + mirror::memory_socket(id_);
     migrate.bandwidth = bandwidth();
+    migrate.connections = memory_channels(options_.memory_channels, prepared_.cores, bandwidth());
     migrate.convergence.max_downtime = options_.max_downtime;
     migrate.convergence.initial_downtime =
         std::min(migrate.convergence.initial_downtime, options_.max_downtime);

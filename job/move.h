@@ -42,6 +42,7 @@ struct MoveOptions {
   Length bandwidth;            // per second, for the disks' copy and the memory; zero: no limit
   std::chrono::milliseconds max_downtime{500};
   unsigned connections = 2;    // data connections of the link
+  unsigned memory_channels = 0;  // connections of the guest's memory, 1 to 8; 0: job/memory_channels.h says
   bool keep_partial = false;   // after a cancel or a failure the target's images stay for a resume
   // In the handover a guest's write waits for the target when the link is slower than the guest writes; one that would
   // wait for longer ends that handover. 10 ms to 1 min.

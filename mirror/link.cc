@@ -814,22 +814,26 @@ class MemoryRelay {
         log_warning("a memory connection was refused: there are {} already", kMaxRelays);
         continue;
       }
+      // One after the other: the target's QEMU (before 8.0) takes the first that reaches it for the main one, as
+      // it is here. The receiver has connected to it when it says welcome.
+      auto link = open_connection(endpoint_, hello_, now() + connect_timeout_, stop_.fd());
+      if (!link) {
+        log_warning("memory connection: {}", link.error().to_string());
+        continue;
+      }
       Connection& connection = connections_.emplace_back();
-      connection.thread = std::thread([this, &connection, plain = std::move(fd)]() mutable {
+      connection.thread = std::thread([this, &connection, plain = std::move(fd),
+                                       made = std::make_shared<TlsSocket>(std::move(*link))]() mutable {
         give_way();
-        if (const Status status = carry(plain); !status) {
+        if (const Status status = relay(*made, plain.get(), stop_.fd(), totals_.memory_bytes, &gate_);
+            !status) {
           log_warning("memory connection: {}", status.error().to_string());
         }
+        made.reset();
         plain.reset();
         connection.done = true;
       });
     }
-  }
-
-  Status carry(const UniqueFd& plain) {
-    DROVER_ASSIGN(TlsSocket link,
-                  open_connection(endpoint_, hello_, now() + connect_timeout_, stop_.fd()));
-    return relay(link, plain.get(), stop_.fd(), totals_.memory_bytes, &gate_);
   }
 
   const Endpoint endpoint_;

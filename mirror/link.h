@@ -126,8 +126,8 @@ class Link : public Lanes {
   // be asked for again on the next one if no frame was sent there.
   virtual Result<BarrierTimes> barrier(std::chrono::milliseconds timeout) = 0;
   // Listens on `unix_path` (mode and owner as given; removed at the end) and relays each
-  // connection, encrypted, to the unix socket of the same path on the target: QEMU's memory
-  // migration. Until stop_relay(), or until the link goes down: both break the connections that are
+  // connection, encrypted, to the unix socket of the same path on the target, in the order in which
+  // they were made here: QEMU's memory migration. Until stop_relay(), or until the link goes down: both break the connections that are
   // left.
   struct RelayOptions {
     std::string unix_path;
