@@ -97,4 +97,15 @@ std::optional<std::uint64_t> ChunkSet::next(std::uint64_t first) const {
   return std::nullopt;
 }
 
+std::optional<std::uint64_t> ChunkSet::next_outside(std::uint64_t first,
+                                                    const ChunkSet& other) const {
+  CHECK(other.size_ == size_, "both sets are of one disk");
+  for (auto at = next(first); at; at = next((*at / 64 + 1) * 64)) {
+    const std::uint64_t here =
+        word(*at / 64) & ~other.word(*at / 64) & ~((std::uint64_t{1} << (*at % 64)) - 1);
+    if (here != 0) return *at / 64 * 64 + static_cast<std::uint64_t>(std::countr_zero(here));
+  }
+  return std::nullopt;
+}
+
 }  // namespace drover::mirror

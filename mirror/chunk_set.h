@@ -33,6 +33,9 @@ class ChunkSet {
 
   // The smallest member >= first.
   [[nodiscard]] std::optional<std::uint64_t> next(std::uint64_t first) const;
+  // The same of those that are not in `other`, which is as large; 64 are passed over at a time.
+  [[nodiscard]] std::optional<std::uint64_t> next_outside(std::uint64_t first,
+                                                          const ChunkSet& other) const;
   [[nodiscard]] std::uint64_t count() const { return count_; }
   [[nodiscard]] std::uint64_t size() const { return size_; }
 
