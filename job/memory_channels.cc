@@ -6,8 +6,8 @@
 namespace drover::job {
 namespace {
 
-// One connection keeps four threads busy (QEMU, relay and encryption, twice): with fewer cores than this a second one
-// takes turns with the first.
+// One connection keeps four threads busy (QEMU, relay and encryption, twice): with fewer cores than
+// this a second one takes turns with the first.
 constexpr unsigned kCoresForMore = 8;
 constexpr unsigned kOfItself = 2;
 

@@ -9,8 +9,8 @@ namespace drover::job {
 
 inline constexpr unsigned kMostMemoryChannels = 8;
 
-// `asked`: 0 leaves it to drover. `cores`: of the host that has fewer; 0: not known. `bandwidth`: per second, zero: no
-// limit.
+// `asked`: 0 leaves it to drover. `cores`: of the host that has fewer; 0: not known. `bandwidth`:
+// per second, zero: no limit.
 unsigned memory_channels(unsigned asked, unsigned cores, Length bandwidth);
 
 }  // namespace drover::job

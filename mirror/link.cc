@@ -729,10 +729,11 @@ class Control {
 // Memory: a unix socket here, a TLS connection per connection to it.
 class MemoryRelay {
  public:
-  MemoryRelay(Endpoint endpoint, Hello hello, std::chrono::milliseconds connect_timeout,
-              Totals& totals)
+  MemoryRelay(Endpoint endpoint, Hello hello, const MemoryCompression& compression,
+              std::chrono::milliseconds connect_timeout, Totals& totals)
       : endpoint_(std::move(endpoint)),
         hello_(std::move(hello)),
+        compression_(compression),
         connect_timeout_(connect_timeout),
         totals_(totals) {}
   ~MemoryRelay() { stop(); }
@@ -814,30 +815,40 @@ class MemoryRelay {
         log_warning("a memory connection was refused: there are {} already", kMaxRelays);
         continue;
       }
-      // One after the other: the target's QEMU (before 8.0) takes the first that reaches it for the main one, as
-      // it is here. The receiver has connected to it when it says welcome.
-      auto link = open_connection(endpoint_, hello_, now() + connect_timeout_, stop_.fd());
+      // One after the other: the target's QEMU (before 8.0) takes the first that reaches it for the
+      // main one, as it is here. The receiver has connected to it when it says welcome.
+      nlohmann::json welcome;
+      auto link =
+          open_connection(endpoint_, hello_, now() + connect_timeout_, stop_.fd(), &welcome);
       if (!link) {
         log_warning("memory connection: {}", link.error().to_string());
         continue;
       }
+      // An older receiver does not know of blocks.
+      RelayCoding coding;
+      if (hello_.blocks && get_bool(welcome, "blocks", false).value_or(false)) {
+        coding.outward = compression_;
+      }
       Connection& connection = connections_.emplace_back();
-      connection.thread = std::thread([this, &connection, plain = std::move(fd),
-                                       made = std::make_shared<TlsSocket>(std::move(*link))]() mutable {
-        give_way();
-        if (const Status status = relay(*made, plain.get(), stop_.fd(), totals_.memory_bytes, &gate_);
-            !status) {
-          log_warning("memory connection: {}", status.error().to_string());
-        }
-        made.reset();
-        plain.reset();
-        connection.done = true;
-      });
+      connection.thread =
+          std::thread([this, &connection, plain = std::move(fd), coding,
+                       made = std::make_shared<TlsSocket>(std::move(*link))]() mutable {
+            give_way();
+            if (const Status status =
+                    relay(*made, plain.get(), stop_.fd(), totals_.memory_bytes, &gate_, coding);
+                !status) {
+              log_warning("memory connection: {}", status.error().to_string());
+            }
+            made.reset();
+            plain.reset();
+            connection.done = true;
+          });
     }
   }
 
   const Endpoint endpoint_;
   const Hello hello_;
+  const MemoryCompression compression_;
   const std::chrono::milliseconds connect_timeout_;
   Totals& totals_;
   Waker stop_;
@@ -964,13 +975,14 @@ class LinkImpl final : public Link {
     DROVER_ASSIGN(const std::shared_ptr<Connections> connections, up_now());
     Hello hello = make_hello(ConnectionKind::Memory, connections->epoch);
     hello.path = options.unix_path;
+    hello.blocks = options_.memory_compression.method != MemoryCompression::Method::None;
     Endpoint endpoint;
     {
       const std::lock_guard lock(mutex_);
       endpoint = endpoint_;
     }
-    auto made = std::make_unique<MemoryRelay>(endpoint, std::move(hello), options_.connect_timeout,
-                                              totals_);
+    auto made = std::make_unique<MemoryRelay>(
+        endpoint, std::move(hello), options_.memory_compression, options_.connect_timeout, totals_);
     DROVER_TRY(made->start(options));
     // The link goes down: current_ changes first, then the relay is stopped.
     const std::lock_guard relay_lock(relay_mutex_);

@@ -44,6 +44,7 @@
 #include "base/loop.h"
 #include "base/result.h"
 #include "mirror/lanes.h"
+#include "mirror/memory_codec.h"
 #include "mirror/session.h"
 #include "mirror/tls.h"
 
@@ -76,6 +77,7 @@ struct LinkOptions {
   std::vector<Length> disk_sizes;
   Length chunk_size = kMaxChunk;
   EncodeOptions encode;
+  MemoryCompression memory_compression;
   std::chrono::milliseconds connect_timeout{10000};
   // No sign of life from the target for this long, on any connection: it is lost.
   std::chrono::milliseconds silence_timeout{kSilence};
@@ -127,8 +129,8 @@ class Link : public Lanes {
   virtual Result<BarrierTimes> barrier(std::chrono::milliseconds timeout) = 0;
   // Listens on `unix_path` (mode and owner as given; removed at the end) and relays each
   // connection, encrypted, to the unix socket of the same path on the target, in the order in which
-  // they were made here: QEMU's memory migration. Until stop_relay(), or until the link goes down: both break the connections that are
-  // left.
+  // they were made here: QEMU's memory migration. Until stop_relay(), or until the link goes down:
+  // both break the connections that are left.
   struct RelayOptions {
     std::string unix_path;
     bool gated =

@@ -353,7 +353,8 @@ class Store {
     return status;
   }
 
-  // All images at once, each on a thread of its own: the guest waits for the slowest, not for their sum.
+  // All images at once, each on a thread of its own: the guest waits for the slowest, not for their
+  // sum.
   Status all_images(Status (blockcopy::TargetImage::*what)()) {
     std::vector<Status> done(images_.size());
     {
@@ -845,9 +846,9 @@ class ReceiverImpl final : public Receiver {
     Relay& entry = relays_.emplace_back();
     entry.stop = std::move(stop);
     entry.thread = std::thread(
-        [this, &entry, path = hello.path,
+        [this, &entry, path = hello.path, blocks = hello.blocks,
          link = std::make_shared<TlsSocket>(std::move(peer->fd), std::move(peer->tls))] {
-          if (const Status status = carry_memory(*link, path, entry.stop.get()); !status) {
+          if (const Status status = carry_memory(*link, path, blocks, entry.stop.get()); !status) {
             log_warning("memory connection: {}", status.error().message);
           }
           ::shutdown(link->fd(), SHUT_RDWR);
@@ -858,17 +859,19 @@ class ReceiverImpl final : public Receiver {
   }
 
   // On a thread of its own.
-  Status carry_memory(TlsSocket& link, const std::string& path, int stop_fd) {
+  Status carry_memory(TlsSocket& link, const std::string& path, bool blocks, int stop_fd) {
     give_way();
     link.set_cancel_fd(stop_fd);
     const Instant deadline = now() + options_.handshake;
     const auto plain = connect_unix(path);
-    DROVER_ASSIGN(const std::string message,
-                  encode_message(plain ? welcome_json()
-                                       : nlohmann::json{{"error", error_to_json(plain.error())}}));
+    nlohmann::json welcome = welcome_json();
+    welcome["blocks"] = blocks;
+    DROVER_ASSIGN(
+        const std::string message,
+        encode_message(plain ? welcome : nlohmann::json{{"error", error_to_json(plain.error())}}));
     DROVER_TRY(link.write_all(message, deadline));
     if (!plain) return fail(plain.error());
-    return relay(link, plain->get(), stop_fd, totals_.memory_bytes);
+    return relay(link, plain->get(), stop_fd, totals_.memory_bytes, nullptr, {.inward = blocks});
   }
 
   // They end soon, by themselves.
