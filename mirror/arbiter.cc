@@ -512,9 +512,9 @@ void Arbiter::scan_hole(Extent hole) {
   const auto [first, end] = whole_chunks(hole);
   // From one chunk that is to be kept to the next: a large hole costs no more than a small one.
   for (ChunkIndex at = first; at < end;) {
-    ChunkIndex kept = std::min(end, sent_.next(at).value_or(end));
+    ChunkIndex kept = sent_.next(at, end).value_or(end);
     if (!options_.mutation.ignore_write_during_scan) {
-      kept = std::min(kept, written_since_scan_.next(at).value_or(end));
+      kept = written_since_scan_.next(at, kept).value_or(kept);
     }
     pending_.erase_range(at, kept);
     hot_.erase_range(at, kept);
@@ -773,8 +773,8 @@ Arbiter::Records Arbiter::take_records(GroupIndex first, std::size_t most) {
   Records taken;
   std::optional<std::unordered_map<ChunkIndex, BlockMask>> on_the_way;
   for (auto group = changed_.next(first); group; group = changed_.next(*group + 1)) {
-    const auto touched = touched_.next(*group * kGroupChunks / kSpan);
-    if (!touched || *touched >= (*group + 1) * kGroupChunks / kSpan) continue;
+    constexpr std::uint64_t kSpans = kGroupChunks / kSpan;
+    if (!touched_.next(*group * kSpans, (*group + 1) * kSpans)) continue;
     if (taken.records.size() == most) {
       taken.next = *group;
       break;
