@@ -61,6 +61,8 @@ constexpr int kNothingLeft = 3;           // cli/exit_codes.h: not found
 constexpr auto kLibvirtPatience = 120s;   // for a libvirtd that is being restarted
 constexpr auto kRemoveTimeout = 20s;
 constexpr auto kSshTimeout = 30s;
+constexpr auto kFlushInterval = 1s;  // while the memory moves
+constexpr auto kFlushPoll = 50ms;
 constexpr auto kLocateTimeout = 6s;       // of one look for the receiver while the link is down
 constexpr int kMostRejoins = 20;          // in a row without a handover that began
 constexpr std::string_view kStateKey = "state";
@@ -99,7 +101,7 @@ class Move {
 
   ~Move() {
     if (migrating_) (void)source().abort_migration(uuid());
-    migrating_.reset();
+    end_memory_threads();
   }
 
   // A job that an earlier process has worked on first finds out where the guest is. `reason`: it is to be undone.
@@ -757,6 +759,7 @@ class Move {
       case GuestEvent::Kind::CpusStopped: source_stopped_at_.store(event.received); break;
       case GuestEvent::Kind::Quiesced:
         quiesced_at_.store(event.received);
+        stop_flushing_.store(true);
         mirrors_may_go_.store(true);  // QEMU ends them when it goes
         source_went_on_.store(false);
         queue_->push(SourceStopped{});
@@ -953,11 +956,30 @@ class Move {
       if (ended.status) note_memory_there(platform_.now());
       queue_->push(std::move(ended));
     });
-    // While libvirt starts QEMU there: then the barrier has little left to flush.
-    if (const auto flushed = engine_->link().call({{"op", "flush"}}, kReserveTimeout); !flushed) {
-      log_warning("flushing the target: {}", flushed.error().to_string());
-    }
+    stop_flushing_.store(false);
+    flushing_ = platform_.start_thread([this] { keep_flushing(); });
     return {};
+  }
+
+  // From when libvirt starts QEMU there until the guest stands still: then the barrier has little left to flush, however
+  // long its memory takes.
+  void keep_flushing() {
+    while (!stop_flushing_.load()) {
+      if (!engine_->status().link_down) {
+        if (const auto flushed = engine_->link().call({{"op", "flush"}}, kReserveTimeout); !flushed) {
+          log_warning("flushing the target: {}", flushed.error().to_string());
+        }
+      }
+      const Instant next = platform_.now() + kFlushInterval;
+      while (!stop_flushing_.load() && platform_.now() < next) platform_.sleep(kFlushPoll);
+    }
+  }
+
+  // Waits for the end of libvirt's call and of a flush that is under way.
+  void end_memory_threads() {
+    stop_flushing_.store(true);
+    migrating_.reset();
+    flushing_.reset();
   }
 
   Status abort_memory() {
@@ -1000,7 +1022,7 @@ class Move {
   // itself as a rule; where it did not, and the target can't run, it is done here. The target was not
   // resumed.
   Status settle() {
-    migrating_.reset();
+    end_memory_threads();
     if (files_.mutation.blind_settle) {
       queue_->push(Settled{Whereabouts::Source});
       return {};
@@ -1188,7 +1210,7 @@ class Move {
   // --- after ---
 
   Status commit() {
-    migrating_.reset();
+    end_memory_threads();
     if (!files_.mutation.commit_unseen) DROVER_TRY(source_is_gone());
     DROVER_ASSIGN(const GuestState state, patient_state_on(prepared_.target));
     // Invariant 4: it must have been seen running there, now or by its event.
@@ -1348,7 +1370,7 @@ class Move {
       engine_->leave_strict();
       engine_->stop_copying();
     }
-    migrating_.reset();
+    end_memory_threads();
     mirrors_may_go_.store(true);
     // The mirrors first: from then on the guest is as it was.
     std::vector<std::string> stuck;
@@ -1455,7 +1477,7 @@ class Move {
 
   MoveEnd finish() {
     meter_.enter(phase_of(state_));
-    migrating_.reset();
+    end_memory_threads();
     stop_checkpoints();
     source_events_.reset();
     target_events_.reset();
@@ -1569,6 +1591,8 @@ class Move {
   int refusals_ = 0;
   std::vector<std::unique_ptr<ImageGuard>> source_guard_;
   std::unique_ptr<Thread> migrating_;  // calls migrate()
+  std::unique_ptr<Thread> flushing_;   // has the target flush meanwhile
+  std::atomic<bool> stop_flushing_{false};
   std::unique_ptr<memmig::Subscription> source_events_;
   std::unique_ptr<memmig::Subscription> target_events_;
 };
