@@ -157,6 +157,7 @@ class Qcow2Target final : public TargetImage {
       return fail(Code::Internal, "too many writers for " + spec_.path);
     }
     DROVER_ASSIGN(auto connection, daemon_->connect());
+    clean_ = false;
     return std::make_unique<NbdWriter>(loop, spec_.path, std::move(connection), writers_);
   }
 
@@ -177,13 +178,14 @@ class Qcow2Target final : public TargetImage {
     if (!flushed_) return flushed_;
     flushed_ = control_->flush_and_wait();
     if (flushed_) flushed_ = file_.flush();
+    clean_ = *writers_ == 0;
     return flushed_;
   }
 
   Status release() override {
     if (!daemon_) return {};
     CHECK(*writers_ == 0, "every writer goes before its image");
-    Status status = flush();
+    Status status = clean_ ? flushed_ : flush();
     control_->close();
     control_.reset();
     const Status stopped = daemon_->stop();
@@ -273,6 +275,7 @@ class Qcow2Target final : public TargetImage {
   std::shared_ptr<NbdConnection> control_;
   std::string holder_;
   Status flushed_;
+  bool clean_ = false;  // nobody has written, nor could, since the last flush
 };
 
 }  // namespace

@@ -292,6 +292,7 @@ class RawTarget final : public TargetImage {
     if (state_->writers >= kMaxWriters) {
       return fail(Code::Internal, "too many writers for " + spec_.path);
     }
+    clean_ = false;
     return std::make_unique<RawWriter>(loop, state_);
   }
 
@@ -322,12 +323,13 @@ class RawTarget final : public TargetImage {
     } else if (::fdatasync(state_->file.buffered.get()) != 0) {
       flushed_ = fail_errno(errno, "flushing " + spec_.path);
     }
+    clean_ = state_->writers == 0;
     return flushed_;
   }
 
   Status release() override {
     if (state_ == nullptr) return {};
-    Status flushed = flush();
+    Status flushed = clean_ ? flushed_ : flush();
     let_go();
     return flushed;
   }
@@ -352,6 +354,7 @@ class RawTarget final : public TargetImage {
   std::shared_ptr<RawState> state_;  // null: released
   const bool reads_storage_;
   Status flushed_;
+  bool clean_ = false;  // nobody has written, nor could, since the last flush
 };
 
 // QEMU holds an image by locks on the bytes from 100 (what it does) and 200 on (what others may

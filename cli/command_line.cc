@@ -10,6 +10,7 @@
 #include "cli/config.h"
 #include "cli/text.h"
 #include "cli/values.h"
+#include "job/memory_channels.h"
 
 namespace drover::cli {
 
@@ -141,6 +142,7 @@ struct Written {
   std::optional<std::string> bandwidth;
   std::optional<std::string> max_downtime;
   std::optional<std::string> connections;
+  std::optional<std::string> memory_channels;
   std::optional<std::string> link_timeout;
   std::optional<std::string> max_slowdown;
   std::string hold_barrier;
@@ -219,6 +221,10 @@ void add_move(CLI::App& app, Written& written, const job::MoveOptions& defaults)
   value(app, "--connections", written.connections, "N",
         with_default(fmt::format("TCP connections for the data, 1 to {}", kMostConnections),
                      std::to_string(defaults.connections)));
+  value(app, "--memory-channels", written.memory_channels, "N",
+        with_default(fmt::format("connections for the guest's memory, 1 to {}, or auto",
+                                 job::kMostMemoryChannels),
+                     format_memory_channels(defaults.memory_channels)));
   value(app, "--max-slowdown", written.max_slowdown, "T",
         with_default("how long a guest's write may wait for the target in the\nhandover",
                      format_time(defaults.max_slowdown)));
@@ -317,6 +323,10 @@ Status apply(const Written& written, job::MoveOptions& options) {
           return parse_count(t, {1, kMostConnections});
         },
         [&](std::uint64_t count) { options.connections = static_cast<unsigned>(count); }));
+  }
+  if (written.memory_channels) {
+    DROVER_TRY(take("--memory-channels", *written.memory_channels, parse_memory_channels,
+                    [&](unsigned count) { options.memory_channels = count; }));
   }
   if (written.link_timeout) {
     DROVER_TRY(take("--link-timeout", *written.link_timeout, parse_link_timeout,

@@ -17,6 +17,7 @@
 #include "base/unique_fd.h"
 #include "cli/text.h"
 #include "cli/values.h"
+#include "job/memory_channels.h"
 
 namespace drover::cli {
 
@@ -100,6 +101,12 @@ constexpr auto kKeys = std::to_array<Key>({
        DROVER_ASSIGN(options.max_slowdown, parse_max_slowdown(text));
        return {};
      }},
+    {"memory-channels",
+     [](const toml::node& node, job::MoveOptions& options) -> Status {
+       DROVER_ASSIGN(const auto count, number_of(node, {1, job::kMostMemoryChannels}));
+       options.memory_channels = static_cast<unsigned>(count);
+       return {};
+     }},
     {"port",
      [](const toml::node& node, job::MoveOptions& options) -> Status {
        DROVER_ASSIGN(const auto port, number_of(node, {0, kMostPort}));
@@ -111,8 +118,8 @@ constexpr auto kKeys = std::to_array<Key>({
        DROVER_ASSIGN(options.source_uri, text_of(node, "source-uri = \"qemu:///system\""));
        return {};
      }},
-    {"verify",
-     [](const toml::node& node, job::MoveOptions& options) { return take_bool(node, options.verify); }},
+    {"verify", [](const toml::node& node,
+                  job::MoveOptions& options) { return take_bool(node, options.verify); }},
 });
 
 std::string known_keys() {

@@ -294,6 +294,25 @@ std::string phases_row(const job::Summary& summary) {
   return times.empty() ? "" : row("phases", times);
 }
 
+// Where the blackout's time went: what is done one after the other, and what beside it.
+std::string blackout_row(const job::Summary& summary) {
+  if (!summary.blackout_parts) return "";
+  const job::BlackoutParts& parts = *summary.blackout_parts;
+  const auto ms = [](std::chrono::microseconds time) {
+    return fmt::format("{:.1f}", static_cast<double>(time.count()) / 1000);
+  };
+  return row("blackout",
+             fmt::format(
+                 "{} ms in QEMU's drain, {} in the memory's end, {} in the lock of the source's "
+                 "images, {} in the resume",
+                 ms(parts.quiesce), ms(parts.memory), ms(parts.guard), ms(parts.resume))) +
+         row("", fmt::format("beside the memory's end {} ms for the disks: {} to drain, {} to "
+                             "compare, {} to flush, {} "
+                             "to release",
+                             ms(parts.disks), ms(parts.drain), ms(parts.compare), ms(parts.flush),
+                             ms(parts.release)));
+}
+
 std::string files_rows(const job::Summary& summary) {
   return list("deleted", summary.deleted) + list("kept", summary.kept) +
          list("note", summary.notes);
@@ -318,6 +337,7 @@ std::string render_summary(const job::Summary& summary, const Style& style) {
       style.good(fmt::format("{} runs on {}", printable(summary.guest), printable(summary.host))) +
       fmt::format(". It stood still for {}; the move took {}.\n\n", blackout_text(summary.blackout),
                   format_span(summary.total));
+  out += blackout_row(summary);
   out += row("moved", disks_text(summary));
   out += row("sent", fmt::format("{}, {} of it memory", format_length(summary.wire_bytes),
                                  format_length(summary.memory_bytes)));

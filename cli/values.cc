@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "cli/text.h"
+#include "job/memory_channels.h"
 
 namespace drover::cli {
 
@@ -143,6 +144,16 @@ Result<std::uint64_t> parse_count(std::string_view text, Range range) {
     return refuse(text, "is out of range", hint);
   }
   return value;
+}
+
+Result<unsigned> parse_memory_channels(std::string_view text) {
+  if (text == "auto") return 0U;
+  DROVER_ASSIGN(const std::uint64_t count, parse_count(text, {1, job::kMostMemoryChannels}));
+  return static_cast<unsigned>(count);
+}
+
+std::string format_memory_channels(unsigned channels) {
+  return channels == 0 ? "auto" : std::to_string(channels);
 }
 
 Result<std::pair<std::string, std::string>> parse_disk(std::string_view text) {

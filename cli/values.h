@@ -44,6 +44,10 @@ struct Range {
 // Digits only.
 Result<std::uint64_t> parse_count(std::string_view text, Range range);
 
+// "3" or "auto", which is 0 (job::MoveOptions::memory_channels).
+Result<unsigned> parse_memory_channels(std::string_view text);
+std::string format_memory_channels(unsigned channels);
+
 // "vda=/srv/a.raw" -> {"vda", "/srv/a.raw"}; the path must be absolute.
 Result<std::pair<std::string, std::string>> parse_disk(std::string_view text);
 

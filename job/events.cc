@@ -52,6 +52,26 @@ OrderedJson disk_plans(const std::vector<DiskPlan>& plans) {
   return disks;
 }
 
+// The names of a blackout's parts, out and in.
+struct BlackoutName {
+  const char* name;
+  microseconds BlackoutParts::*part;
+};
+constexpr BlackoutName kBlackoutNames[] = {
+    {"quiesce_us", &BlackoutParts::quiesce}, {"disks_us", &BlackoutParts::disks},
+    {"drain_us", &BlackoutParts::drain},     {"barrier_us", &BlackoutParts::barrier},
+    {"compare_us", &BlackoutParts::compare}, {"flush_us", &BlackoutParts::flush},
+    {"release_us", &BlackoutParts::release}, {"memory_us", &BlackoutParts::memory},
+    {"wait_us", &BlackoutParts::wait},       {"guard_us", &BlackoutParts::guard},
+    {"resume_us", &BlackoutParts::resume}};
+
+OrderedJson blackout_or_null(const std::optional<BlackoutParts>& parts) {
+  if (!parts) return nullptr;
+  OrderedJson out = OrderedJson::object();
+  for (const BlackoutName& one : kBlackoutNames) out[one.name] = number((*parts).*one.part);
+  return out;
+}
+
 // --- in ---
 
 tl::unexpected<Error> broken(const std::string& what) { return fail(Code::Protocol, what); }
@@ -190,6 +210,18 @@ Status read_counts(const json& object, Counted& out) {
   return {};
 }
 
+// Absent (of an older drover) or null: not known.
+Result<std::optional<BlackoutParts>> blackout_parts_of(const json& object) {
+  const auto found = object.find("blackout");
+  if (found == object.end() || found->is_null()) return std::nullopt;
+  if (!found->is_object()) return broken("the blackout's parts are not an object");
+  BlackoutParts parts;
+  for (const BlackoutName& one : kBlackoutNames) {
+    DROVER_ASSIGN(parts.*one.part, time<microseconds>(*found, one.name));
+  }
+  return parts;
+}
+
 Result<Summary> summary_from_json(const json& object) {
   Summary out;
   DROVER_TRY(read_counts(object, out));
@@ -198,6 +230,7 @@ Result<Summary> summary_from_json(const json& object) {
   DROVER_ASSIGN(out.host, text(object, "host"));
   DROVER_ASSIGN(out.total, time<milliseconds>(object, "total_ms"));
   DROVER_ASSIGN(out.blackout, time<microseconds>(object, "blackout_us"));
+  DROVER_ASSIGN(out.blackout_parts, blackout_parts_of(object));
   DROVER_ASSIGN(out.memory_bytes, length(object, "memory_bytes"));
   DROVER_ASSIGN(const json phases, list(object, "phases"));
   for (const json& item : phases) {
@@ -350,6 +383,7 @@ OrderedJson event_of(const Summary& summary) {
           {"host", summary.host},
           {"total_ms", number(summary.total)},
           {"blackout_us", number(summary.blackout)},
+          {"blackout", blackout_or_null(summary.blackout_parts)},
           {"data_bytes", summary.data.bytes()},
           {"wire_bytes", summary.wire_bytes.bytes()},
           {"memory_bytes", summary.memory_bytes.bytes()},

@@ -19,6 +19,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "job/memory_channels.h"
 #include "mirror/session.h"
 
 namespace drover::job {
@@ -205,6 +206,7 @@ json options_to_json(const MoveOptions& options) {
           {"bandwidth", options.bandwidth.bytes()},
           {"max_downtime_ms", static_cast<std::uint64_t>(options.max_downtime.count())},
           {"connections", options.connections},
+          {"memory_channels", options.memory_channels},
           {"keep_partial", options.keep_partial},
           {"max_slowdown_ms", static_cast<std::uint64_t>(options.max_slowdown.count())},
           {"verify", options.verify},
@@ -232,6 +234,9 @@ Result<MoveOptions> options_from_json(const json& object) {
   DROVER_ASSIGN(const auto lanes, mirror::get_unsigned(object, "connections", mirror::kMaxLanes));
   if (lanes == 0) return broken("no connections");
   out.connections = static_cast<unsigned>(lanes);
+  DROVER_ASSIGN(const auto channels,
+                mirror::get_unsigned(object, "memory_channels", kMostMemoryChannels));
+  out.memory_channels = static_cast<unsigned>(channels);
   DROVER_ASSIGN(out.keep_partial, required_bool(object, "keep_partial"));
   DROVER_ASSIGN(const auto slowdown,
                 mirror::get_unsigned(object, "max_slowdown_ms", kMostMilliseconds));

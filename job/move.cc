@@ -18,12 +18,14 @@
 #include "base/check.h"
 #include "base/log.h"
 #include "base/unique_fd.h"
+#include "job/blackout.h"
 #include "job/checkpoint.h"
 #include "job/copy_gain.h"
 #include "job/copy_pace.h"
 #include "job/event_queue.h"
 #include "job/handover_tries.h"
 #include "job/journal.h"
+#include "job/memory_channels.h"
 #include "job/move_machine.h"
 #include "job/platform.h"
 #include "job/prepare.h"
@@ -59,6 +61,8 @@ constexpr int kNothingLeft = 3;           // cli/exit_codes.h: not found
 constexpr auto kLibvirtPatience = 120s;   // for a libvirtd that is being restarted
 constexpr auto kRemoveTimeout = 20s;
 constexpr auto kSshTimeout = 30s;
+constexpr auto kFlushInterval = 1s;  // while the memory moves
+constexpr auto kFlushPoll = 50ms;
 constexpr auto kLocateTimeout = 6s;       // of one look for the receiver while the link is down
 constexpr int kMostRejoins = 20;          // in a row without a handover that began
 constexpr std::string_view kStateKey = "state";
@@ -97,7 +101,7 @@ class Move {
 
   ~Move() {
     if (migrating_) (void)source().abort_migration(uuid());
-    migrating_.reset();
+    end_memory_threads();
   }
 
   // A job that an earlier process has worked on first finds out where the guest is. `reason`: it is to be undone.
@@ -755,6 +759,8 @@ class Move {
     switch (event.kind) {
       case GuestEvent::Kind::CpusStopped: source_stopped_at_.store(event.received); break;
       case GuestEvent::Kind::Quiesced:
+        quiesced_at_.store(event.received);
+        stop_flushing_.store(true);
         mirrors_may_go_.store(true);  // QEMU ends them when it goes
         source_went_on_.store(false);
         queue_->push(SourceStopped{});
@@ -808,6 +814,7 @@ class Move {
     // Without an image that could be guarded the source might still run: then migrate() must have said
     // that it is over (which the machine takes for this event).
     const bool guarded = !plan().disks.empty();
+    if (event.kind == GuestEvent::Kind::Suspended) note_memory_there(event.received);
     if (event.kind == GuestEvent::Kind::Suspended && guarded) queue_->push(TargetSuspended{});
     if (event.kind == GuestEvent::Kind::CpusRunning) target_runs_at_.store(event.received);
     if (event.kind == GuestEvent::Kind::ConnectionLost) {
@@ -815,6 +822,12 @@ class Move {
                                         "the connection to the target's libvirt was lost: " + event.detail, "",
                                         true}});
     }
+  }
+
+  // By the target's event or, should that be lost, by the end of libvirt's call.
+  void note_memory_there(Instant when) {
+    Instant never{};
+    memory_there_at_.compare_exchange_strong(never, when);
   }
 
   // The guest first: the copy is as fast as its disks' latency allows (job/copy_pace.h).
@@ -918,6 +931,7 @@ class Move {
     }
     migrate.memory_uri = "unix://" + mirror::memory_socket(id_);
     migrate.bandwidth = bandwidth();
+    migrate.connections = memory_channels(options_.memory_channels, prepared_.cores, bandwidth());
     migrate.convergence.max_downtime = options_.max_downtime;
     migrate.convergence.initial_downtime =
         std::min(migrate.convergence.initial_downtime, options_.max_downtime);
@@ -930,6 +944,7 @@ class Move {
                                             .uid = static_cast<int>(guest.qemu_uid),
                                             .gid = static_cast<int>(guest.qemu_gid)}));
     memory_started_ = true;
+    memory_there_at_.store({});
     tries_.memory_moves();
     Journal::Batch none;
     none.remove(kBarrierKey);
@@ -939,13 +954,33 @@ class Move {
       ended.status = source().migrate(migrate, [this](const memmig::MigrationProgress& progress) {
         meter_.memory(progress.memory_total, progress.memory_remaining);
       });
+      if (ended.status) note_memory_there(platform_.now());
       queue_->push(std::move(ended));
     });
-    // While libvirt starts QEMU there: then the barrier has little left to flush.
-    if (const auto flushed = engine_->link().call({{"op", "flush"}}, kReserveTimeout); !flushed) {
-      log_warning("flushing the target: {}", flushed.error().to_string());
-    }
+    stop_flushing_.store(false);
+    flushing_ = platform_.start_thread([this] { keep_flushing(); });
     return {};
+  }
+
+  // From when libvirt starts QEMU there until the guest stands still: then the barrier has little left to flush, however
+  // long its memory takes.
+  void keep_flushing() {
+    while (!stop_flushing_.load()) {
+      if (!engine_->status().link_down) {
+        if (const auto flushed = engine_->link().call({{"op", "flush"}}, kReserveTimeout); !flushed) {
+          log_warning("flushing the target: {}", flushed.error().to_string());
+        }
+      }
+      const Instant next = platform_.now() + kFlushInterval;
+      while (!stop_flushing_.load() && platform_.now() < next) platform_.sleep(kFlushPoll);
+    }
+  }
+
+  // Waits for the end of libvirt's call and of a flush that is under way.
+  void end_memory_threads() {
+    stop_flushing_.store(true);
+    migrating_.reset();
+    flushing_.reset();
   }
 
   Status abort_memory() {
@@ -988,7 +1023,7 @@ class Move {
   // itself as a rule; where it did not, and the target can't run, it is done here. The target was not
   // resumed.
   Status settle() {
-    migrating_.reset();
+    end_memory_threads();
     if (files_.mutation.blind_settle) {
       queue_->push(Settled{Whereabouts::Source});
       return {};
@@ -1098,10 +1133,15 @@ class Move {
     const Instant drained = platform_.now();
     writes_at_barrier_ = mirrored_writes();
     barrier_asked_ = true;
-    if (!files_.mutation.skip_barrier) DROVER_TRY(engine_->link().barrier(kBarrierTimeout));
+    if (!files_.mutation.skip_barrier) {
+      DROVER_ASSIGN(marks_.barrier, engine_->link().barrier(kBarrierTimeout));
+    }
+    marks_.drain_began = start;
+    marks_.drained = drained;
+    marks_.barrier_passed = platform_.now();
     log_info("barrier: drained in {} us, flushed and released in {} us",
              std::chrono::duration_cast<std::chrono::microseconds>(drained - start).count(),
-             std::chrono::duration_cast<std::chrono::microseconds>(platform_.now() - drained).count());
+             std::chrono::duration_cast<std::chrono::microseconds>(marks_.barrier_passed - drained).count());
     DROVER_TRY(journal_->put_unsynced(kBarrierKey, "passed"));
     if (!options_.hold_barrier_file.empty()) hold_barrier();
     queue_->push(BarrierPassed{});
@@ -1134,12 +1174,14 @@ class Move {
   }
 
   Status resume_target() {
+    marks_.guard_began = platform_.now();
     if (const Status guarded = guard_source(); !guarded) {
       queue_->push(SourceNotGuarded{guarded.error()});
       return {};
     }
     resume_tried_ = true;
-    const Instant deadline = platform_.now() + kCommitPatience;
+    marks_.guarded = platform_.now();
+    const Instant deadline = marks_.guarded + kCommitPatience;
     Status resumed = target().resume(uuid());
     if (!resumed && files_.mutation.resume_once) {
       source_guard_.clear();
@@ -1169,7 +1211,7 @@ class Move {
   // --- after ---
 
   Status commit() {
-    migrating_.reset();
+    end_memory_threads();
     if (!files_.mutation.commit_unseen) DROVER_TRY(source_is_gone());
     DROVER_ASSIGN(const GuestState state, patient_state_on(prepared_.target));
     // Invariant 4: it must have been seen running there, now or by its event.
@@ -1329,7 +1371,7 @@ class Move {
       engine_->leave_strict();
       engine_->stop_copying();
     }
-    migrating_.reset();
+    end_memory_threads();
     mirrors_may_go_.store(true);
     // The mirrors first: from then on the guest is as it was.
     std::vector<std::string> stuck;
@@ -1436,7 +1478,7 @@ class Move {
 
   MoveEnd finish() {
     meter_.enter(phase_of(state_));
-    migrating_.reset();
+    end_memory_threads();
     stop_checkpoints();
     source_events_.reset();
     target_events_.reset();
@@ -1463,6 +1505,11 @@ class Move {
     summary_.blackout = std::chrono::duration_cast<std::chrono::microseconds>(resumed - stopped);
     // The one that saw it stop may have been another process.
     if (stopped == Instant()) summary_.blackout = {};
+    marks_.stopped = stopped;
+    marks_.quiesced = quiesced_at_.load();
+    marks_.memory_there = memory_there_at_.load();
+    marks_.running = resumed;
+    summary_.blackout_parts = blackout_parts(marks_);
     summary_.runner_peak_memory = platform_.peak_memory();
     return {std::move(summary_), true};
   }
@@ -1535,7 +1582,10 @@ class Move {
   std::atomic<bool> user_paused_{false};
   std::atomic<bool> source_went_on_{false};  // since it stopped for the handover
   std::atomic<Instant> source_stopped_at_{};
+  std::atomic<Instant> quiesced_at_{};
+  std::atomic<Instant> memory_there_at_{};
   std::atomic<Instant> target_runs_at_{};
+  BlackoutMarks marks_;  // the job's thread's
   std::optional<std::uint64_t> writes_at_barrier_;
   Instant resumed_at_{};
   bool barrier_asked_ = false;
@@ -1543,6 +1593,8 @@ class Move {
   int refusals_ = 0;
   std::vector<std::unique_ptr<ImageGuard>> source_guard_;
   std::unique_ptr<Thread> migrating_;  // calls migrate()
+  std::unique_ptr<Thread> flushing_;   // has the target flush meanwhile
+  std::atomic<bool> stop_flushing_{false};
   std::unique_ptr<memmig::Subscription> source_events_;
   std::unique_ptr<memmig::Subscription> target_events_;
 };

@@ -42,6 +42,7 @@ struct MoveOptions {
   Length bandwidth;            // per second, for the disks' copy and the memory; zero: no limit
   std::chrono::milliseconds max_downtime{500};
   unsigned connections = 2;    // data connections of the link
+  unsigned memory_channels = 0;  // connections of the guest's memory, 1 to 8; 0: job/memory_channels.h says
   bool keep_partial = false;   // after a cancel or a failure the target's images stay for a resume
   // In the handover a guest's write waits for the target when the link is slower than the guest writes; one that would
   // wait for longer ends that handover. 10 ms to 1 min.
@@ -138,6 +139,23 @@ struct Progress {
   std::uint64_t reconnects = 0;
 };
 
+// Where the time went while the guest ran nowhere. It is quiesce, then the longer of disks and memory, which go on at
+// the same time, then wait, guard and resume.
+struct BlackoutParts {
+  std::chrono::microseconds quiesce{0};  // QEMU drains the stopped guest's disks
+  std::chrono::microseconds disks{0};    // until the barrier is passed:
+  std::chrono::microseconds drain{0};    //   the target answers what is on its way
+  std::chrono::microseconds barrier{0};  //   its proof, flush and release are asked for and answered; on the target:
+  std::chrono::microseconds compare{0};
+  std::chrono::microseconds flush{0};
+  std::chrono::microseconds release{0};
+  std::chrono::microseconds memory{0};   // until the target's QEMU has all memory and devices, and libvirt says so
+  std::chrono::microseconds wait{0};     // until drover acts on the later of both
+  std::chrono::microseconds guard{0};    // the source's images are locked
+  std::chrono::microseconds resume{0};   // from the command until the guest runs
+  bool operator==(const BlackoutParts&) const = default;
+};
+
 struct Summary {
   Kind kind = Kind::Move;
   std::string guest;
@@ -151,6 +169,7 @@ struct Summary {
   std::chrono::milliseconds total{0};
   // Guest stopped on the source to guest running on the target, by this host's clock.
   std::chrono::microseconds blackout{0};
+  std::optional<BlackoutParts> blackout_parts;  // none: another process saw a part of it
   std::vector<std::string> deleted;  // source files
   std::vector<std::string> kept;     // and those that were left, with why in the notes
   std::vector<std::string> notes;    // what the user should know

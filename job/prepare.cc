@@ -107,6 +107,7 @@ Result<Prepared> prepare(Platform& platform, const MoveOptions& options, Cancel&
   const memmig::HostQuestion question = memmig::host_question(prepared.guest);
   DROVER_ASSIGN(const memmig::HostFacts source, prepared.source->facts(question));
   DROVER_ASSIGN(const memmig::HostFacts target, prepared.target->facts(question));
+  prepared.cores = std::min(source.cores, target.cores);
   prepared.plan.findings = memmig::examine(
       {prepared.guest, source, source_probe, target, target_probe, prepared.move_plan});
   return prepared;

@@ -21,6 +21,7 @@ struct Prepared {
   memmig::GuestInfo guest;
   memmig::GuestIo io;  // its disks' counters when it was described
   Instant io_at{};
+  unsigned cores = 0;  // of the host that has fewer; 0: not known
   std::unique_ptr<memmig::Hypervisor> source;
   std::unique_ptr<memmig::Hypervisor> target;  // null when a blocker kept it from being asked
 };

@@ -14,6 +14,7 @@ Arbiter::Arbiter(const Options& options)
       chunks_((options.disk_size.bytes() + options.chunk_size.bytes() - 1) /
               options.chunk_size.bytes()),
       pending_({chunks_, options.chunk_size / kBlock, options.max_masks, true}),
+      hot_(chunks_),
       written_since_scan_(chunks_),
       sent_(chunks_),
       compare_(chunks_),
@@ -73,8 +74,16 @@ void Arbiter::dirty(ChunkIndex chunk, const BlockMask& blocks) {
     copy->redo |= blocks;
     return;
   }
-  if (options_.mutation.forget_joined_mask && pending_.has_mask(chunk)) pending_.erase(chunk);
+  if (options_.mutation.forget_joined_mask && pending_.has_mask(chunk)) {
+    pending_.erase(chunk);
+    hot_.erase(chunk);
+  }
   pending_.add(chunk, blocks);
+}
+
+// The guest writes to it.
+void Arbiter::put_off(ChunkIndex chunk) {
+  if (pending_.contains(chunk)) hot_.insert(chunk);
 }
 
 // Something is about to be sent. True: its group's record must say so first.
@@ -119,11 +128,13 @@ void Arbiter::guest_write(WriteId id, WriteKind kind, Extent extent, Instant now
 
 void Arbiter::take_piece(const Piece& piece, Actions& out) {
   written_since_scan_.insert(piece.chunk);
+  put_off(piece.chunk);
   const BlockMask blocks = blocks_of(piece);
   no_longer_in_doubt(piece.chunk, blocks);
   if (Copy* const copy = copy_of(piece.chunk); copy != nullptr) copy->written |= blocks;
   if (piece.kind == WriteKind::Discard && !options_.mutation.repeat_discard) {
     dirty(piece.chunk, blocks);
+    put_off(piece.chunk);
     return skip_part(piece.write, out);
   }
   Copy* const copy = copy_of(piece.chunk);
@@ -136,6 +147,7 @@ void Arbiter::take_piece(const Piece& piece, Actions& out) {
       !strict_ && bytes_on_the_way_ + piece.extent.length > options_.max_forwarded;
   if (lane_down || too_much) {
     dirty(piece.chunk, blocks);
+    put_off(piece.chunk);
     ++expired_;
     return skip_part(piece.write, out);
   }
@@ -223,24 +235,32 @@ std::optional<CopyTicket> Arbiter::start_copy(Instant now) {
       return ticket;
     }
   }
+  std::optional<ChunkIndex> chunk;
+  if (!strict_ && options_.hot_last && hot_.count() > 0) chunk = next_to_copy(true);
+  if (!chunk) chunk = next_to_copy(false);
+  if (!chunk) return start_verify(now);
+  cursor_ = *chunk + 1 < chunks_ ? *chunk + 1 : 0;
+  return ticket_for(*chunk);
+}
+
+// From the cursor to the end, then from the beginning. `cold`: none that is put off.
+std::optional<ChunkIndex> Arbiter::next_to_copy(bool cold) const {
+  if (cold && hot_.count() == pending_.count()) return std::nullopt;
   ChunkIndex from = cursor_;
   bool wrapped = false;
   while (true) {
-    const std::optional<ChunkIndex> chunk = pending_.next(from);
+    const std::optional<ChunkIndex> chunk =
+        cold ? pending_.next_outside(from, hot_) : pending_.next(from);
     if (!chunk || (wrapped && *chunk >= cursor_)) {
-      if (wrapped || cursor_ == 0) return start_verify(now);
+      if (wrapped || cursor_ == 0) return std::nullopt;
       wrapped = true;
       from = 0;
       continue;
     }
-    if (lane_down_[lane_of(*chunk)]) {
-      // With every lane down there is nothing to find in a long bitmap.
-      if (std::ranges::all_of(lane_down_, [](bool down) { return down; })) return std::nullopt;
-      from = *chunk + 1;
-      continue;
-    }
-    cursor_ = *chunk + 1 < chunks_ ? *chunk + 1 : 0;
-    return ticket_for(*chunk);
+    if (!lane_down_[lane_of(*chunk)]) return chunk;
+    // With every lane down there is nothing to find in a long bitmap.
+    if (std::ranges::all_of(lane_down_, [](bool down) { return down; })) return std::nullopt;
+    from = *chunk + 1;
   }
 }
 
@@ -248,6 +268,7 @@ CopyTicket Arbiter::ticket_for(ChunkIndex chunk) {
   const BlockMask every = BlockMask::range(0, blocks_in(chunk));
   const BlockMask blocks = pending_.blocks(chunk) & every;
   pending_.erase(chunk);
+  hot_.erase(chunk);
   CopyTicket ticket = new_ticket(chunk, blocks);
   copies_.at(ticket.id).compare = ticket.compare = compare_.contains(chunk) && blocks == every;
   if (touch(chunk)) ticket.touches = chunk / kGroupChunks;
@@ -378,6 +399,7 @@ void Arbiter::forget_copy(TicketId id, Actions& out) {
     dirty(copy.chunk, copy.blocks);
   }
   dirty(copy.chunk, copy.redo);
+  if (!copy.redo.empty() || !copy.waiting.empty()) put_off(copy.chunk);
   for (const PieceId waiting : copy.waiting) {
     const auto piece = pieces_.find(waiting);
     if (piece == pieces_.end()) continue;  // given up meanwhile
@@ -405,6 +427,7 @@ void Arbiter::copy_acked(TicketId id) {
     compare_.erase(copy.chunk);
   }
   if (!options_.mutation.forget_redo) dirty(copy.chunk, copy.redo);
+  if (!copy.redo.empty()) put_off(copy.chunk);
 }
 
 std::optional<Arbiter::Damage> Arbiter::copy_differs(TicketId id, BlockMask blocks, Instant now) {
@@ -425,9 +448,11 @@ std::optional<Arbiter::Damage> Arbiter::copy_differs(TicketId id, BlockMask bloc
     compare_.erase(copy.chunk);
     acknowledged(copy.chunk, copy.blocks);  // the others
     dirty(copy.chunk, blocks | copy.redo);
+    if (!copy.redo.empty()) put_off(copy.chunk);
     return std::nullopt;
   }
   dirty(copy.chunk, copy.redo);
+  if (!copy.redo.empty()) put_off(copy.chunk);
   if (copy.verify != verify_pass_) return std::nullopt;  // it has begun anew meanwhile
   Doubt& doubt = doubts_[copy.chunk];
   const BlockMask unexplained = blocks.without(copy.written);
@@ -481,11 +506,12 @@ void Arbiter::scan_hole(Extent hole) {
   const auto [first, end] = whole_chunks(hole);
   // From one chunk that is to be kept to the next: a large hole costs no more than a small one.
   for (ChunkIndex at = first; at < end;) {
-    ChunkIndex kept = std::min(end, sent_.next(at).value_or(end));
+    ChunkIndex kept = sent_.next(at, end).value_or(end);
     if (!options_.mutation.ignore_write_during_scan) {
-      kept = std::min(kept, written_since_scan_.next(at).value_or(end));
+      kept = written_since_scan_.next(at, kept).value_or(kept);
     }
     pending_.erase_range(at, kept);
+    hot_.erase_range(at, kept);
     at = kept + 1;
   }
 }
@@ -511,7 +537,10 @@ void Arbiter::lane_lost(LaneIndex lane, Actions& out) {
     const ChunkIndex chunk = copies_.at(id).chunk;
     const bool sending = copies_.at(id).state == CopyState::Sending;
     forget_copy(id, out);
-    if (sending && options_.mutation.keep_copied_on_loss) pending_.erase(chunk);
+    if (sending && options_.mutation.keep_copied_on_loss) {
+      pending_.erase(chunk);
+      hot_.erase(chunk);
+    }
   }
   std::vector<PieceId> lost_pieces;
   for (const auto& [id, piece] : pieces_) {
@@ -520,6 +549,7 @@ void Arbiter::lane_lost(LaneIndex lane, Actions& out) {
   for (const PieceId id : lost_pieces) {
     const Piece& piece = pieces_.at(id);
     if (!options_.mutation.keep_copied_on_loss) dirty(piece.chunk, blocks_of(piece));
+    put_off(piece.chunk);
     finish_piece(id, out);
   }
 }
@@ -571,6 +601,7 @@ void Arbiter::give_up(PieceId id, Actions& out) {
     if (brings) missed = options_.mutation.trust_partial_read ? BlockMask() : missed.without(copy->blocks);
   }
   if (!options_.mutation.drop_expired) dirty(piece.chunk, missed);
+  put_off(piece.chunk);
   if (piece.forwarded) {
     out.push_back({.kind = Action::Kind::Abandon,
                    .write = piece.write,
@@ -631,6 +662,7 @@ void Arbiter::mark_chunks(ChunkIndex first, ChunkIndex end) {
   for (auto& [id, copy] : copies_) {
     if (copy.chunk < first || copy.chunk >= end) continue;
     pending_.erase(copy.chunk);
+    hot_.erase(copy.chunk);
     copy.redo = BlockMask::all();
   }
 }
@@ -735,8 +767,8 @@ Arbiter::Records Arbiter::take_records(GroupIndex first, std::size_t most) {
   Records taken;
   std::optional<std::unordered_map<ChunkIndex, BlockMask>> on_the_way;
   for (auto group = changed_.next(first); group; group = changed_.next(*group + 1)) {
-    const auto touched = touched_.next(*group * kGroupChunks / options_.touch_span);
-    if (!touched || *touched >= (*group + 1) * kGroupChunks / options_.touch_span) continue;
+    const std::uint64_t spans = kGroupChunks / options_.touch_span;
+    if (!touched_.next(*group * spans, (*group + 1) * spans)) continue;
     if (taken.records.size() == most) {
       taken.next = *group;
       break;

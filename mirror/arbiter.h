@@ -35,6 +35,14 @@
 // forwarded. So an outage costs what was written during it. A chunk that was never copied is
 // Pending whole.
 //
+// Order. A Pending chunk that the guest writes to will be written to again soon, and after it was
+// copied each of those writes must be sent. So it is put off until nothing else is Pending ("hot
+// last"); until then its writes cost nothing. What a guest's write makes Pending is put off, too, so
+// that what is not put off only gets less, but for outages and comparisons: the others have their
+// turn. In strict mode, and once only such chunks are left, all are taken in ascending order. (To
+// forward a write that covers a Pending chunk wholly, instead of copying the chunk later, was
+// considered: what the guest overwrites again before its turn would be sent twice.)
+//
 // Comparing. Where the target may have a chunk already, but nothing says so (its record is damaged
 // or missing, or nobody knows what was written since), its ticket says `compare`: hashes go in
 // place of the content, and copy_differs() makes the blocks that differ Pending, to be sent.
@@ -191,6 +199,7 @@ class Arbiter {
     // Turns of a chunk that is written all the time.
     unsigned verify_tries = 8;
     std::size_t max_doubts = 1024;  // about 200 bytes each
+    bool hot_last = true;           // false: in ascending order, for the test that it pays
     // For the test that the simulation notices each missing rule; see tests/sim.
     struct Mutation {
       bool forward_during_read = false;      // a write to a Reading chunk is forwarded at once
@@ -233,8 +242,9 @@ class Arbiter {
                    bool scarce = false);
 
   // --- the copier ---
-  // The next Pending chunk whose lane is up, in ascending order from where the last one was; it is
-  // Reading now. Nothing if there is none. Issue the read after this call.
+  // The next Pending chunk whose lane is up, in ascending order from where the last one was, those
+  // that are put off last; it is Reading now. Nothing if there is none. Issue the read after this
+  // call.
   std::optional<CopyTicket> start_copy(Instant now);
   // False: start_copy() has nothing.
   [[nodiscard]] bool wants_copy() const { return pending_.count() > 0 || verify_is_due(); }
@@ -357,6 +367,8 @@ class Arbiter {
   [[nodiscard]] bool is_copied(ChunkIndex chunk) const;
   // Something may have been sent for it: else the target reads as zeroes there.
   [[nodiscard]] bool was_sent(ChunkIndex chunk) const { return sent_.contains(chunk); }
+  // Pending chunks whose copy is put off because the guest writes to them.
+  [[nodiscard]] std::uint64_t put_off() const { return hot_.count(); }
 
  private:
   enum class CopyState { Reading, Sending };
@@ -398,6 +410,8 @@ class Arbiter {
   void changed(const BlockSet& chunks);
   void dirty(ChunkIndex chunk, const BlockMask& blocks);
   void mark_chunks(ChunkIndex first, ChunkIndex end);
+  void put_off(ChunkIndex chunk);
+  [[nodiscard]] std::optional<ChunkIndex> next_to_copy(bool cold) const;
   bool touch(ChunkIndex chunk);
   void acknowledged(ChunkIndex chunk, const BlockMask& blocks);
   [[nodiscard]] std::unordered_map<ChunkIndex, BlockMask> in_flight() const;
@@ -435,6 +449,7 @@ class Arbiter {
   std::uint64_t chunks_ = 0;
   bool strict_ = false;
   BlockSet pending_;
+  ChunkSet hot_;  // of those: written to while they were
   ChunkSet written_since_scan_;
   ChunkSet sent_;  // chunks for which something may have been sent
   ChunkSet compare_;    // Pending chunks of which the target may have all

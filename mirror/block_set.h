@@ -41,6 +41,10 @@ class BlockSet {
   [[nodiscard]] std::optional<std::uint64_t> next(std::uint64_t first) const {
     return chunks_.next(first);
   }
+  [[nodiscard]] std::optional<std::uint64_t> next_outside(std::uint64_t first,
+                                                          const ChunkSet& other) const {
+    return chunks_.next_outside(first, other);
+  }
   [[nodiscard]] std::uint64_t count() const { return chunks_.count(); }  // chunks
   [[nodiscard]] bool has_mask(std::uint64_t chunk) const { return find(chunk) != nullptr; }
   [[nodiscard]] std::size_t masks() const { return used_; }  // chunks with a mask

@@ -81,18 +81,35 @@ void ChunkSet::erase_range(std::uint64_t first, std::uint64_t end) {
   change_range(first, end, false);
 }
 
-std::optional<std::uint64_t> ChunkSet::next(std::uint64_t first) const {
-  if (first >= size_) return std::nullopt;
+std::optional<std::uint64_t> ChunkSet::next(std::uint64_t first, std::uint64_t end) const {
+  end = std::min(end, size_);
+  if (first >= end) return std::nullopt;
+  const auto if_before_end = [end](std::uint64_t found) {
+    return found < end ? std::optional(found) : std::nullopt;
+  };
   const std::uint64_t here = word(first / 64) & ~((std::uint64_t{1} << (first % 64)) - 1);
-  if (here != 0) return first / 64 * 64 + static_cast<std::uint64_t>(std::countr_zero(here));
+  if (here != 0) {
+    return if_before_end(first / 64 * 64 + static_cast<std::uint64_t>(std::countr_zero(here)));
+  }
   const std::uint64_t after = first / 64 + 1;
-  for (std::uint64_t page = after / kWords; page < summary_.size(); ++page) {
+  for (std::uint64_t page = after / kWords; page * kPage < end; ++page) {
     std::uint64_t members = summary_[page];
     if (page == after / kWords) members &= ~((std::uint64_t{1} << (after % kWords)) - 1);
     if (members == 0) continue;
     const std::uint64_t found =
         page * kWords + static_cast<std::uint64_t>(std::countr_zero(members));
-    return found * 64 + static_cast<std::uint64_t>(std::countr_zero(word(found)));
+    return if_before_end(found * 64 + static_cast<std::uint64_t>(std::countr_zero(word(found))));
+  }
+  return std::nullopt;
+}
+
+std::optional<std::uint64_t> ChunkSet::next_outside(std::uint64_t first,
+                                                    const ChunkSet& other) const {
+  CHECK(other.size_ == size_, "both sets are of one disk");
+  for (auto at = next(first); at; at = next((*at / 64 + 1) * 64)) {
+    const std::uint64_t here =
+        word(*at / 64) & ~other.word(*at / 64) & ~((std::uint64_t{1} << (*at % 64)) - 1);
+    if (here != 0) return *at / 64 * 64 + static_cast<std::uint64_t>(std::countr_zero(here));
   }
   return std::nullopt;
 }

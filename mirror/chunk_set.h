@@ -32,7 +32,14 @@ class ChunkSet {
   void erase_range(std::uint64_t first, std::uint64_t end);
 
   // The smallest member >= first.
-  [[nodiscard]] std::optional<std::uint64_t> next(std::uint64_t first) const;
+  [[nodiscard]] std::optional<std::uint64_t> next(std::uint64_t first) const {
+    return next(first, size_);
+  }
+  // The smallest member in [first, end); what lies behind is not looked at.
+  [[nodiscard]] std::optional<std::uint64_t> next(std::uint64_t first, std::uint64_t end) const;
+  // The same of those that are not in `other`, which is as large; 64 are passed over at a time.
+  [[nodiscard]] std::optional<std::uint64_t> next_outside(std::uint64_t first,
+                                                          const ChunkSet& other) const;
   [[nodiscard]] std::uint64_t count() const { return count_; }
   [[nodiscard]] std::uint64_t size() const { return size_; }
 

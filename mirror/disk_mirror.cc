@@ -50,10 +50,13 @@ void DiskMirror::start() {
 }
 
 void DiskMirror::scan_from(Offset at) {
-  const Extent rest{at, Offset(options_.arbiter.disk_size.bytes()) - at};
+  // NBD answers for 4 GiB at most: so that each question costs what it may bring, not what is left.
+  constexpr Length kAhead = Length(std::uint64_t{1} << 40);
+  const Length rest = Offset(options_.arbiter.disk_size.bytes()) - at;
+  const Extent range{at, std::min(rest, kAhead)};
   scanning_ = true;
-  arbiter_.scan_begin(rest);
-  reader_.extents(rest, [this, at](Result<std::vector<blockcopy::MappedExtent>> result) {
+  arbiter_.scan_begin(range);
+  reader_.extents(range, [this, at](Result<std::vector<blockcopy::MappedExtent>> result) {
     on_extents(at, std::move(result));
   });
 }

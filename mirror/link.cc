@@ -729,10 +729,11 @@ class Control {
 // Memory: a unix socket here, a TLS connection per connection to it.
 class MemoryRelay {
  public:
-  MemoryRelay(Endpoint endpoint, Hello hello, std::chrono::milliseconds connect_timeout,
-              Totals& totals)
+  MemoryRelay(Endpoint endpoint, Hello hello, const MemoryCompression& compression,
+              std::chrono::milliseconds connect_timeout, Totals& totals)
       : endpoint_(std::move(endpoint)),
         hello_(std::move(hello)),
+        compression_(compression),
         connect_timeout_(connect_timeout),
         totals_(totals) {}
   ~MemoryRelay() { stop(); }
@@ -814,26 +815,40 @@ class MemoryRelay {
         log_warning("a memory connection was refused: there are {} already", kMaxRelays);
         continue;
       }
+      // One after the other: the target's QEMU (before 8.0) takes the first that reaches it for the
+      // main one, as it is here. The receiver has connected to it when it says welcome.
+      nlohmann::json welcome;
+      auto link =
+          open_connection(endpoint_, hello_, now() + connect_timeout_, stop_.fd(), &welcome);
+      if (!link) {
+        log_warning("memory connection: {}", link.error().to_string());
+        continue;
+      }
+      // An older receiver does not know of blocks.
+      RelayCoding coding;
+      if (hello_.blocks && get_bool(welcome, "blocks", false).value_or(false)) {
+        coding.outward = compression_;
+      }
       Connection& connection = connections_.emplace_back();
-      connection.thread = std::thread([this, &connection, plain = std::move(fd)]() mutable {
-        give_way();
-        if (const Status status = carry(plain); !status) {
-          log_warning("memory connection: {}", status.error().to_string());
-        }
-        plain.reset();
-        connection.done = true;
-      });
+      connection.thread =
+          std::thread([this, &connection, plain = std::move(fd), coding,
+                       made = std::make_shared<TlsSocket>(std::move(*link))]() mutable {
+            give_way();
+            if (const Status status =
+                    relay(*made, plain.get(), stop_.fd(), totals_.memory_bytes, &gate_, coding);
+                !status) {
+              log_warning("memory connection: {}", status.error().to_string());
+            }
+            made.reset();
+            plain.reset();
+            connection.done = true;
+          });
     }
-  }
-
-  Status carry(const UniqueFd& plain) {
-    DROVER_ASSIGN(TlsSocket link,
-                  open_connection(endpoint_, hello_, now() + connect_timeout_, stop_.fd()));
-    return relay(link, plain.get(), stop_.fd(), totals_.memory_bytes, &gate_);
   }
 
   const Endpoint endpoint_;
   const Hello hello_;
+  const MemoryCompression compression_;
   const std::chrono::milliseconds connect_timeout_;
   Totals& totals_;
   Waker stop_;
@@ -941,7 +956,7 @@ class LinkImpl final : public Link {
     return connections->control->call(request, left_until(deadline));
   }
 
-  Status barrier(std::chrono::milliseconds timeout) override {
+  Result<BarrierTimes> barrier(std::chrono::milliseconds timeout) override {
     const Instant deadline = now() + timeout;
     DROVER_ASSIGN(const std::shared_ptr<Connections> connections, up_now());
     nlohmann::json digests = nlohmann::json::array();
@@ -949,9 +964,10 @@ class LinkImpl final : public Link {
       DROVER_ASSIGN(const LaneDigest digest, lane->settle(deadline));
       digests.push_back(digest.to_json());
     }
-    DROVER_TRY(connections->control->call({{"op", "barrier"}, {"lanes", std::move(digests)}},
-                                          left_until(deadline)));
-    return {};
+    DROVER_ASSIGN(const nlohmann::json answer,
+                  connections->control->call({{"op", "barrier"}, {"lanes", std::move(digests)}},
+                                             left_until(deadline)));
+    return barrier_times(answer);
   }
 
   Status start_relay(const RelayOptions& options) override {
@@ -959,13 +975,14 @@ class LinkImpl final : public Link {
     DROVER_ASSIGN(const std::shared_ptr<Connections> connections, up_now());
     Hello hello = make_hello(ConnectionKind::Memory, connections->epoch);
     hello.path = options.unix_path;
+    hello.blocks = options_.memory_compression.method != MemoryCompression::Method::None;
     Endpoint endpoint;
     {
       const std::lock_guard lock(mutex_);
       endpoint = endpoint_;
     }
-    auto made = std::make_unique<MemoryRelay>(endpoint, std::move(hello), options_.connect_timeout,
-                                              totals_);
+    auto made = std::make_unique<MemoryRelay>(
+        endpoint, std::move(hello), options_.memory_compression, options_.connect_timeout, totals_);
     DROVER_TRY(made->start(options));
     // The link goes down: current_ changes first, then the relay is stopped.
     const std::lock_guard relay_lock(relay_mutex_);
@@ -1190,6 +1207,15 @@ class LinkImpl final : public Link {
 };
 
 }  // namespace
+
+BarrierTimes barrier_times(const nlohmann::json& answer) {
+  const auto time = [&answer](const char* name) {
+    if (!answer.is_object() || !answer.contains(name)) return std::chrono::microseconds(0);
+    const Result<std::uint64_t> told = get_unsigned(answer, name, UINT32_MAX);
+    return std::chrono::microseconds(told ? static_cast<std::int64_t>(*told) : 0);
+  };
+  return {time("compare_us"), time("flush_us"), time("release_us")};
+}
 
 std::chrono::milliseconds reconnect_delay(unsigned attempt, const RetryDelays& delays,
                                           std::uint64_t random) {

@@ -44,6 +44,7 @@
 #include "base/loop.h"
 #include "base/result.h"
 #include "mirror/lanes.h"
+#include "mirror/memory_codec.h"
 #include "mirror/session.h"
 #include "mirror/tls.h"
 
@@ -76,6 +77,7 @@ struct LinkOptions {
   std::vector<Length> disk_sizes;
   Length chunk_size = kMaxChunk;
   EncodeOptions encode;
+  MemoryCompression memory_compression;
   std::chrono::milliseconds connect_timeout{10000};
   // No sign of life from the target for this long, on any connection: it is lost.
   std::chrono::milliseconds silence_timeout{kSilence};
@@ -98,6 +100,15 @@ struct LinkCounters {
   std::uint64_t reconnects = 0;
 };
 
+// What the target's part of the barrier took, by its clock. Zero: an older receiver did not say.
+struct BarrierTimes {
+  std::chrono::microseconds compare{0};
+  std::chrono::microseconds flush{0};
+  std::chrono::microseconds release{0};
+};
+// Of the barrier's answer; what is not a plausible number counts as not said.
+BarrierTimes barrier_times(const nlohmann::json& answer);
+
 class Link : public Lanes {
  public:
   static Result<std::unique_ptr<Link>> connect(Loop& engine, const LinkOptions& options,
@@ -115,11 +126,11 @@ class Link : public Lanes {
   // Protocol if the proof fails (it names the lane), Busy if frames stay unanswered, Unreachable,
   // or the target's error. A barrier that was passed, but whose answer was lost with the link, may
   // be asked for again on the next one if no frame was sent there.
-  virtual Status barrier(std::chrono::milliseconds timeout) = 0;
+  virtual Result<BarrierTimes> barrier(std::chrono::milliseconds timeout) = 0;
   // Listens on `unix_path` (mode and owner as given; removed at the end) and relays each
-  // connection, encrypted, to the unix socket of the same path on the target: QEMU's memory
-  // migration. Until stop_relay(), or until the link goes down: both break the connections that are
-  // left.
+  // connection, encrypted, to the unix socket of the same path on the target, in the order in which
+  // they were made here: QEMU's memory migration. Until stop_relay(), or until the link goes down:
+  // both break the connections that are left.
   struct RelayOptions {
     std::string unix_path;
     bool gated =

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mirror/relay.h"
 
+#include <linux/tcp.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <time.h>
 
 #include <algorithm>
 #include <array>
@@ -17,7 +20,7 @@ namespace drover::mirror {
 
 namespace {
 
-constexpr std::size_t kPiece = std::size_t{256} << 10;
+constexpr std::size_t kPiece = kMemoryBlock;
 
 struct Pieces {
   std::unique_ptr<std::byte[]> memory = std::make_unique_for_overwrite<std::byte[]>(kPiece);
@@ -35,30 +38,28 @@ struct Pieces {
 // From the guest's QEMU to the link.
 class Outward {
  public:
-  Outward(TlsSocket& link, int plain) : link_(link), plain_(plain) {}
+  Outward(TlsSocket& link, int plain, const std::optional<MemoryCompression>& compression)
+      : link_(link), plain_(plain) {
+    if (!compression) return;
+    choice_.emplace(*compression);
+    encoder_.emplace();
+  }
 
   // Does what can be done without blocking. True: something moved.
   Result<bool> step(std::atomic<std::uint64_t>& bytes) {
     bool moved = false;
     if (can_read()) {
-      const ssize_t count = ::recv(plain_, buffer_.memory.get(), kPiece, MSG_DONTWAIT);
-      if (count > 0) {
-        buffer_.end = static_cast<std::size_t>(count);
-        moved = true;
-      } else if (count == 0) {
-        ended_ = true;
-        moved = true;
-      } else if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) {
-        return fail_errno(errno, "reading from the memory migration's socket");
-      }
+      DROVER_ASSIGN(moved, read());
+      put_up();
     }
-    if (!buffer_.left().empty()) {
-      DROVER_ASSIGN(const std::size_t taken, link_.tls().write(buffer_.left()));
-      buffer_.drop(taken);
+    if (!left_.empty()) {
+      DROVER_ASSIGN(const std::size_t taken, link_.tls().write(left_));
+      left_ = left_.subspan(taken);
       bytes.fetch_add(taken, std::memory_order_relaxed);
       moved = moved || taken > 0;
+      if (left_.empty()) taken_by_link();
     }
-    if (buffer_.left().empty() && !closed_) {
+    if (left_.empty() && !closed_) {
       if (ended_) {
         DROVER_ASSIGN(closed_, link_.tls().close());
       } else {
@@ -67,18 +68,91 @@ class Outward {
     }
     DROVER_ASSIGN(sent_, link_.send());
     // Room again for what found none before: nothing would wake us.
-    const bool more = !buffer_.left().empty() || link_.tls().unflushed() || (ended_ && !closed_);
+    const bool more = !left_.empty() || link_.tls().unflushed() || (ended_ && !closed_);
     return moved || (sent_ && more);
   }
 
-  [[nodiscard]] bool can_read() const { return !ended_ && buffer_.left().empty(); }
+  [[nodiscard]] bool can_read() const { return !ended_ && left_.empty(); }
   [[nodiscard]] bool wants_link() const { return !sent_; }
   [[nodiscard]] bool done() const { return closed_ && sent_; }
+  // The link did not take what was at hand.
+  [[nodiscard]] bool blocked() const { return !sent_ && !left_.empty(); }
+  // In poll(), whatever for.
+  void slept(Duration time, bool blocked) {
+    slept_ += time;
+    if (blocked) waits_.blocked += time;
+  }
 
  private:
+  // As much as there is; a block is better compressed the larger it is.
+  Result<bool> read() {
+    have_ = 0;
+    while (have_ < kPiece) {
+      const ssize_t count = ::recv(plain_, memory_.get() + have_, kPiece - have_, MSG_DONTWAIT);
+      if (count < 0 && errno == EINTR) continue;
+      if (count < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) break;
+      if (count < 0) return fail_errno(errno, "reading from the memory migration's socket");
+      if (count == 0) {
+        ended_ = true;
+        return true;
+      }
+      have_ += static_cast<std::size_t>(count);
+      if (!choice_) break;
+    }
+    return have_ > 0;
+  }
+
+  void put_up() {
+    left_ = {memory_.get(), have_};
+    if (!choice_ || have_ == 0) return;
+    const Instant start = now();
+    left_ = encoder_->encode(left_, choice_->next());
+    waits_.worked += now() - start;
+  }
+
+  void taken_by_link() {
+    if (!choice_) return;
+    const Instant time = now();
+    const Duration ran = thread_time();
+    const Duration closed = window_closed();
+    // While the target takes nothing the wire is not what is waited for.
+    waits_.blocked = std::max(Duration(), waits_.blocked - (closed - closed_before_));
+    waits_.starved = std::max(Duration(), (time - before_) - slept_ - (ran - ran_before_));
+    choice_->sent(time, have_, waits_);
+    before_ = time;
+    ran_before_ = ran;
+    closed_before_ = closed;
+    slept_ = Duration();
+    waits_ = {};
+  }
+
+  // On a CPU.
+  static Duration thread_time() {
+    timespec time{};
+    (void)::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
+  }
+
+  // How long the target's receive window was too small for what there was to send, ever.
+  [[nodiscard]] Duration window_closed() const {
+    tcp_info info{};
+    socklen_t size = sizeof info;
+    if (::getsockopt(link_.fd(), IPPROTO_TCP, TCP_INFO, &info, &size) != 0) return {};
+    return std::chrono::microseconds(info.tcpi_rwnd_limited);
+  }
+
   TlsSocket& link_;
   const int plain_;
-  Pieces buffer_;
+  std::optional<CompressionChoice> choice_;  // none: plain bytes
+  std::optional<MemoryEncoder> encoder_;
+  std::unique_ptr<std::byte[]> memory_ = std::make_unique_for_overwrite<std::byte[]>(kPiece);
+  std::size_t have_ = 0;
+  std::span<const std::byte> left_;  // not taken by the link yet
+  CompressionChoice::Waits waits_;
+  Duration slept_{};
+  Instant before_ = now();
+  Duration ran_before_ = thread_time();
+  Duration closed_before_{};
   bool ended_ = false;
   bool closed_ = false;
   bool sent_ = true;
@@ -87,38 +161,69 @@ class Outward {
 // From the link to the guest's QEMU.
 class Inward {
  public:
-  Inward(TlsSocket& link, int plain) : link_(link), plain_(plain) {}
+  Inward(TlsSocket& link, int plain, bool blocks) : link_(link), plain_(plain) {
+    if (blocks) decoder_.emplace();
+  }
 
   Result<bool> step(std::atomic<std::uint64_t>& bytes) {
     bool moved = false;
     while (!done_) {
-      if (!buffer_.left().empty()) {
-        const auto left = buffer_.left();
+      if (!left().empty()) {
+        const auto left = this->left();
         const ssize_t count = ::send(plain_, left.data(), left.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
         if (count < 0 && errno == EINTR) continue;
         if (count < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return moved;
         if (count < 0) return fail_errno(errno, "writing to the memory migration's socket");
-        buffer_.drop(static_cast<std::size_t>(count));
+        drop(static_cast<std::size_t>(count));
         bytes.fetch_add(static_cast<std::uint64_t>(count), std::memory_order_relaxed);
         moved = true;
         continue;
       }
-      DROVER_TRY(fill(moved));
-      if (link_.tls().closed() && buffer_.left().empty()) {
+      DROVER_TRY(decoder_ ? fill_block(moved) : fill(moved));
+      if (link_.tls().closed() && left().empty()) {
+        if (decoder_ && !decoder_->between_blocks()) {
+          return fail(Code::Protocol, "the memory ends within a block");
+        }
         ::shutdown(plain_, SHUT_WR);
         done_ = true;
         return true;
       }
-      if (buffer_.left().empty()) return moved;
+      if (left().empty()) return moved;
     }
     return moved;
   }
 
-  [[nodiscard]] bool can_receive() const { return !done_ && buffer_.left().empty(); }
-  [[nodiscard]] bool wants_plain() const { return !buffer_.left().empty(); }
+  [[nodiscard]] bool can_receive() const { return !done_ && left().empty(); }
+  [[nodiscard]] bool wants_plain() const { return !left().empty(); }
   [[nodiscard]] bool done() const { return done_; }
 
  private:
+  [[nodiscard]] std::span<const std::byte> left() const {
+    return decoder_ ? decoder_->decoded() : buffer_.left();
+  }
+  void drop(std::size_t count) {
+    if (decoder_) {
+      decoder_->drop(count);
+    } else {
+      buffer_.drop(count);
+    }
+  }
+
+  // Until there is a block or nothing more has come.
+  Status fill_block(bool& moved) {
+    while (decoder_->decoded().empty()) {
+      const std::span<std::byte> room = decoder_->space();
+      DROVER_ASSIGN(const std::size_t count, link_.tls().read(room));
+      DROVER_TRY(decoder_->received(count));
+      if (count == room.size()) continue;
+      if (link_.tls().closed()) return {};
+      DROVER_ASSIGN(const bool received, link_.receive());
+      if (!received) return {};
+      moved = true;
+    }
+    return {};
+  }
+
   // Decrypts until the buffer is full or nothing more has come.
   Status fill(bool& moved) {
     while (buffer_.end < kPiece) {
@@ -136,6 +241,7 @@ class Inward {
   TlsSocket& link_;
   const int plain_;
   Pieces buffer_;
+  std::optional<MemoryDecoder> decoder_;  // none: plain bytes
   bool done_ = false;
 };
 
@@ -159,10 +265,10 @@ void Gate::set(bool open) {
 }
 
 Status relay(TlsSocket& link, int plain, int stop_fd, std::atomic<std::uint64_t>& bytes,
-             const Gate* gate) {
+             const Gate* gate, const RelayCoding& coding) {
   link.tls().grow_buffers(kPiece, kPiece + kPiece / 4);
-  Outward outward(link, plain);
-  Inward inward(link, plain);
+  Outward outward(link, plain, coding.outward);
+  Inward inward(link, plain, coding.inward);
   while (true) {
     const bool open = gate == nullptr || gate->is_open();
     bool out_moved = false;
@@ -181,7 +287,9 @@ Status relay(TlsSocket& link, int plain, int stop_fd, std::atomic<std::uint64_t>
                                     pollfd{link_events != 0 ? link.fd() : -1, link_events, 0},
                                     pollfd{stop_fd, POLLIN, 0},
                                     pollfd{open ? -1 : gate->fd(), POLLIN, 0}};
+    const Instant asleep = now();
     const int ready = ::poll(polled.data(), polled.size(), -1);
+    outward.slept(now() - asleep, open && outward.blocked());
     if (ready < 0 && errno != EINTR) return fail_errno(errno, "waiting for the memory migration");
     if (ready > 0 && polled[2].revents != 0) {
       return fail(Code::Cancelled, "the memory migration's connection was closed");

@@ -7,9 +7,11 @@
 #include <atomic>
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <string>
 
 #include "base/result.h"
+#include "mirror/memory_codec.h"
 #include "mirror/socket.h"
 
 namespace drover::mirror {
@@ -28,12 +30,20 @@ class Gate {
   UniqueFd fd_;
 };
 
+// What travels in blocks (mirror/memory_codec.h) instead of as plain bytes: both ends agreed on it.
+struct RelayCoding {
+  std::optional<MemoryCompression> outward;  // what goes to the link
+  bool inward = false;                       // what comes from it
+};
+
 // Blocks until both directions have ended (ok), one broke, or `stop_fd` became readable
-// (Cancelled). The end of one direction is passed on (half-close) while the other goes on. Holds at
-// most about 1 MiB; when one side does not take what the other sends, the latter is no longer read.
-// `bytes` counts what was passed on, both directions together, as it happens.
+// (Cancelled). Protocol: what came in are no blocks. The end of one direction is passed on
+// (half-close) while the other goes on. Holds at most about 2 MiB; when one side does not take what
+// the other sends, the latter is no longer read. `bytes` counts what was passed on, both directions
+// together, as it happens: blocks as they are on the wire where they go out, memory where it comes
+// in.
 Status relay(TlsSocket& link, int plain, int stop_fd, std::atomic<std::uint64_t>& bytes,
-             const Gate* gate = nullptr);
+             const Gate* gate = nullptr, const RelayCoding& coding = {});
 
 // Connects to a unix socket; NotFound, Denied, Unreachable with the path.
 Result<UniqueFd> connect_unix(const std::string& path);

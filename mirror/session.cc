@@ -158,7 +158,10 @@ nlohmann::json hello_to_json(const Hello& hello) {
       break;
     }
     case ConnectionKind::Lane: json["lane"] = hello.lane; break;
-    case ConnectionKind::Memory: json["path"] = hello.path; break;
+    case ConnectionKind::Memory:
+      json["path"] = hello.path;
+      json["blocks"] = hello.blocks;
+      break;
   }
   return json;
 }
@@ -190,6 +193,7 @@ Result<Hello> hello_from_json(const nlohmann::json& json) {
         hello.path.find('\0') != std::string::npos) {
       return broken("a path that is not absolute");
     }
+    DROVER_ASSIGN(hello.blocks, get_bool(json, "blocks", false));
   } else {
     return broken("a connection of an unknown kind");
   }

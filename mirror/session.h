@@ -60,6 +60,7 @@ struct Hello {
   unsigned lane = 0;
   // Memory: where to connect to on the target; an absolute path.
   std::string path;
+  bool blocks = false;  // Memory: what follows from the source comes in blocks
 };
 nlohmann::json hello_to_json(const Hello& hello);
 // Incompatible if the version differs, Protocol for anything else that is wrong.

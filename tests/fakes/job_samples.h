@@ -84,6 +84,18 @@ inline Summary sample_summary() {
                          {Phase::Memory, std::chrono::milliseconds(61'000)}};
   summary.total = std::chrono::milliseconds(89'000);
   summary.blackout = std::chrono::microseconds(61'200);
+  using us = std::chrono::microseconds;
+  summary.blackout_parts = BlackoutParts{.quiesce = us(3100),
+                                         .disks = us(9800),
+                                         .drain = us(1200),
+                                         .barrier = us(8400),
+                                         .compare = us(150),
+                                         .flush = us(6100),
+                                         .release = us(1900),
+                                         .memory = us(41'300),
+                                         .wait = us(200),
+                                         .guard = us(90),
+                                         .resume = us(16'510)};
   summary.deleted = {"/var/lib/libvirt/images/web1.raw"};
   summary.kept = {"/dev/vg0/web1-data"};
   summary.notes = {"a block device is never deleted: /dev/vg0/web1-data"};

@@ -46,6 +46,29 @@ def test_a_qcow2_disk_whose_guest_discards_all_the_time(lab: Lab) -> None:
         assert_unharmed(guest)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_memory_over_several_connections(lab: Lab, guest: Guest, channels: int) -> None:
+    outcome = move_ok(lab, guest, "--memory-channels", str(channels))
+    assert_unharmed(guest)
+    parts = outcome.summary["blackout"]
+    whole = parts["quiesce_us"] + max(parts["disks_us"], parts["memory_us"]) + sum(
+        parts[name] for name in ("wait_us", "guard_us", "resume_us"))
+    assert abs(whole - outcome.summary["blackout_us"]) < 2000, parts
+    assert parts["drain_us"] + parts["compare_us"] + parts["flush_us"] + parts["release_us"] <= parts["disks_us"] + 1000
+
+
+def test_memory_is_compressed_on_a_slow_link(lab: Lab, guest: Guest) -> None:
+    lab.set_rate("100mbit")
+    try:
+        outcome = move_ok(lab, guest)
+    finally:
+        lab.set_rate(None)
+    assert_unharmed(guest)
+    fast = move_ok(lab, guest)
+    assert_unharmed(guest)
+    assert outcome.summary["memory_bytes"] < 0.8 * fast.summary["memory_bytes"]
+
+
 def test_four_disks(lab: Lab) -> None:
     guest = lab.guest("four", [Disk("128M", data="64M"), Disk("128M", "qcow2", data="64M"),
                                Disk("96M", data="16M", bus="scsi"), Disk("65537K", "raw", data="8M")],

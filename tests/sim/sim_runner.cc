@@ -114,7 +114,7 @@ class SimLink final : public mirror::Link,
     return ask(request, std::chrono::ceil<std::chrono::milliseconds>(deadline - world_.now()));
   }
 
-  Status barrier(std::chrono::milliseconds timeout) override {
+  Result<mirror::BarrierTimes> barrier(std::chrono::milliseconds timeout) override {
     const Instant deadline = world_.now() + timeout;
     while (up_ && unanswered_ > 0) {
       if (!world_.wait(news_, deadline)) return fail(Code::Busy, "frames stay unanswered");
@@ -122,8 +122,8 @@ class SimLink final : public mirror::Link,
     if (!up_) return fail(why_);
     json digests = json::array();
     for (const Lane& lane : lanes_) digests.push_back(lane.digest.to_json());
-    DROVER_TRY(ask({{"op", "barrier"}, {"lanes", digests}}, timeout));
-    return {};
+    DROVER_ASSIGN(const json answer, ask({{"op", "barrier"}, {"lanes", digests}}, timeout));
+    return mirror::barrier_times(answer);
   }
 
   Status start_relay(const RelayOptions& options) override {

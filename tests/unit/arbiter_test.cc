@@ -683,5 +683,153 @@ TEST_F(Verification, ASparse64TiBDiskIsCheap) {
   EXPECT_LT(most, std::size_t{48} << 20);
 }
 
+// --- hot last ---
+
+class HotChunks : public ArbiterRules {
+ protected:
+  // Copies one chunk, at once.
+  std::optional<ChunkIndex> copy_one() {
+    const auto ticket = arbiter_.start_copy(Instant());
+    if (!ticket) return std::nullopt;
+    EXPECT_TRUE(arbiter_.copy_read(ticket->id, actions_));
+    arbiter_.copy_acked(ticket->id);
+    return ticket->chunk;
+  }
+  std::vector<ChunkIndex> copy_the_rest() {
+    std::vector<ChunkIndex> order;
+    while (const auto chunk = copy_one()) order.push_back(*chunk);
+    return order;
+  }
+};
+
+TEST_F(HotChunks, WhatTheGuestWritesBeforeItsCopyIsCopiedLast) {
+  write(block(1, 7));
+  write(block(4, 0));
+  EXPECT_EQ(arbiter_.put_off(), 2U);
+  EXPECT_EQ(copy_the_rest(), (std::vector<ChunkIndex>{0, 2, 3, 5, 6, 7, 1, 4}));
+  EXPECT_EQ(arbiter_.put_off(), 0U);
+}
+
+TEST_F(HotChunks, AChunkThatAnOutageMadePendingByItsWritesIsPutOff) {
+  copy_all();
+  outage([this] { write(block(1, 7)); });
+  arbiter_.mark_pending(block(5, 0));  // a bitmap's word: nobody knows how hot it is
+  EXPECT_EQ(copy_the_rest(), (std::vector<ChunkIndex>{5, 1}));
+}
+
+TEST_F(HotChunks, ADiscardedChunkIsPutOff) {
+  copy_all();
+  arbiter_.mark_pending(block(5, 0));
+  arbiter_.guest_write(++writes_, WriteKind::Discard, block(2, 0, 256), Instant(), actions_);
+  EXPECT_EQ(copy_the_rest(), (std::vector<ChunkIndex>{5, 2}));
+}
+
+TEST_F(HotChunks, StrictModeTakesThemAsTheyCome) {
+  write(block(0, 7));
+  ASSERT_TRUE(arbiter_.enter_strict());
+  EXPECT_EQ(copy_the_rest(), (std::vector<ChunkIndex>{0, 1, 2, 3, 4, 5, 6, 7}));
+}
+
+TEST_F(HotChunks, AHoleIsNoLongerPutOff) {
+  arbiter_.scan_begin({Offset(0), kChunk * 8});
+  copy_one();
+  write(block(3, 0));  // the scan's answer is of before
+  arbiter_.scan_begin({Offset(0), kChunk * 8});
+  arbiter_.scan_hole({Offset(kChunk.bytes()), kChunk * 7});
+  EXPECT_EQ(arbiter_.put_off(), 0U);
+  EXPECT_EQ(arbiter_.summary().pending, 0U);
+}
+
+TEST_F(HotChunks, AreCopiedWhileOthersWaitForALane) {
+  Arbiter::Options options = disk_of(8);
+  options.lanes = 2;
+  Arbiter arbiter(options);
+  arbiter.guest_write(1, WriteKind::Data, block(1, 0), Instant(), actions_);
+  for (int i = 0; i < 3; ++i) {  // 0, 2 and 3; 1 is put off
+    ASSERT_TRUE(arbiter.start_copy(Instant()));
+  }
+  arbiter.lane_lost(0, actions_);
+  std::vector<ChunkIndex> order;
+  while (const auto ticket = arbiter.start_copy(Instant())) order.push_back(ticket->chunk);
+  EXPECT_EQ(order.back(), 1U) << "lane 1 carries on";
+}
+
+// A guest writes to a tenth of its disk all the time, and each write that is forwarded is sent.
+TEST(HotLast, SendsLessOfAHotRegionTwice) {
+  constexpr std::uint64_t kChunks = 400;
+  constexpr std::uint64_t kHotFrom = 20;  // copied early where the order is ascending
+  constexpr std::uint64_t kHot = 40;
+  const auto bytes_sent = [&](bool hot_last) {
+    Arbiter::Options options = disk_of(kChunks);
+    options.hot_last = hot_last;
+    Arbiter arbiter(options);
+    Actions actions;
+    Length sent;
+    std::uint64_t random = 12345;
+    std::uint64_t writes = 0;
+    std::uint64_t steps = 0;
+    while (const auto ticket = arbiter.start_copy(Instant())) {
+      EXPECT_LE(arbiter.put_off(), arbiter.summary().pending);
+      EXPECT_LT(++steps, 10 * kChunks) << "every chunk has its turn";
+      for (int i = 0; i < 20; ++i) {
+        random = random * 6364136223846793005ULL + 1442695040888963407ULL;
+        actions.clear();
+        const Extent hot = block(kHotFrom + (random >> 33) % kHot, (random >> 20) % 256);
+        arbiter.guest_write(++writes, WriteKind::Data, hot, Instant(), actions);
+        for (const Action& action : actions) {
+          if (action.kind != Action::Kind::Forward) continue;
+          sent += action.extent.length;
+          Actions done;
+          arbiter.piece_acked(action.piece, done);
+        }
+      }
+      sent += ticket->wanted;
+      Actions behind;
+      EXPECT_TRUE(arbiter.copy_read(ticket->id, behind));
+      for (const Action& action : behind) {
+        if (action.kind != Action::Kind::Forward) continue;
+        sent += action.extent.length;
+        Actions done;
+        arbiter.piece_acked(action.piece, done);
+      }
+      arbiter.copy_acked(ticket->id);
+    }
+    EXPECT_TRUE(arbiter.synchronised());
+    return sent;
+  };
+  const Length disk = kChunk * kChunks;
+  const Length ascending_again = bytes_sent(false) - disk;
+  const Length hot_last_again = bytes_sent(true) - disk;
+  RecordProperty("sent_again_ascending", std::to_string(ascending_again.bytes()));
+  RecordProperty("sent_again_hot_last", std::to_string(hot_last_again.bytes()));
+  EXPECT_LT(hot_last_again * 10, ascending_again)
+      << format_length(hot_last_again) << " instead of " << format_length(ascending_again);
+}
+
+// Writes that can't be forwarded make chunks Pending again and again; that keeps nobody from its
+// turn.
+TEST(HotLast, StarvesNoChunk) {
+  Arbiter::Options options = disk_of(64);
+  options.max_forwarded = Length(4096);
+  Arbiter arbiter(options);
+  Actions actions;
+  std::uint64_t random = 99;
+  WriteId writes = 0;
+  std::vector<int> copies(64);
+  for (int step = 0; step < 64 * 20; ++step) {
+    for (int i = 0; i < 30; ++i) {
+      random = random * 6364136223846793005ULL + 1442695040888963407ULL;
+      arbiter.guest_write(++writes, WriteKind::Data,
+                          block((random >> 33) % 64, (random >> 20) % 256), Instant(), actions);
+    }
+    const auto ticket = arbiter.start_copy(Instant());
+    ASSERT_TRUE(ticket);
+    ASSERT_TRUE(arbiter.copy_read(ticket->id, actions));
+    arbiter.copy_acked(ticket->id);
+    ++copies[ticket->chunk];
+  }
+  for (const int count : copies) EXPECT_GE(count, 10);
+}
+
 }  // namespace
 }  // namespace drover::mirror

@@ -57,7 +57,30 @@ TEST(ChunkSet, EqualsAPlainSet) {
       const auto next = model.lower_bound(probe);
       ASSERT_EQ(set.next(probe),
                 next == model.end() ? std::nullopt : std::optional<std::uint64_t>(*next));
+      const std::uint64_t limit = random.below(2 * kSize);
+      ASSERT_EQ(set.next(probe, limit), next == model.end() || *next >= limit
+                                            ? std::nullopt
+                                            : std::optional<std::uint64_t>(*next));
     }
+  }
+}
+
+TEST(ChunkSet, FindsWhatAnotherHasNot) {
+  constexpr std::uint64_t kSize = 2 * ChunkSet::kPage + 77;
+  Random random(5);
+  ChunkSet set(kSize, true);
+  ChunkSet other(kSize);
+  for (int step = 0; step < 300; ++step) {
+    const std::uint64_t first = random.below(kSize);
+    other.insert_range(first, first + random.below(std::min<std::uint64_t>(kSize - first, 400)));
+    set.erase(random.below(kSize));
+    other.erase(random.below(kSize));
+    const std::uint64_t from = random.below(kSize);
+    std::optional<std::uint64_t> expected;
+    for (std::uint64_t i = from; i < kSize && !expected; ++i) {
+      if (set.contains(i) && !other.contains(i)) expected = i;
+    }
+    ASSERT_EQ(set.next_outside(from, other), expected);
   }
 }
 

@@ -69,6 +69,7 @@ TEST(CommandLine, MoveTakesEachOption) {
                               "--bandwidth",    "1gbit",
                               "--max-downtime", "0.2s",
                               "--connections",  "4",
+                              "--memory-channels", "3",
                               "--hold-barrier", "/run/hold",
                               "--link-timeout", "10min",
                               "--keep-partial", "--detach",
@@ -88,6 +89,7 @@ TEST(CommandLine, MoveTakesEachOption) {
   EXPECT_EQ(move.options.bandwidth, Length(125'000'000));
   EXPECT_EQ(move.options.max_downtime, milliseconds(200));
   EXPECT_EQ(move.options.connections, 4U);
+  EXPECT_EQ(move.options.memory_channels, 3U);
   EXPECT_EQ(move.options.hold_barrier_file, "/run/hold");
   EXPECT_TRUE(move.options.keep_source && move.dry_run && move.json && move.verbose);
   EXPECT_EQ(move.options.link_timeout, milliseconds(600'000));
@@ -172,6 +174,11 @@ TEST(CommandLine, SaysWhatIsWrong) {
             "--max-downtime: '0ms' is out of range");
   EXPECT_EQ(error_of({"move", "web1", "hostb", "--connections", "17"}),
             "--connections: '17' is out of range");
+  EXPECT_EQ(error_of({"move", "web1", "hostb", "--memory-channels", "0"}),
+            "--memory-channels: '0' is out of range");
+  const auto left_to_drover = parse({"move", "web1", "hostb", "--memory-channels", "auto"});
+  ASSERT_TRUE(left_to_drover.has_value());
+  EXPECT_EQ(std::get<MoveCommand>(*left_to_drover).options.memory_channels, 0U);
   EXPECT_EQ(error_of({"move", "web1", "hostb", "--port", "65536"}),
             "--port: '65536' is out of range");
   EXPECT_EQ(error_of({"move", "web1", "hostb", "--address", ""}), "--address: the value is empty");

@@ -344,6 +344,10 @@ TEST(RenderSummary, SaysWhatWasDone) {
   EXPECT_EQ(render_summary(sample_summary(), kPlain),
             "web1 runs on hostb. It stood still for 61 ms; the move took 1:29.\n"
             "\n"
+            "  blackout  3.1 ms in QEMU's drain, 41.3 in the memory's end, 0.1 in the lock of the "
+            "source's images, 16.5 in the resume\n"
+            "            beside the memory's end 9.8 ms for the disks: 1.2 to drain, 0.1 to "
+            "compare, 6.1 to flush, 1.9 to release\n"
             "  moved     2 disks of 5.0 GiB, 3.0 GiB of it read\n"
             "  sent      2.0 GiB, 256.0 MiB of it memory\n"
             "  mirrored  12,345 guest writes\n"
@@ -469,6 +473,8 @@ TEST(Json, SummaryNoteAndError) {
   const auto summary = parsed(json_summary(sample_summary()));
   EXPECT_EQ(summary.at("event"), "summary");
   EXPECT_EQ(summary.at("blackout_us"), 61'200);
+  EXPECT_EQ(summary.at("blackout").at("memory_us"), 41'300);
+  EXPECT_EQ(summary.at("blackout").at("release_us"), 1900);
   EXPECT_EQ(summary.at("phases")[1], (nlohmann::json{{"phase", "copy"}, {"ms", 27'390}}));
   EXPECT_EQ(summary.at("deleted")[0], "/var/lib/libvirt/images/web1.raw");
   EXPECT_EQ(parsed(json_note("a\nb")), (nlohmann::json{{"event", "note"}, {"text", "a\nb"}}));

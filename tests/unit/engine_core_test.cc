@@ -80,7 +80,7 @@ class PerfectLink final : public Link {
   Result<nlohmann::json> call(const nlohmann::json&, std::chrono::milliseconds) override {
     return nlohmann::json();
   }
-  Status barrier(std::chrono::milliseconds) override { return {}; }
+  Result<BarrierTimes> barrier(std::chrono::milliseconds) override { return {}; }
   Status start_relay(const RelayOptions&) override { return {}; }
   void let_memory_pass(bool) override {}
   void stop_relay() override {}
