@@ -138,7 +138,7 @@ TEST_P(LinkCopyTest, TheTargetHoldsWhatTheSourceSent) {
   start_receiver();
   TestSource source;
   LinkOptions options = link_options(GetParam().lanes);
-  options.encode = {GetParam().encoding, 1};
+  options.compression = {.automatic = false, .encoding = GetParam().encoding, .level = 1};
   set_up(source, options);
   copy_all(source, disk, chunk_, GetParam().lanes);
   ASSERT_TRUE(source.wait_answers());

@@ -55,6 +55,8 @@ TEST_F(Store, AJobIsReadBackAsItWasWritten) {
   JobRecord record = sample_record();
   record.options.disk_paths = {{"vda", "/srv/nvme/web1.raw"}};
   record.options.bandwidth = 100_MiB;
+  record.options.compression = *mirror::parse_compression("zstd:3");
+  record.options.via = {"10.0.0.2", "fd00::2"};
   record.options.link_timeout = std::chrono::minutes(3);
   record.options.keep_partial = true;
   record.options.max_slowdown = std::chrono::milliseconds(40);
@@ -74,6 +76,8 @@ TEST_F(Store, AJobIsReadBackAsItWasWritten) {
   EXPECT_EQ(got.kind(), Kind::Move);
   EXPECT_EQ(got.options.disk_paths, record.options.disk_paths);
   EXPECT_EQ(got.options.bandwidth, record.options.bandwidth);
+  EXPECT_EQ(got.options.compression, record.options.compression);
+  EXPECT_EQ(got.options.via, record.options.via);
   EXPECT_EQ(got.options.link_timeout, record.options.link_timeout);
   EXPECT_TRUE(got.options.keep_partial);
   EXPECT_EQ(got.options.max_slowdown, record.options.max_slowdown);
