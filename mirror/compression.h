@@ -24,9 +24,9 @@ inline constexpr int kHighestZstdLevel = 6;
 
 // Fits a lock-free atomic.
 struct alignas(4) Compression {
-  bool automatic = true;                // as the link needs it (mirror/compression_policy.h), else:
+  bool automatic = true;  // as the link needs it (mirror/compression_policy.h), else:
   Encoding encoding = Encoding::Plain;
-  std::int8_t level = 0;                // Zstd: 1 to kHighestZstdLevel
+  std::int8_t level = 0;  // Zstd: 1 to kHighestZstdLevel
   bool operator==(const Compression&) const = default;
 };
 

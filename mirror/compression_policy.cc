@@ -155,7 +155,7 @@ CompressionPolicy::Share CompressionPolicy::measure(Instant now, std::uint64_t l
   Share share;
   const double elapsed = seconds(now - window_.begin);
   share.active = std::max(elapsed - seconds(window_.idle), 1e-6);
-  share.waiting = std::min(seconds(window_.blocked), share.active);
+  share.waiting = std::clamp(seconds(window_.blocked - window_.delayed), 0.0, share.active);
   share.idle = std::clamp(seconds(window_.idle) / elapsed, 0.0, 1.0);
   const auto arrived = static_cast<double>(left - window_.left);
   const double ratio = window_.plain > 0 && window_.wire > 0

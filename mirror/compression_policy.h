@@ -66,6 +66,9 @@ class CompressionPolicy {
   void encoded(const EncodeOptions& with, const Encoded& what);
   // The thread waited, with something that its socket would not take.
   void blocked(Duration time) { window_.blocked += time; }
+  // The thread could have run and had no processor for so long, whatever else it was said to do:
+  // not the wire was what it waited for.
+  void delayed(Duration time) { window_.delayed += time; }
   // The thread waited with nothing to send; of what it had sent so much had not arrived yet at the
   // begin and at the end.
   void starved(Duration time, std::uint64_t outstanding_before, std::uint64_t outstanding_after);
@@ -85,6 +88,7 @@ class CompressionPolicy {
     std::uint64_t wire = 0;
     Duration encoding{0};
     Duration blocked{0};
+    Duration delayed{0};
     Duration idle{0};
   };
   // What an encoding was seen to do.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mirror/link.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <linux/sockios.h>
 #include <linux/tcp.h>
@@ -16,6 +17,7 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
+#include <cstdio>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -89,6 +91,27 @@ class Waker {
 
  private:
   UniqueFd fd_;
+};
+
+// How long the calling thread could have run and had no processor (CONFIG_SCHED_INFO; else: never).
+class ProcessorWaits {
+ public:
+  // Since the last call. Of one thread.
+  Duration waited() {
+    if (!fd_) fd_ = UniqueFd(::open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC));
+    std::array<char, 128> text{};
+    const ssize_t size = fd_ ? ::pread(fd_.get(), text.data(), text.size() - 1, 0) : 0;
+    unsigned long long ran = 0;
+    unsigned long long waited = 0;
+    if (size <= 0 || std::sscanf(text.data(), "%llu %llu", &ran, &waited) != 2) return Duration(0);
+    const auto total = std::chrono::nanoseconds(static_cast<std::int64_t>(waited));
+    const auto before = std::exchange(total_, total);
+    return std::chrono::duration_cast<Duration>(std::max(total - before, std::chrono::nanoseconds(0)));
+  }
+
+ private:
+  UniqueFd fd_;
+  std::chrono::nanoseconds total_{0};
 };
 
 class LaneSender;
@@ -347,6 +370,7 @@ class LaneSender {
       DROVER_TRY(receive_answers());
       deliver();
       if (const Instant time = now(); automatic_ && policy_.due(time)) {
+        policy_.delayed(processor_.waited());
         policy_.look(time, arrived());
       }
       if (sent && (current_ || socket_.tls().unflushed())) continue;
@@ -596,6 +620,7 @@ class LaneSender {
   // The thread's own.
   std::unique_ptr<std::byte[]> scratch_;
   CompressionPolicy policy_{now()};
+  ProcessorWaits processor_;
   bool automatic_ = true;       // it decides
   std::uint64_t arrived_ = 0;   // bytes, when it was last asked
   std::optional<Current> current_;

@@ -34,6 +34,7 @@ struct World {
       1e12;  // bytes of data per second that come; a lane that is not served queues no more
   double target = 1e12;  // bytes of data per second that are taken there
   double noise = 0.1;    // of a chunk's ratio and costs
+  bool busy = false;     // what looks like waiting for the wire is waiting for a processor
 };
 
 class Lane {
@@ -117,7 +118,11 @@ class Lane {
       const double piece = std::min(waiting, kPiece);
       pass(world, world.handle * piece / kChunk);
       const double missing = outstanding_ + piece - kKernel;
-      if (missing > 0) policy_.blocked(duration(pass(world, missing / rate_of(world))));
+      if (missing > 0) {
+        const Duration waited = duration(pass(world, missing / rate_of(world)));
+        policy_.blocked(waited);
+        if (world.busy) policy_.delayed(waited);
+      }
       outstanding_ += piece;
     }
     seen.data += kChunk;
@@ -232,6 +237,15 @@ TEST(CompressionPolicy, NearTheBestEverywhereAndCalm) {
       }
     }
   }
+}
+
+// The wire has room again, but the thread is not let to run: what is short is the processor.
+TEST(CompressionPolicy, WaitingForAProcessorIsNotWaitingForTheWire) {
+  Lane lane;
+  const auto seen = lane.run({.wire = 60e6, .busy = true}, 30);
+  EXPECT_GT(seen.share(0), 0.9);
+  (void)lane.run({.wire = 60e6}, 10);
+  EXPECT_NE(lane.current(), "none");
 }
 
 TEST(CompressionPolicy, SmallWritesStayPlain) {
