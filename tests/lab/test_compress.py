@@ -50,7 +50,7 @@ def test_two_addresses_of_which_one_goes(lab: Lab, guest: Guest) -> None:
         running = Move(lab, guest, "--via", f"{lab.b.ip},{SECOND[1]}", "--bandwidth", "20M")
         running.wait_for_copied(0.2)
         connected = lab.b.run(["ss", "-Htn", "state", "established"]).stdout
-        assert f"{SECOND[1]}:" in connected
+        assert SECOND[1] in connected
         lab.b.run(["ip", "addr", "del", f"{SECOND[1]}/24", "dev", "eth0"])
         note = running.wait_for(lambda e: e["event"] == "note" and SECOND[1] in e["text"])
         assert "without one of its addresses" in note["text"]
