@@ -10,6 +10,9 @@
 //                   [--rate MBIT]     through a relay that carries so much, in a process of its own
 //                   [--to PATH]       write to a new file there instead (removed afterwards)
 //                   [--address A]     of this host to connect to (default 127.0.0.1)
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
@@ -169,6 +172,8 @@ class Wire {
 };
 
 void carry(int from, int to, Wire* wire) {
+  constexpr int kYes = 1;
+  ::setsockopt(to, IPPROTO_TCP, TCP_NODELAY, &kYes, sizeof kYes);
   std::vector<char> buffer(64U << 10);
   for (ssize_t got = 0; (got = ::recv(from, buffer.data(), buffer.size(), 0)) > 0;) {
     if (wire != nullptr) wire->pass(static_cast<std::size_t>(got));
@@ -183,6 +188,7 @@ void carry(int from, int to, Wire* wire) {
 
 // The relay's process: tells its port, carries until it is ended.
 int carry_slowly(const Arguments& arguments, std::uint16_t target, int out) {
+  ::prctl(PR_SET_PDEATHSIG, SIGTERM);
   const Listener listener = must(listen_tcp({.address = arguments.address}));
   constexpr int kOnItsWay = 128 << 10;
   ::setsockopt(listener.fd.get(), SOL_SOCKET, SO_RCVBUF, &kOnItsWay, sizeof kOnItsWay);
@@ -260,6 +266,7 @@ class Source final : public Answers {
     }
   }
   void write() {
+    if (copied_ == chunks_) return;  // what is on its way is the last
     const std::uint64_t chunk = random_.below(chunks_);
     OutFrame frame;
     frame.buffer = writes_.try_take();
