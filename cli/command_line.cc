@@ -11,6 +11,7 @@
 #include "cli/text.h"
 #include "cli/values.h"
 #include "job/memory_channels.h"
+#include "mirror/addresses.h"
 
 namespace drover::cli {
 
@@ -89,9 +90,11 @@ Manual page: drover-jobs(1).)";
 
 constexpr const char* kSetExamples = R"(Examples:
   drover set web1 --bandwidth 400mbit
-  drover set web1 --bandwidth none
+  drover set web1 --bandwidth none --compress zstd:3
 
 Manual page: drover-jobs(1).)";
+
+const std::string kEncodings = fmt::format("none, lz4 or zstd:LEVEL (1 to {})", mirror::kHighestZstdLevel);
 
 constexpr const char* kReceiveNotes =
     R"(drover starts it on the target over SSH, with the job on its standard input.)";
@@ -138,8 +141,10 @@ struct Written {
   std::optional<std::string> source_uri;
   std::optional<std::string> target_uri;
   std::optional<std::string> address;
+  std::optional<std::string> via;
   std::optional<std::string> port;
   std::optional<std::string> bandwidth;
+  std::optional<std::string> compress;
   std::optional<std::string> max_downtime;
   std::optional<std::string> connections;
   std::optional<std::string> memory_channels;
@@ -193,6 +198,9 @@ void add_common(CLI::App& app, Written& written, const job::MoveOptions& default
         with_default("libvirt on this host", defaults.source_uri));
   value(app, "--address", written.address, "ADDR",
         with_default("the target's address for the data", "where SSH goes"));
+  value(app, "--via", written.via, "ADDR[,ADDR...]",
+        fmt::format("several addresses of the target, over which the data is\nspread, at most {}",
+                    mirror::kMaxAddresses));
   value(app, "--port", written.port, "N",
         with_default(
             "the target listens on this TCP port for the data",
@@ -215,6 +223,9 @@ void add_move(CLI::App& app, Written& written, const job::MoveOptions& defaults)
   value(app, "--bandwidth", written.bandwidth, "RATE",
         with_default("limit for disks and memory, per second: 100M (MiB),\n800mbit, none",
                      format_rate_setting(defaults.bandwidth)));
+  value(app, "--compress", written.compress, "HOW",
+        with_default(fmt::format("compress what goes over the link: auto (as it needs it),\n{}", kEncodings),
+                     mirror::compression_name(defaults.compression)));
   value(app, "--max-downtime", written.max_downtime, "T",
         with_default("how long the guest may stand still at the switch",
                      format_time(defaults.max_downtime)));
@@ -300,6 +311,13 @@ Status apply(const Written& written, job::MoveOptions& options) {
       return fail(Code::InvalidArgument, std::string(name) + ": the value is empty");
     }
   }
+  if (written.via) {
+    if (written.address) {
+      return fail(Code::InvalidArgument, "--via and --address exclude each other", "name all addresses with --via");
+    }
+    DROVER_TRY(take("--via", *written.via, mirror::parse_addresses,
+                    [&](std::vector<std::string> addresses) { options.via = std::move(addresses); }));
+  }
   if (written.port) {
     DROVER_TRY(take(
         "--port", *written.port,
@@ -311,6 +329,10 @@ Status apply(const Written& written, job::MoveOptions& options) {
   if (written.bandwidth) {
     DROVER_TRY(take("--bandwidth", *written.bandwidth, parse_rate,
                     [&](Length rate) { options.bandwidth = rate; }));
+  }
+  if (written.compress) {
+    DROVER_TRY(take("--compress", *written.compress, mirror::parse_compression,
+                    [&](mirror::Compression how) { options.compression = how; }));
   }
   if (written.max_downtime) {
     DROVER_TRY(take("--max-downtime", *written.max_downtime, parse_max_downtime,
@@ -328,6 +350,14 @@ Status apply(const Written& written, job::MoveOptions& options) {
     DROVER_TRY(take("--memory-channels", *written.memory_channels, parse_memory_channels,
                     [&](unsigned count) { options.memory_channels = count; }));
   }
+  if (const auto addresses = static_cast<unsigned>(options.via.size()); options.connections < addresses) {
+    if (written.connections) {
+      return fail(Code::InvalidArgument,
+                  fmt::format("--connections: {} can't be spread over {} addresses", options.connections, addresses),
+                  "leave it out, or name fewer addresses with --via");
+    }
+    options.connections = addresses;
+  }
   if (written.link_timeout) {
     DROVER_TRY(take("--link-timeout", *written.link_timeout, parse_link_timeout,
                     [&](std::chrono::milliseconds time) { options.link_timeout = time; }));
@@ -340,6 +370,21 @@ Status apply(const Written& written, job::MoveOptions& options) {
   if (written.keep_source) options.keep_source = true;
   if (written.keep_partial) options.keep_partial = true;
   options.hold_barrier_file = written.hold_barrier;
+  return {};
+}
+
+Status apply(const Written& written, SetCommand& command) {
+  if (!written.bandwidth && !written.compress) {
+    return fail(Code::InvalidArgument, "say what to set: --bandwidth, --compress or both");
+  }
+  if (written.bandwidth) {
+    DROVER_TRY(take("--bandwidth", *written.bandwidth, parse_rate,
+                    [&](Length rate) { command.bandwidth = rate; }));
+  }
+  if (written.compress) {
+    DROVER_TRY(take("--compress", *written.compress, mirror::parse_compression,
+                    [&](mirror::Compression how) { command.compression = how; }));
+  }
   return {};
 }
 
@@ -482,8 +527,10 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments,
   CLI::App* const set = add_job_command(app, "set", "Change a running job.", kSetExamples);
   add_job(*set, written)->required();
   value(*set, "--bandwidth", written.bandwidth, "RATE",
-        "limit for disks and memory, per second: 100M (MiB),\n800mbit, none")
-      ->required();
+        "limit for disks and memory, per second: 100M (MiB),\n800mbit, none");
+  value(*set, "--compress", written.compress, "HOW",
+        fmt::format("compress what goes over a move's link: auto (as it needs\nit), {}", kEncodings));
+  add_json(*set, written, "print one JSON object, for programs");
 
   CLI::App* const receive =
       app.add_subcommand("receive", "Receive a guest: the target's side of a move (internal).");
@@ -550,10 +597,8 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments,
     return std::move(*command);
   }
   if (set->parsed()) {
-    SetCommand command{written.job, {}};
-    if (const Status taken = take("--bandwidth", *written.bandwidth, parse_rate,
-                                  [&](Length rate) { command.bandwidth = rate; });
-        !taken) {
+    SetCommand command{written.job, {}, {}, written.json};
+    if (const Status taken = apply(written, command); !taken) {
       return usage(" set", taken.error().message, taken.error().hint);
     }
     return command;

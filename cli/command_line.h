@@ -11,6 +11,7 @@
 // Threads: any.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <string_view>
 #include <variant>
@@ -21,6 +22,7 @@
 #include "cli/rebalance_command.h"
 #include "cli/relocate_command.h"
 #include "job/move.h"
+#include "mirror/compression.h"
 #include "mirror/receiver_record.h"
 
 namespace drover::cli {
@@ -71,7 +73,10 @@ struct HistoryCommand {
 
 struct SetCommand {
   std::string job;
-  Length bandwidth;  // per second; zero: no limit
+  // At least one of them.
+  std::optional<Length> bandwidth;  // per second; zero: no limit
+  std::optional<mirror::Compression> compression;
+  bool json = false;
 };
 
 // The target's side; drover starts it itself.

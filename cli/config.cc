@@ -71,6 +71,12 @@ constexpr auto kKeys = std::to_array<Key>({
        DROVER_ASSIGN(options.bandwidth, parse_rate(text));
        return {};
      }},
+    {"compress",
+     [](const toml::node& node, job::MoveOptions& options) -> Status {
+       DROVER_ASSIGN(const std::string text, text_of(node, "compress = \"zstd:1\""));
+       DROVER_ASSIGN(options.compression, mirror::parse_compression(text));
+       return {};
+     }},
     {"connections",
      [](const toml::node& node, job::MoveOptions& options) -> Status {
        DROVER_ASSIGN(const auto count, number_of(node, {1, kMostConnections}));

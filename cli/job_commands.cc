@@ -359,14 +359,24 @@ int show_history(const HistoryCommand& command, const Surroundings& surroundings
 int set_job(const SetCommand& command, const Surroundings& surroundings) {
   const JobStore store(surroundings.places);
   const Result<JobView> view = find_job(store, command.job);
-  if (!view) return refuse(view.error(), false, surroundings);
+  if (!view) return refuse(view.error(), command.json, surroundings);
   Result<ControlClient> client = connect(store, *view);
-  if (!client) return refuse(client.error(), false, surroundings);
-  const auto answer = client->call({{"op", "set"}, {"bandwidth", command.bandwidth.bytes()}});
-  if (!answer) return refuse(answer.error(), false, surroundings);
-  return print(
-      fmt::format("job {}: bandwidth {}\n", view->id, format_rate_setting(command.bandwidth)),
-      surroundings);
+  if (!client) return refuse(client.error(), command.json, surroundings);
+  nlohmann::json request = {{"op", "set"}};
+  job::OrderedJson done = {{"job", view->id}};
+  std::string text;
+  if (command.bandwidth) {
+    request["bandwidth"] = done["bandwidth_bytes_per_s"] = command.bandwidth->bytes();
+    text = "bandwidth " + format_rate_setting(*command.bandwidth);
+  }
+  if (command.compression) {
+    const std::string name = mirror::compression_name(*command.compression);
+    request["compress"] = done["compress"] = name;
+    text += (text.empty() ? "compression " : ", compression ") + name;
+  }
+  const auto answer = client->call(request);
+  if (!answer) return refuse(answer.error(), command.json, surroundings);
+  return print(command.json ? job::to_line(done) + "\n" : fmt::format("job {}: {}\n", view->id, text), surroundings);
 }
 
 }  // namespace drover::cli

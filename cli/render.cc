@@ -144,6 +144,19 @@ std::string slowdown_text(const job::Slowdown& slowdown) {
   return fmt::format("{:.1f} ms, at most {} ms", mean, duration_cast<milliseconds>(slowdown.longest).count());
 }
 
+// How many times less was sent than without compression, if that is worth a word.
+std::string times_less(Length sent, Length saved) {
+  if (sent == Length(0)) return {};
+  const double times = static_cast<double>((sent + saved).bytes()) / static_cast<double>(sent.bytes());
+  return times < 1.05 ? std::string() : fmt::format("{:.1f} times less", times);
+}
+
+std::string compression_text(const job::Progress& progress) {
+  const std::string less = times_less(progress.wire_bytes, progress.saved_bytes);
+  if (progress.compression.empty() || (progress.compression == "none" && less.empty())) return {};
+  return "compression " + printable(progress.compression) + (less.empty() ? "" : ", " + less);
+}
+
 // The parts behind the head, in the order in which they are written.
 std::vector<Part> parts(const ProgressView& view, std::string disks) {
   const job::Progress& progress = view.progress;
@@ -159,6 +172,7 @@ std::vector<Part> parts(const ProgressView& view, std::string disks) {
   add(2, format_rate(progress.rate));
   add(1, time_left(progress));
   if (progress.phase == job::Phase::Copy && progress.disks.size() > 1) add(4, std::move(disks));
+  add(5, compression_text(progress));
   if (progress.sent_again > Length(0)) {
     add(5, format_length(progress.sent_again) + " sent again");
   }
@@ -341,6 +355,11 @@ std::string render_summary(const job::Summary& summary, const Style& style) {
   out += row("moved", disks_text(summary));
   out += row("sent", fmt::format("{}, {} of it memory", format_length(summary.wire_bytes),
                                  format_length(summary.memory_bytes)));
+  if (const Length disks = summary.wire_bytes - std::min(summary.memory_bytes, summary.wire_bytes);
+      !times_less(disks, summary.saved_bytes).empty()) {
+    out += row("", fmt::format("compression saved {}: {} for the disks", format_length(summary.saved_bytes),
+                               times_less(disks, summary.saved_bytes)));
+  }
   if (summary.sent_again > Length(0) || summary.reconnects > 0) {
     out += row("again", fmt::format("{} sent again, {}", format_length(summary.sent_again),
                                     plural(summary.reconnects, "reconnect")));

@@ -16,6 +16,7 @@
 #include <deque>
 #include <list>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <utility>
 
@@ -280,6 +281,27 @@ class Server final : public ControlServer {
     if (std::exchange(client.wants_recent, false)) queue(client, recent_.all());
   }
 
+  // Nothing is set if one of the values is wrong or can't be.
+  Result<json> set(const json& request) {
+    std::optional<std::uint64_t> rate;
+    if (request.contains("compress")) {
+      DROVER_ASSIGN(const std::string text, mirror::get_string(request, "compress", 64));
+      DROVER_ASSIGN(const mirror::Compression wanted, mirror::parse_compression(text));
+      if (request.contains("bandwidth")) {
+        DROVER_ASSIGN(rate, mirror::get_unsigned(request, "bandwidth"));
+      }
+      DROVER_TRY(callbacks_.set_compression(wanted));
+      log_info("compression set to {}", text);
+    } else {
+      DROVER_ASSIGN(rate, mirror::get_unsigned(request, "bandwidth"));
+    }
+    if (rate) {
+      log_info("bandwidth set to {} bytes per second", *rate);
+      DROVER_TRY(callbacks_.set_bandwidth(Length(*rate)));
+    }
+    return json::object();
+  }
+
   Result<json> carry_out(Client& client, const std::string& line) {
     DROVER_ASSIGN(const json request, mirror::parse_object(line, "the request"));
     DROVER_ASSIGN(const std::string op, mirror::get_string(request, "op", 64));
@@ -294,12 +316,7 @@ class Server final : public ControlServer {
       client.watching = true;
       return json::object();
     }
-    if (op == "set") {
-      DROVER_ASSIGN(const std::uint64_t rate, mirror::get_unsigned(request, "bandwidth"));
-      log_info("bandwidth set to {} bytes per second", rate);
-      DROVER_TRY(callbacks_.set_bandwidth(Length(rate)));
-      return json::object();
-    }
+    if (op == "set") return set(request);
     return fail(Code::Protocol, "there is no such request");
   }
 

@@ -7,7 +7,7 @@
 //   {"op":"cancel"}                   -> {"ok":true}                        it was asked to; watch
 //   it
 //   {"op":"set","bandwidth":N}        -> {"ok":true}                        bytes per second, 0: no
-//   limit
+//   limit; and, or instead, "compress":"auto" (mirror/compression.h)
 //   {"op":"watch"}                    -> {"ok":true}, then the events (job/events.h) until the job
 //   ends:
 //                                        first what was said last, then what is said
@@ -18,7 +18,8 @@
 //   DROVER_ASSIGN(auto control, ControlServer::start(job->control_socket(), {
 //       .status = [&] { return status.current().to_json(); },
 //       .cancel = [&] { cancel.request(); },
-//       .set_bandwidth = [&](Length rate) { return engine.set_bandwidth(rate); }}));
+//       .set_bandwidth = [&](Length rate) { return engine.set_bandwidth(rate); },
+//       .set_compression = [&](mirror::Compression wanted) { ...; return Status(); }}));
 //   control->publish(event_of(progress));                // job/broadcast.h does this
 //   control->stop();                                     // after the last event
 //
@@ -44,6 +45,7 @@
 #include "base/result.h"
 #include "base/unique_fd.h"
 #include "job/events.h"
+#include "mirror/compression.h"
 
 namespace drover::job {
 
@@ -53,6 +55,7 @@ class ControlServer {
     std::function<nlohmann::json()> status;
     std::function<void()> cancel;
     std::function<Status(Length per_second)> set_bandwidth;
+    std::function<Status(mirror::Compression)> set_compression;
   };
   static constexpr std::size_t kMostClients = 32;
   static constexpr std::size_t kMostRequest = 4096;              // bytes of a line

@@ -201,6 +201,7 @@ template <class Counted>
 Status read_counts(const json& object, Counted& out) {
   DROVER_ASSIGN(out.data, length(object, "data_bytes"));
   DROVER_ASSIGN(out.wire_bytes, length(object, "wire_bytes"));
+  DROVER_ASSIGN(out.saved_bytes, length(object, "saved_bytes"));
   DROVER_ASSIGN(out.mirrored_writes, optional_number(object, "mirrored_writes"));
   DROVER_ASSIGN(out.sent_again, length(object, "sent_again_bytes"));
   DROVER_ASSIGN(out.reconnects, optional_number(object, "reconnects"));
@@ -357,6 +358,8 @@ OrderedJson event_of(const Progress& progress) {
           {"rate_bytes_per_s", progress.rate.bytes()},
           {"mirrored_writes", progress.mirrored_writes},
           {"wire_bytes", progress.wire_bytes.bytes()},
+          {"saved_bytes", progress.saved_bytes.bytes()},
+          {"compression", text_or_null(progress.compression)},
           {"sent_again_bytes", progress.sent_again.bytes()},
           {"reconnects", progress.reconnects},
           {"to_verify_bytes", progress.to_verify.bytes()},
@@ -386,6 +389,7 @@ OrderedJson event_of(const Summary& summary) {
           {"blackout", blackout_or_null(summary.blackout_parts)},
           {"data_bytes", summary.data.bytes()},
           {"wire_bytes", summary.wire_bytes.bytes()},
+          {"saved_bytes", summary.saved_bytes.bytes()},
           {"memory_bytes", summary.memory_bytes.bytes()},
           {"mirrored_writes", summary.mirrored_writes},
           {"sent_again_bytes", summary.sent_again.bytes()},
@@ -441,6 +445,7 @@ Result<Progress> progress_from_json(const json& object) {
   if (const auto left = object.find("time_left_s"); left != object.end() && !left->is_null()) {
     DROVER_ASSIGN(out.time_left, time<seconds>(object, "time_left_s"));
   }
+  DROVER_ASSIGN(out.compression, optional_text(object, "compression"));
   DROVER_ASSIGN(out.copied, length(object, "copied_bytes"));
   DROVER_ASSIGN(out.to_verify, length(object, "to_verify_bytes"));
   DROVER_ASSIGN(out.rate, length(object, "rate_bytes_per_s"));

@@ -20,6 +20,7 @@
 #include "base/check.h"
 #include "base/log.h"
 #include "job/memory_channels.h"
+#include "mirror/addresses.h"
 #include "mirror/session.h"
 
 namespace drover::job {
@@ -202,6 +203,8 @@ json options_to_json(const MoveOptions& options) {
           {"target_uri", options.target_uri},
           {"target_address", options.target_address},
           {"target_port", options.target_port},
+          {"via", fmt::format("{}", fmt::join(options.via, ","))},
+          {"compression", mirror::compression_name(options.compression)},
           {"keep_source", options.keep_source},
           {"bandwidth", options.bandwidth.bytes()},
           {"max_downtime_ms", static_cast<std::uint64_t>(options.max_downtime.count())},
@@ -225,6 +228,12 @@ Result<MoveOptions> options_from_json(const json& object) {
   DROVER_ASSIGN(out.target_address, mirror::get_string(object, "target_address"));
   DROVER_ASSIGN(const auto port, mirror::get_unsigned(object, "target_port", UINT16_MAX));
   out.target_port = static_cast<std::uint16_t>(port);
+  DROVER_ASSIGN(const std::string via, mirror::get_string(object, "via"));
+  if (!via.empty()) {
+    DROVER_ASSIGN(out.via, mirror::parse_addresses(via));
+  }
+  DROVER_ASSIGN(const std::string compression, mirror::get_string(object, "compression", 64));
+  DROVER_ASSIGN(out.compression, mirror::parse_compression(compression));
   DROVER_ASSIGN(out.keep_source, required_bool(object, "keep_source"));
   DROVER_ASSIGN(const auto bandwidth, mirror::get_unsigned(object, "bandwidth"));
   out.bandwidth = Length(bandwidth);

@@ -119,6 +119,7 @@ class Move {
     while (!ended(state_)) {
       if (const std::optional<Event> event = queue_->wait(cancel_, kLookInterval)) handle(*event);
       keep_pace();
+      say_notes();
       look_for_handover();
       look_for_strict();
       report_progress();
@@ -240,7 +241,7 @@ class Move {
     DROVER_ASSIGN(receiver_request_.key, platform_.new_key());
     receiver_request_.session = id_;
     receiver_request_.port = options_.target_port;
-    receiver_request_.address = options_.target_address;
+    receiver_request_.address = options_.via.empty() ? options_.target_address : options_.via.front();
     receiver_request_.resumable = true;
     receiver_started_ = true;
     // Not broken off by a cancel: then nobody would know whether a receiver is there.
@@ -274,7 +275,10 @@ class Move {
     link.port = receiver.port;
     link.session = id_;
     link.key = receiver_request_.key;
+    link.via = options_.via;
+    link.partly_connected = [this](const std::vector<Error>& silent) { note_silent(silent); };
     link.lanes = options_.connections;
+    link.compression = compression();
     link.give_up_after = options_.link_timeout;
     link.locate = [this, last = mirror::LinkAddress{receiver.address, receiver.port}](
                       unsigned attempt, const Error&, int cancel_fd) mutable { return locate(last, attempt, cancel_fd); };
@@ -282,6 +286,23 @@ class Move {
     DROVER_TRY(engine_->connect(link));
     linked_ = true;
     return {};
+  }
+
+  // Any thread.
+  void note_silent(const std::vector<Error>& silent) {
+    const std::lock_guard lock(notes_mutex_);
+    for (const Error& error : silent) {
+      notes_.push_back(fmt::format("the link goes on without one of its addresses: {}", error.message));
+    }
+    if (silent.empty()) notes_.push_back("all addresses of the link answer again");
+  }
+  void say_notes() {
+    std::vector<std::string> notes;
+    {
+      const std::lock_guard lock(notes_mutex_);
+      notes.swap(notes_);
+    }
+    for (const std::string& note : notes) observer_.note(note);
   }
 
   mirror::MirrorEngine::Events engine_events() {
@@ -644,7 +665,7 @@ class Move {
     DROVER_ASSIGN(receiver_request_.key, platform_.new_key());
     receiver_request_.session = id_;
     receiver_request_.port = options_.target_port;
-    receiver_request_.address = options_.target_address;
+    receiver_request_.address = options_.via.empty() ? options_.target_address : options_.via.front();
     receiver_request_.resumable = receiver_request_.resume = true;
     receiver_started_ = true;
     DROVER_ASSIGN(const mirror::ReceiverInfo receiver,
@@ -751,6 +772,10 @@ class Move {
     return files_.bandwidth ? Length(files_.bandwidth->load()) : options_.bandwidth;
   }
 
+  [[nodiscard]] mirror::Compression compression() const {
+    return files_.compression ? files_.compression->load() : options_.compression;
+  }
+
   void on_source_event(const GuestEvent& event) {
     log_info("source event: {} {} {}", memmig::event_name(event.kind), event.detail, event.disk);
     const auto trouble = [&](Code code, std::string what) {
@@ -841,6 +866,7 @@ class Move {
     const Instant start = platform_.now();
     next_look_ = start + kLookInterval;
     if (engine_) engine_->set_bandwidth(bandwidth());
+    if (linked_ && engine_) engine_->link().set_compression(compression());
     if (handing_over) return;  // at the rate of enter_strict()
     const Result<memmig::GuestIo> io = source().disk_io(uuid());
     // A libvirt that is slow to answer is not asked all the time.
@@ -1331,6 +1357,7 @@ class Move {
           path, plan().host));
     }
     summary_.memory_bytes = Length(status.link.memory_bytes);
+    summary_.saved_bytes = Length(status.link.bytes_saved);
     summary_.wire_bytes = Length(status.link.bytes_sent + status.link.memory_bytes);
     if (const auto stats = engine_->link().call({{"op", "stats"}}, kControlTimeout)) {
       summary_.receiver_peak_memory = Length(stats->value("peak_memory", std::uint64_t{0}));
@@ -1570,6 +1597,8 @@ class Move {
   std::optional<std::vector<mirror::TargetDisk>> targets_;  // not noted yet
   std::vector<mirror::TargetDisk> known_targets_;
   std::atomic<bool> verify_again_{false};
+  std::mutex notes_mutex_;
+  std::vector<std::string> notes_;  // not said yet
   std::vector<std::string> attached_;
   // Before the engine: its thread uses it until it ends.
   std::atomic<bool> mirrors_may_go_{false};

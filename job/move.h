@@ -27,6 +27,7 @@
 #include "base/result.h"
 #include "base/units.h"
 #include "memmig/preflight.h"
+#include "mirror/compression.h"
 
 namespace drover::job {
 
@@ -37,12 +38,14 @@ struct MoveOptions {
   std::string source_uri = "qemu:///system";
   std::string target_uri;      // empty: qemu+ssh://HOST/system
   std::string target_address;  // for the link; empty: where SSH goes
+  std::vector<std::string> via;  // instead: several, over which the link's connections are spread
   std::uint16_t target_port = 0;  // the receiver listens on it; 0: any
   bool keep_source = false;    // the disks' files and the definition stay (the guest is off here)
   Length bandwidth;            // per second, for the disks' copy and the memory; zero: no limit
   std::chrono::milliseconds max_downtime{500};
   unsigned connections = 2;    // data connections of the link
   unsigned memory_channels = 0;  // connections of the guest's memory, 1 to 8; 0: job/memory_channels.h says
+  mirror::Compression compression;  // of what goes over it, but for the memory
   bool keep_partial = false;   // after a cancel or a failure the target's images stay for a resume
   // In the handover a guest's write waits for the target when the link is slower than the guest writes; one that would
   // wait for longer ends that handover. 10 ms to 1 min.
@@ -129,6 +132,8 @@ struct Progress {
   std::optional<std::chrono::seconds> time_left;  // of the present phase; absent: not known
   std::uint64_t mirrored_writes = 0;  // the guest's writes that came through the mirror
   Length wire_bytes;                  // sent to the target so far, memory included
+  Length saved_bytes;                 // not sent, thanks to compression
+  std::string compression;            // what it is at now: "none", "lz4", "zstd:1"; empty: there is no link
   Length memory_total;                // Memory: what QEMU says
   Length memory_remaining;
   std::string waiting_for;            // what holds it up, for people; empty: nothing
@@ -164,6 +169,7 @@ struct Summary {
   Length data;           // read from the source's disks
   Length wire_bytes;     // sent, memory included
   Length memory_bytes;   // of it
+  Length saved_bytes;    // not sent, thanks to compression
   std::uint64_t mirrored_writes = 0;
   std::vector<std::pair<Phase, std::chrono::milliseconds>> phase_times;  // in their order
   std::chrono::milliseconds total{0};

@@ -48,6 +48,8 @@ void ProgressMeter::copy(const mirror::MirrorEngine::EngineStatus& status) {
     progress_.sent_again += disk.counters.sent_again;
     progress_.to_verify += disk.to_verify;
   }
+  progress_.saved_bytes = Length(status.link.bytes_saved);
+  progress_.compression = mirror::encoding_name(status.link.encoding);
   progress_.wire_bytes = Length(status.link.bytes_sent + status.link.memory_bytes);
   disks(seen);
 }

@@ -46,6 +46,7 @@ struct JobFiles {
   std::function<void(std::string_view)> state;  // is told each new state's name; may be empty
   // Bytes per second, zero: no limit; may be changed while the job runs.
   std::shared_ptr<std::atomic<std::uint64_t>> bandwidth;
+  std::shared_ptr<std::atomic<mirror::Compression>> compression;  // likewise; a relocation has none
   MoveMutation mutation;
 };
 

@@ -33,11 +33,20 @@ Result<Summary> run_job(Job& job, bool resumed, Observer& observer, Cancel& canc
   const JobRecord& record = job.record();
   const Length limit = record.relocation ? record.relocation->bandwidth : record.options.bandwidth;
   auto bandwidth = std::make_shared<std::atomic<std::uint64_t>>(limit.bytes());
+  const bool is_move = !record.relocation;
+  auto compression = std::make_shared<std::atomic<mirror::Compression>>(record.options.compression);
   DROVER_ASSIGN(auto control, ControlServer::start(job.control_socket(), {
                                   .status = [&] { return status.current().to_json(); },
                                   .cancel = [&] { cancel.request(); },
                                   .set_bandwidth = [bandwidth](Length rate) -> Status {
                                     bandwidth->store(rate.bytes());
+                                    return {};
+                                  },
+                                  .set_compression = [compression, is_move](mirror::Compression wanted) -> Status {
+                                    if (!is_move) {
+                                      return fail(Code::Incompatible, "a relocation sends nothing over a link");
+                                    }
+                                    compression->store(wanted);
                                     return {};
                                   }}));
   Broadcast broadcast(observer, status, *control);
@@ -48,7 +57,8 @@ Result<Summary> run_job(Job& job, bool resumed, Observer& observer, Cancel& canc
                        .journal = job.journal_directory(),
                        .resumed = resumed,
                        .state = [&](std::string_view name) { status.state(name); },
-                       .bandwidth = bandwidth};
+                       .bandwidth = bandwidth,
+                       .compression = compression};
   MoveEnd end = body(broadcast, files);
   if (!end.result) status.error(end.result.error());
   status.flush();

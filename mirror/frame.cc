@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <memory>
 
 #include <fmt/format.h>
 #include <lz4.h>
@@ -74,6 +75,15 @@ Status check_target_bound(const FrameHeader& header, const FrameLimits& limits) 
   return {};
 }
 
+Status check_encoding(const FrameHeader& header) {
+  const bool plain = header.encoding == Encoding::Plain;
+  if (plain ? header.payload_length != header.decoded_length
+            : header.payload_length == 0 || header.payload_length >= header.decoded_length) {
+    return broken("a payload does not fit its encoding");
+  }
+  return {};
+}
+
 Status check_copy(const FrameHeader& header) {
   const std::uint64_t length = header.extent.length.bytes();
   if ((header.flags & ~(kFlagSparse | kFlagFresh | kFlagPartial)) != 0) {
@@ -93,12 +103,7 @@ Status check_copy(const FrameHeader& header) {
   } else if (header.decoded_length != length) {
     return broken("a copy's length does not fit its extent");
   }
-  const bool plain = header.encoding == Encoding::Plain;
-  if (plain ? header.payload_length != header.decoded_length
-            : header.payload_length == 0 || header.payload_length >= header.decoded_length) {
-    return broken("a copy's payload does not fit its encoding");
-  }
-  return {};
+  return check_encoding(header);
 }
 
 Status check_plain(const FrameHeader& header, std::uint64_t length) {
@@ -133,7 +138,10 @@ Status check(const FrameHeader& header, const FrameLimits& limits) {
     case FrameType::Write:
       DROVER_TRY(check_target_bound(header, limits));
       if (header.flags != 0) return broken("unknown flags");
-      return check_plain(header, header.extent.length.bytes());
+      if (header.decoded_length != header.extent.length.bytes()) {
+        return broken("a write's length does not fit its extent");
+      }
+      return check_encoding(header);
     case FrameType::Zero:
       DROVER_TRY(check_target_bound(header, limits));
       if ((header.flags & ~kFlagFresh) != 0 || header.checksum != 0) return broken("unknown flags");
@@ -150,6 +158,22 @@ Status check(const FrameHeader& header, const FrameLimits& limits) {
   return broken("an unknown type");
 }
 
+// A thread's own, for its life: making one for each chunk costs as much as compressing it fast.
+ZSTD_CCtx* compressor() {
+  struct Free {
+    void operator()(ZSTD_CCtx* context) const { ZSTD_freeCCtx(context); }
+  };
+  thread_local const std::unique_ptr<ZSTD_CCtx, Free> context(ZSTD_createCCtx());
+  return context.get();
+}
+ZSTD_DCtx* decompressor() {
+  struct Free {
+    void operator()(ZSTD_DCtx* context) const { ZSTD_freeDCtx(context); }
+  };
+  thread_local const std::unique_ptr<ZSTD_DCtx, Free> context(ZSTD_createDCtx());
+  return context.get();
+}
+
 // Compresses `in` to `out`; 0 if that does not make it smaller.
 std::size_t compress(std::span<const std::byte> in, std::span<std::byte> out,
                      const EncodeOptions& options) {
@@ -161,7 +185,7 @@ std::size_t compress(std::span<const std::byte> in, std::span<std::byte> out,
     return size > 0 ? static_cast<std::size_t>(size) : 0;
   }
   const std::size_t size =
-      ZSTD_compress(out.data(), room, in.data(), in.size(), options.level == 0 ? 1 : options.level);
+      ZSTD_compressCCtx(compressor(), out.data(), room, in.data(), in.size(), options.level == 0 ? 1 : options.level);
   return ZSTD_isError(size) != 0 ? 0 : size;
 }
 
@@ -175,10 +199,23 @@ Status decompress(const FrameHeader& header, std::span<const std::byte> payload,
                                          static_cast<int>(out.size()));
     whole = size >= 0 && static_cast<std::size_t>(size) == out.size();
   } else {
-    whole = ZSTD_decompress(out.data(), out.size(), payload.data(), payload.size()) == out.size();
+    whole = ZSTD_decompressDCtx(decompressor(), out.data(), out.size(), payload.data(), payload.size()) == out.size();
   }
   if (!whole) return broken("a payload that does not decompress to its length");
   return {};
+}
+
+// The rest of a header whose decoded_length is set: the payload, in `out` if it is smaller compressed.
+std::span<const std::byte> encode_payload(FrameHeader& header, std::span<const std::byte> decoded,
+                                          const EncodeOptions& options, std::span<std::byte> out) {
+  header.encoding = Encoding::Plain;
+  header.payload_length = header.decoded_length;
+  if (options.encoding == Encoding::Plain) return decoded;
+  const std::size_t size = compress(decoded, out, options);
+  if (size == 0) return decoded;
+  header.encoding = options.encoding;
+  header.payload_length = static_cast<std::uint32_t>(size);
+  return out.first(size);
 }
 
 std::span<const std::byte> block_at(std::span<const std::byte> content, std::size_t block) {
@@ -321,23 +358,16 @@ std::span<const std::byte> encode_copy(FrameHeader& header, std::span<const std:
   }
   header.decoded_length = static_cast<std::uint32_t>(decoded.size());
   header.checksum = checksum_of(decoded);
-  header.encoding = Encoding::Plain;
-  header.payload_length = header.decoded_length;
-  if (options.encoding == Encoding::Plain) return decoded;
-  const std::span<std::byte> compressed = out.subspan(kMaxPayload);
-  const std::size_t size = compress(decoded, compressed, options);
-  if (size == 0) return decoded;
-  header.encoding = options.encoding;
-  header.payload_length = static_cast<std::uint32_t>(size);
-  return compressed.first(size);
+  return encode_payload(header, decoded, options, out.subspan(kMaxPayload));
 }
 
-void encode_write(FrameHeader& header, std::span<const std::byte> content) {
+std::span<const std::byte> encode_write(FrameHeader& header, std::span<const std::byte> content,
+                                        const EncodeOptions& options, std::span<std::byte> out) {
   CHECK(header.type == FrameType::Write && content.size() == header.extent.length.bytes(),
         "a write's content is its extent");
-  header.encoding = Encoding::Plain;
-  header.payload_length = header.decoded_length = static_cast<std::uint32_t>(content.size());
+  header.decoded_length = static_cast<std::uint32_t>(content.size());
   header.checksum = checksum_of(content);
+  return encode_payload(header, content, options, out);
 }
 
 BlockHash block_hash(std::span<const std::byte> block) {

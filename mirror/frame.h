@@ -105,8 +105,9 @@ struct EncodeOptions {
 std::span<const std::byte> encode_copy(FrameHeader& header, std::span<const std::byte> content,
                                        const BlockMask& blocks, const EncodeOptions& options,
                                        std::span<std::byte> out);
-// The same for a mirrored Write: plain, with checksum.
-void encode_write(FrameHeader& header, std::span<const std::byte> content);
+// The same for a mirrored Write; with compression `out` has room for its content.
+std::span<const std::byte> encode_write(FrameHeader& header, std::span<const std::byte> content,
+                                        const EncodeOptions& options = {}, std::span<std::byte> out = {});
 
 // XXH3, 128 bits: what a Compare carries of each block. (It tells apart what differs by chance or damage;
 // a guest that makes two blocks of one hash harms its own disk only.)

@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mirror/link.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
+#include <linux/sockios.h>
+#include <linux/tcp.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -12,6 +17,7 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
+#include <cstdio>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -28,6 +34,7 @@
 #include "base/log.h"
 #include "base/priority.h"
 #include "base/random.h"
+#include "mirror/compression_policy.h"
 #include "mirror/connect.h"
 #include "mirror/lane_queue.h"
 #include "mirror/relay.h"
@@ -38,15 +45,21 @@ namespace drover::mirror {
 namespace {
 
 constexpr std::size_t kLaneInput = std::size_t{32} << 10;
+// One of several addresses.
+constexpr std::chrono::milliseconds kAddressPatience{3000};
 // What is encrypted before it is handed to the kernel in one call.
 constexpr std::size_t kLaneOutput = std::size_t{256} << 10;
 
 struct Totals {
   std::atomic<std::uint64_t> bytes_sent{0};
   std::atomic<std::uint64_t> bytes_received{0};
+  std::atomic<std::uint64_t> bytes_saved{0};
   std::atomic<std::uint64_t> memory_bytes{0};
   std::atomic<std::uint64_t> frames_sent{0};
+  std::atomic<Compression> compression;                         // what is wanted
+  std::array<std::atomic<Compression>, kMaxLanes> compressing;  // what each lane is at
 };
+static_assert(std::atomic<Compression>::is_always_lock_free);
 
 Error lost_error(std::string message) {
   return Error{Code::Unreachable, std::move(message), "is the network between the hosts up?", true};
@@ -80,6 +93,27 @@ class Waker {
   UniqueFd fd_;
 };
 
+// How long the calling thread could have run and had no processor (CONFIG_SCHED_INFO; else: never).
+class ProcessorWaits {
+ public:
+  // Since the last call. Of one thread.
+  Duration waited() {
+    if (!fd_) fd_ = UniqueFd(::open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC));
+    std::array<char, 128> text{};
+    const ssize_t size = fd_ ? ::pread(fd_.get(), text.data(), text.size() - 1, 0) : 0;
+    unsigned long long ran = 0;
+    unsigned long long waited = 0;
+    if (size <= 0 || std::sscanf(text.data(), "%llu %llu", &ran, &waited) != 2) return Duration(0);
+    const auto total = std::chrono::nanoseconds(static_cast<std::int64_t>(waited));
+    const auto before = std::exchange(total_, total);
+    return std::chrono::duration_cast<Duration>(std::max(total - before, std::chrono::nanoseconds(0)));
+  }
+
+ private:
+  UniqueFd fd_;
+  std::chrono::nanoseconds total_{0};
+};
+
 class LaneSender;
 class Control;
 
@@ -90,6 +124,7 @@ struct Connections {
   std::vector<std::unique_ptr<LaneSender>> lanes;
   std::unique_ptr<Control> control;
   std::vector<TargetDisk> disks;  // as the receiver's welcome named them
+  std::vector<Error> silent;      // of addresses that did not answer
 
   void start();
   // Ends and joins every thread; with an error, calls that wait fail with it.
@@ -223,7 +258,6 @@ class LaneSender {
         epoch_(epoch),
         lost_(std::move(lost)),
         socket_(std::move(socket)),
-        encode_(options.encode),
         silence_(options.silence_timeout),
         limits_{options.disk_sizes, options.chunk_size},
         delivery_(std::move(delivery)),
@@ -335,6 +369,10 @@ class LaneSender {
       DROVER_ASSIGN(const bool sent, socket_.send());
       DROVER_TRY(receive_answers());
       deliver();
+      if (const Instant time = now(); automatic_ && policy_.due(time)) {
+        policy_.delayed(processor_.waited());
+        policy_.look(time, arrived());
+      }
       if (sent && (current_ || socket_.tls().unflushed())) continue;
       DROVER_TRY(wait(sent));
     }
@@ -389,13 +427,7 @@ class LaneSender {
     header.sequence = ++sequence_;
     switch (frame.type) {
       case FrameType::Copy:
-        next.payload = encode_copy(header, frame.content, frame.blocks, encode_,
-                                   std::span(scratch_.get(), kEncodeScratch));
-        break;
-      case FrameType::Write:
-        encode_write(header, frame.content);
-        next.payload = frame.content;
-        break;
+      case FrameType::Write: next.payload = encode(header, frame); break;
       case FrameType::Zero: break;
       case FrameType::Compare:
         next.payload = encode_compare(header, frame.content, std::span(scratch_.get(), kEncodeScratch));
@@ -412,6 +444,48 @@ class LaneSender {
     }
     current_ = std::move(next);
     return true;
+  }
+
+  std::span<const std::byte> encode(FrameHeader& header, const OutFrame& frame) {
+    const bool write = frame.type == FrameType::Write;
+    const std::span<std::byte> out(scratch_.get(), kEncodeScratch);
+    const auto wanted = totals_.compression.load(std::memory_order_relaxed);
+    const Instant begin = now();
+    if (wanted.automatic && !automatic_) policy_ = CompressionPolicy(begin, arrived());
+    automatic_ = wanted.automatic;
+    EncodeOptions with{wanted.encoding, wanted.level};
+    if (automatic_) {
+      with = write ? policy_.choose_write(frame.content.size()) : policy_.choose(begin);
+    } else if (write && frame.content.size() < CompressionPolicy::kLeastWrite) {
+      with = {};
+    }
+    const auto payload = write ? encode_write(header, frame.content, with, out)
+                               : encode_copy(header, frame.content, frame.blocks, with, out);
+    if (automatic_) {
+      policy_.encoded(with, {header.decoded_length, payload.size(), now() - begin});
+      with = policy_.current();
+    }
+    totals_.bytes_saved.fetch_add(header.decoded_length - payload.size(), std::memory_order_relaxed);
+    if (!write) {
+      totals_.compressing[index_].store({automatic_, with.encoding, static_cast<std::int8_t>(with.level)},
+                                        std::memory_order_relaxed);
+    }
+    return payload;
+  }
+
+  // Bytes that the target's kernel has not acknowledged yet; and those that it has.
+  [[nodiscard]] std::uint64_t outstanding() const {
+    int bytes = 0;
+    if (::ioctl(socket_.fd(), SIOCOUTQ, &bytes) != 0 || bytes < 0) return 0;
+    return static_cast<std::uint64_t>(bytes);
+  }
+  std::uint64_t arrived() {
+    tcp_info info{};
+    socklen_t size = sizeof info;
+    if (::getsockopt(socket_.fd(), IPPROTO_TCP, TCP_INFO, &info, &size) == 0) {
+      arrived_ = std::max<std::uint64_t>(arrived_, info.tcpi_bytes_acked);
+    }
+    return arrived_;
   }
 
   Status receive_answers() {
@@ -493,6 +567,8 @@ class LaneSender {
       if (stop_ || (sent && !queue_.empty())) return {};
       sleeping_ = sent;
     }
+    const std::uint64_t before = automatic_ && sent ? outstanding() : 0;
+    const Instant begin = now();
     const Instant deadline = heard_ + silence_;
     const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - now());
     std::array<pollfd, 2> polled = {
@@ -505,6 +581,11 @@ class LaneSender {
     {
       const std::lock_guard lock(mutex_);
       sleeping_ = false;
+    }
+    if (automatic_ && sent) {
+      policy_.starved(now() - begin, before, before > 0 ? outstanding() : 0);
+    } else if (automatic_) {
+      policy_.blocked(now() - begin);
     }
     // The target's beats come four times in this time. Only a poll that found nothing proves
     // silence: this process may itself have been stopped.
@@ -520,7 +601,6 @@ class LaneSender {
   const std::uint64_t epoch_;
   const Lost lost_;
   TlsSocket socket_;
-  const EncodeOptions encode_;
   const std::chrono::milliseconds silence_;
   const FrameLimits limits_;
   const std::shared_ptr<Delivery> delivery_;
@@ -539,6 +619,10 @@ class LaneSender {
 
   // The thread's own.
   std::unique_ptr<std::byte[]> scratch_;
+  CompressionPolicy policy_{now()};
+  ProcessorWaits processor_;
+  bool automatic_ = true;       // it decides
+  std::uint64_t arrived_ = 0;   // bytes, when it was last asked
   std::optional<Current> current_;
   std::uint64_t sequence_ = 0;
   std::deque<Unanswered> unanswered_;  // the last one has sequence_
@@ -729,7 +813,7 @@ class Control {
 // Memory: a unix socket here, a TLS connection per connection to it.
 class MemoryRelay {
  public:
-  MemoryRelay(Endpoint endpoint, Hello hello, const MemoryCompression& compression,
+  MemoryRelay(Endpoint endpoint, Hello hello, const Compression& compression,
               std::chrono::milliseconds connect_timeout, Totals& totals)
       : endpoint_(std::move(endpoint)),
         hello_(std::move(hello)),
@@ -848,7 +932,7 @@ class MemoryRelay {
 
   const Endpoint endpoint_;
   const Hello hello_;
-  const MemoryCompression compression_;
+  const Compression compression_;
   const std::chrono::milliseconds connect_timeout_;
   Totals& totals_;
   Waker stop_;
@@ -891,13 +975,60 @@ Result<std::vector<TargetDisk>> read_target_disks(const nlohmann::json& welcome)
   return disks;
 }
 
+// The target's addresses while an epoch's connections are made: those that answer take turns.
+class Addresses {
+ public:
+  explicit Addresses(const std::vector<std::string>& all) {
+    for (const std::string& one : all) left_.push_back({one, false});
+  }
+
+  void next() { at_ = (at_ + 1) % left_.size(); }
+  // To the one whose turn it is, or the next that answers; the others are left out from then on.
+  // Fails when none is left, with what was wrong with the first.
+  Result<TlsSocket> open(Endpoint& endpoint, const Hello& hello, Instant deadline, int cancel_fd,
+                         nlohmann::json* welcome = nullptr) {
+    while (true) {
+      Address& address = left_[at_];
+      endpoint.address = address.name;
+      // One that swallows everything leaves time for the others.
+      const auto untried = std::ranges::count(left_, false, &Address::answers);
+      Instant until = deadline;
+      if (left_.size() > 1 && !address.answers) {
+        until = now() + std::min<Duration>((deadline - now()) / (untried + 1), kAddressPatience);
+      }
+      auto opened = open_connection(endpoint, hello, until, cancel_fd, welcome);
+      if (opened) {
+        address.answers = true;
+        return opened;
+      }
+      if (opened.error().code == Code::Cancelled) return opened;
+      silent_.push_back(opened.error());
+      if (left_.size() == 1) return fail(silent_.front());
+      left_.erase(left_.begin() + static_cast<std::ptrdiff_t>(at_));
+      at_ %= left_.size();
+    }
+  }
+  [[nodiscard]] const std::vector<Error>& silent() const { return silent_; }
+
+ private:
+  struct Address {
+    std::string name;
+    bool answers = false;
+  };
+  std::vector<Address> left_;  // never empty
+  std::size_t at_ = 0;
+  std::vector<Error> silent_;
+};
+
 class LinkImpl final : public Link {
  public:
   LinkImpl(Loop& engine, LinkOptions options, Answers& answers)
       : options_(std::move(options)),
         delivery_(std::make_shared<Delivery>(engine, answers)),
         endpoint_{options_.address, options_.port, options_.key, options_.silence_timeout},
-        epoch_(options_.epoch) {}
+        epoch_(options_.epoch) {
+    totals_.compression = options_.compression;
+  }
 
   ~LinkImpl() override {
     delivery_->stop();
@@ -917,9 +1048,11 @@ class LinkImpl final : public Link {
       return fail(Code::InvalidArgument,
                   fmt::format("a link has 1 to {} data connections", kMaxLanes));
     }
+    if (!options_.via.empty()) DROVER_TRY(check_addresses(options_.via));
     DROVER_TRY(check_session_id(options_.session));
     DROVER_TRY(stopped_.open());
     DROVER_ASSIGN(current_, connect_all(endpoint_, epoch_));
+    tell_silent(current_->silent);
     delivery_->begin(current_);
     current_->start();
     keeper_ = std::thread([this] { keep(); });
@@ -975,14 +1108,15 @@ class LinkImpl final : public Link {
     DROVER_ASSIGN(const std::shared_ptr<Connections> connections, up_now());
     Hello hello = make_hello(ConnectionKind::Memory, connections->epoch);
     hello.path = options.unix_path;
-    hello.blocks = options_.memory_compression.method != MemoryCompression::Method::None;
+    const Compression compression = totals_.compression.load();
+    hello.blocks = compression.automatic || compression.encoding != Encoding::Plain;
     Endpoint endpoint;
     {
       const std::lock_guard lock(mutex_);
       endpoint = endpoint_;
     }
     auto made = std::make_unique<MemoryRelay>(
-        endpoint, std::move(hello), options_.memory_compression, options_.connect_timeout, totals_);
+        endpoint, std::move(hello), compression, options_.connect_timeout, totals_);
     DROVER_TRY(made->start(options));
     // The link goes down: current_ changes first, then the relay is stopped.
     const std::lock_guard relay_lock(relay_mutex_);
@@ -1010,12 +1144,27 @@ class LinkImpl final : public Link {
   [[nodiscard]] LinkCounters counters() const override {
     return {.bytes_sent = totals_.bytes_sent,
             .bytes_received = totals_.bytes_received,
+            .bytes_saved = totals_.bytes_saved,
             .memory_bytes = totals_.memory_bytes,
             .frames_sent = totals_.frames_sent,
-            .reconnects = reconnects_};
+            .reconnects = reconnects_,
+            .encoding = strongest()};
   }
 
+  void set_compression(const Compression& compression) override { totals_.compression = compression; }
+
  private:
+  [[nodiscard]] EncodeOptions strongest() const {
+    EncodeOptions most;
+    for (const auto& lane : totals_.compressing) {
+      const Compression one = lane.load(std::memory_order_relaxed);
+      if (std::pair(one.encoding, int{one.level}) > std::pair(most.encoding, most.level)) {
+        most = {one.encoding, one.level};
+      }
+    }
+    return most;
+  }
+
   [[nodiscard]] Hello make_hello(ConnectionKind kind, std::uint64_t epoch) const {
     Hello hello;
     hello.kind = kind;
@@ -1029,7 +1178,8 @@ class LinkImpl final : public Link {
                     std::chrono::milliseconds(1));
   }
 
-  Result<std::shared_ptr<Connections>> connect_all(const Endpoint& endpoint, std::uint64_t epoch) {
+  // The endpoint is left with the address that the control connection found.
+  Result<std::shared_ptr<Connections>> connect_all(Endpoint& endpoint, std::uint64_t epoch) {
     const Instant deadline = now() + options_.connect_timeout;
     auto made = std::make_shared<Connections>();
     made->epoch = epoch;
@@ -1039,20 +1189,32 @@ class LinkImpl final : public Link {
     hello.limits = {options_.disk_sizes, options_.chunk_size};
     hello.silence = options_.silence_timeout;
     nlohmann::json welcome;
-    DROVER_ASSIGN(TlsSocket control,
-                  open_connection(endpoint, hello, deadline, stopped_.fd(), &welcome));
+    Addresses addresses(options_.via.empty() ? std::vector{endpoint.address} : options_.via);
+    DROVER_ASSIGN(TlsSocket control, addresses.open(endpoint, hello, deadline, stopped_.fd(), &welcome));
     DROVER_ASSIGN(made->disks, read_target_disks(welcome));
+    const Endpoint first = endpoint;
     for (unsigned i = 0; i < options_.lanes; ++i) {
       hello = make_hello(ConnectionKind::Lane, epoch);
       hello.lane = i;
-      DROVER_ASSIGN(TlsSocket lane, open_connection(endpoint, hello, deadline, stopped_.fd()));
+      DROVER_ASSIGN(TlsSocket lane, addresses.open(endpoint, hello, deadline, stopped_.fd()));
       made->lanes.push_back(std::make_unique<LaneSender>(i, epoch, std::move(lane), options_,
                                                          delivery_, totals_, lost));
       DROVER_TRY(made->lanes.back()->prepare());
+      addresses.next();
     }
+    endpoint = first;
     made->control = std::make_unique<Control>(std::move(control), options_.silence_timeout, lost);
     DROVER_TRY(made->control->prepare());
+    made->silent = addresses.silent();
     return made;
+  }
+
+  void tell_silent(const std::vector<Error>& silent) {
+    std::vector<std::string> messages;
+    for (const Error& error : silent) messages.push_back(error.message);
+    if (messages == std::exchange(told_silent_, messages)) return;
+    for (const std::string& message : messages) log_warning("the link goes on without it: {}", message);
+    if (options_.partly_connected) options_.partly_connected(silent);
   }
 
   // On the thread of the connection that broke; the others go with it.
@@ -1138,6 +1300,7 @@ class LinkImpl final : public Link {
         give_up(last);
         return false;
       }
+      tell_silent((*made)->silent);
       const std::lock_guard lock(mutex_);
       if (stop_) return false;
       endpoint_ = endpoint;
@@ -1196,6 +1359,7 @@ class LinkImpl final : public Link {
 
   // The link's own thread's.
   std::uint64_t epoch_;
+  std::vector<std::string> told_silent_;
   unsigned attempts_ = 0;
   Instant up_since_ = now();
   Random jitter_{std::random_device{}()};

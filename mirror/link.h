@@ -43,6 +43,8 @@
 #include "base/buffer.h"
 #include "base/loop.h"
 #include "base/result.h"
+#include "mirror/addresses.h"
+#include "mirror/compression.h"
 #include "mirror/lanes.h"
 #include "mirror/memory_codec.h"
 #include "mirror/session.h"
@@ -69,6 +71,13 @@ struct LinkAddress {
 struct LinkOptions {
   std::string address;  // host name or IP address of the target
   std::uint16_t port = 0;
+  // Several addresses of the target (instead of `address`), each with its listener at `port`: the
+  // lanes are spread over them. One that does not answer is left out of this epoch, and tried again
+  // in the next; the control and memory connections use the first one that answers.
+  std::vector<std::string> via;  // at most kMaxAddresses
+  // Each time the link has come up: those that did not answer, with why, when they are not those of
+  // the time before. On the caller's thread of connect(), later on the link's own.
+  std::function<void(const std::vector<Error>& silent)> partly_connected;
   std::string session;  // the job's id: TLS-PSK identity
   LinkKey key{};
   // Counts the connects of one session: the receiver drops what is older. Further ones count on.
@@ -76,8 +85,7 @@ struct LinkOptions {
   unsigned lanes = 2;  // 1 to 16
   std::vector<Length> disk_sizes;
   Length chunk_size = kMaxChunk;
-  EncodeOptions encode;
-  MemoryCompression memory_compression;
+  Compression compression;
   std::chrono::milliseconds connect_timeout{10000};
   // No sign of life from the target for this long, on any connection: it is lost.
   std::chrono::milliseconds silence_timeout{kSilence};
@@ -89,15 +97,18 @@ struct LinkOptions {
   // `last`: why the link broke, or why the last try failed. Its own error ends the link, unless it
   // is retryable or Unreachable. None: the same address is tried again, and a receiver there that
   // denies the key or breaks the protocol ends the link.
+  // Of several addresses (`via`) only the port is taken from its answer.
   std::function<Result<LinkAddress>(unsigned attempt, const Error& last, int cancel_fd)> locate;
 };
 
 struct LinkCounters {
   std::uint64_t bytes_sent = 0;  // on the wire: payload and headers, before TLS's own overhead
   std::uint64_t bytes_received = 0;
+  std::uint64_t bytes_saved = 0;   // by compression: the payloads' bytes that were not sent
   std::uint64_t memory_bytes = 0;  // relayed for QEMU's memory migration
   std::uint64_t frames_sent = 0;
   std::uint64_t reconnects = 0;
+  EncodeOptions encoding;  // what compresses most of what the lanes are at now
 };
 
 // What the target's part of the barrier took, by its clock. Zero: an older receiver did not say.
@@ -144,6 +155,8 @@ class Link : public Lanes {
   // closed. Any thread.
   virtual void let_memory_pass(bool pass) = 0;
   virtual void stop_relay() = 0;
+  // From the next frame on. Any thread.
+  virtual void set_compression(const Compression& compression) = 0;
   [[nodiscard]] virtual LinkCounters counters() const = 0;  // any thread
 };
 

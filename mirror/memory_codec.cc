@@ -27,19 +27,12 @@ double seconds(Duration time) { return std::chrono::duration<double>(time).count
 // --- the choice ---
 
 bool CompressionChoice::compressing() const {
-  switch (asked_.method) {
-    case MemoryCompression::Method::None: return false;
-    case MemoryCompression::Method::Lz4:
-    case MemoryCompression::Method::Zstd: return true;
-    case MemoryCompression::Method::Auto: return trying_;
-  }
-  return false;
+  return asked_.automatic ? trying_ : asked_.encoding != Encoding::Plain;
 }
 
 EncodeOptions CompressionChoice::next() const {
   if (!compressing()) return {};
-  if (asked_.method == MemoryCompression::Method::Lz4) return {Encoding::Lz4, asked_.level};
-  if (asked_.method == MemoryCompression::Method::Zstd) return {Encoding::Zstd, asked_.level};
+  if (!asked_.automatic) return {asked_.encoding, asked_.level};
   return {plain_rate_ < kZstdRate ? Encoding::Zstd : Encoding::Lz4, 0};
 }
 

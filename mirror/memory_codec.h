@@ -16,19 +16,13 @@
 
 #include "base/clock.h"
 #include "base/result.h"
+#include "mirror/compression.h"
 #include "mirror/frame.h"
 
 namespace drover::mirror {
 
 inline constexpr std::size_t kMemoryBlock = std::size_t{256} << 10;
 inline constexpr std::size_t kMemoryHeader = 8;
-
-// As --compress says.
-struct MemoryCompression {
-  enum class Method { Auto, None, Lz4, Zstd };
-  Method method = Method::Auto;
-  int level = 0;  // 0: the method's own default
-};
 
 struct MemoryBlockHeader {
   Encoding encoding = Encoding::Plain;
@@ -51,7 +45,7 @@ class CompressionChoice {
   static constexpr unsigned kLongestPause = 64;  // windows in which the wire was the limit
   static constexpr unsigned kLookAgain = 50;     // windows until the wire is measured anew
 
-  explicit CompressionChoice(const MemoryCompression& asked) : asked_(asked) {}
+  explicit CompressionChoice(const Compression& asked) : asked_(asked) {}
   [[nodiscard]] EncodeOptions next() const;
   // Of the time since the last call.
   struct Waits {
@@ -67,7 +61,7 @@ class CompressionChoice {
   void window_ended(Duration elapsed);
   void pause();
 
-  MemoryCompression asked_;
+  Compression asked_;
   bool trying_ = false;
   double plain_rate_ = 0;  // bytes per second that the wire took
   unsigned pause_ = 1;

@@ -38,7 +38,7 @@ struct Pieces {
 // From the guest's QEMU to the link.
 class Outward {
  public:
-  Outward(TlsSocket& link, int plain, const std::optional<MemoryCompression>& compression)
+  Outward(TlsSocket& link, int plain, const std::optional<Compression>& compression)
       : link_(link), plain_(plain) {
     if (!compression) return;
     choice_.emplace(*compression);

@@ -32,7 +32,7 @@ class Gate {
 
 // What travels in blocks (mirror/memory_codec.h) instead of as plain bytes: both ends agreed on it.
 struct RelayCoding {
-  std::optional<MemoryCompression> outward;  // what goes to the link
+  std::optional<Compression> outward;  // what goes to the link
   bool inward = false;                       // what comes from it
 };
 

@@ -40,6 +40,11 @@ class Control : public ::testing::Test {
                                                  if (rate == 7_MiB) return fail(Code::Io, "no");
                                                  bandwidth = rate.bytes();
                                                  return {};
+                                               },
+                                               .set_compression = [this](mirror::Compression wanted) -> Status {
+                                                 if (wanted.encoding == mirror::Encoding::Lz4) return fail(Code::Io, "no");
+                                                 compression = wanted;
+                                                 return {};
                                                }});
     ASSERT_TRUE(started.has_value()) << started.error().to_string();
     server = std::move(*started);
@@ -84,6 +89,7 @@ class Control : public ::testing::Test {
   const std::string path = temporary.directory() + "/control.sock";
   std::atomic<int> cancels{0};
   std::atomic<std::uint64_t> bandwidth{0};
+  std::atomic<mirror::Compression> compression{};
   std::unique_ptr<ControlServer> server;
 };
 
@@ -162,7 +168,10 @@ TEST_F(Control, GarbageIsRefusedAndTheNextRequestAnswered) {
        {std::string("garbage"), std::string("[]"), std::string("{}"), std::string(1000, '{'),
         std::string("{\"op\":3}"), std::string("{\"op\":\"dance\"}"), std::string("\0\xff", 2),
         std::string("{\"op\":\"set\"}"), std::string("{\"op\":\"set\",\"bandwidth\":-1}"),
-        std::string("{\"op\":\"set\",\"bandwidth\":1e3}")}) {
+        std::string("{\"op\":\"set\",\"bandwidth\":1e3}"), std::string("{\"op\":\"set\",\"compress\":\"gzip\"}"),
+        std::string("{\"op\":\"set\",\"compress\":3}"),
+        std::string("{\"op\":\"set\",\"compress\":\"none\",\"bandwidth\":-1}"),
+        std::string("{\"op\":\"set\",\"compress\":\"lz4\",\"bandwidth\":100000}")}) {
     send(fd, garbage + "\n");
     const json answer = json::parse(line(fd));
     EXPECT_EQ(answer.at("ok"), false) << garbage;
@@ -171,7 +180,17 @@ TEST_F(Control, GarbageIsRefusedAndTheNextRequestAnswered) {
   send(fd, "{\"op\":\"status\"}\n");
   EXPECT_THAT(line(fd), HasSubstr("copying"));
   EXPECT_EQ(cancels.load(), 0);
-  EXPECT_EQ(bandwidth.load(), 0U);
+  EXPECT_EQ(bandwidth.load(), 0U) << "nothing is set of a request that is refused";
+  EXPECT_EQ(compression.load(), mirror::Compression{});
+}
+
+TEST_F(Control, CompressionIsSetAloneOrWithTheBandwidth) {
+  ControlClient one = client();
+  EXPECT_TRUE(one.call({{"op", "set"}, {"compress", "zstd:3"}}).has_value());
+  EXPECT_EQ(mirror::compression_name(compression.load()), "zstd:3");
+  EXPECT_TRUE(one.call({{"op", "set"}, {"compress", "auto"}, {"bandwidth", 1000000}}).has_value());
+  EXPECT_EQ(mirror::compression_name(compression.load()), "auto");
+  EXPECT_EQ(bandwidth.load(), 1'000'000U);
 }
 
 TEST_F(Control, AnOversizedLineEndsItsConnection) {

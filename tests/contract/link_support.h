@@ -551,10 +551,19 @@ class TestSource final : public Answers {
 // are numbered as they come: the link's control connection is 0, its lanes follow.
 class Network {
  public:
-  explicit Network(std::uint16_t target) : target_(target) {
-    auto made = listen_tcp({.address = "127.0.0.1"});
+  struct Options {
+    std::string address = "127.0.0.1";
+    std::uint16_t port = 0;
+    std::uint64_t rate = 0;  // bytes per second, of all connections together; 0: no limit
+  };
+  explicit Network(std::uint16_t target) : Network(target, Options{}) {}
+  Network(std::uint16_t target, const Options& options) : target_(target), rate_(options.rate) {
+    auto made = listen_tcp({.address = options.address, .port = options.port});
     EXPECT_TRUE(made.has_value());
     listener_ = std::move(*made);
+    // Little is on its way in a slow network.
+    constexpr int kSlow = 128 << 10;
+    if (rate_ > 0) ::setsockopt(listener_.fd.get(), SOL_SOCKET, SO_RCVBUF, &kSlow, sizeof kSlow);
     wake_ = UniqueFd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
     thread_ = std::thread([this] { run(); });
   }
@@ -570,6 +579,8 @@ class Network {
   Network& operator=(const Network&) = delete;
 
   [[nodiscard]] std::uint16_t port() const { return listener_.port; }
+  // How many were made so far.
+  [[nodiscard]] std::size_t connections() const { return next_; }
   // Nothing arrives any more, nothing is refused.
   void stall(std::size_t connection) { change(connection, Fate::Stalled); }
   void cut(std::size_t connection) { change(connection, Fate::Cut); }
@@ -673,6 +684,7 @@ class Network {
     }
     const auto size = static_cast<std::size_t>(count);
     if (from == 0) pair.carried += size;
+    if (rate_ > 0) std::this_thread::sleep_for(std::chrono::nanoseconds(size * 1'000'000'000 / rate_));
     for (std::size_t sent = 0; sent < size;) {
       // Blocks while the other end does not read; a stalled test must not wait for us.
       pollfd room{pair.ends.at(1 - from).get(), POLLOUT, 0};
@@ -688,10 +700,11 @@ class Network {
   }
 
   const std::uint16_t target_;
+  const std::uint64_t rate_;
   Listener listener_;
   UniqueFd wake_;
   std::list<Pair> pairs_;  // the thread's
-  std::size_t next_ = 0;
+  std::atomic<std::size_t> next_ = 0;
   std::array<char, 65536> buffer_{};
   std::mutex mutex_;  // guards the following
   bool stop_ = false;

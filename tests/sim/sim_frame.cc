@@ -23,8 +23,7 @@ Bytes encode_frame(const mirror::OutFrame& frame, std::uint64_t sequence,
   if (frame.type == FrameType::Copy) {
     payload = encode_copy(header, frame.content, frame.blocks, encode, scratch);
   } else if (frame.type == FrameType::Write) {
-    encode_write(header, frame.content);
-    payload = frame.content;
+    payload = encode_write(header, frame.content, encode, scratch);
   } else if (frame.type == FrameType::Compare) {
     payload = encode_compare(header, frame.content, scratch);
   }

@@ -134,6 +134,7 @@ class SimLink final : public mirror::Link,
   }
   void let_memory_pass(bool pass) override { may_pass_ = pass; }
   void stop_relay() override { path_.reset(); }
+  void set_compression(const mirror::Compression&) override {}
   [[nodiscard]] mirror::LinkCounters counters() const override {
     return {.reconnects = reconnects_};
   }

@@ -52,6 +52,8 @@ TEST(CommandLine, MoveWithoutOptionsIsTheDefaults) {
   EXPECT_EQ(move.options.max_downtime, defaults.max_downtime);
   EXPECT_EQ(move.options.connections, defaults.connections);
   EXPECT_EQ(move.options.hold_barrier_file, "");
+  EXPECT_TRUE(move.options.compression.automatic);
+  EXPECT_TRUE(move.options.via.empty());
   EXPECT_FALSE(move.options.keep_source || move.dry_run || move.json || move.verbose);
   EXPECT_EQ(move.options.link_timeout, milliseconds(0));
   EXPECT_FALSE(move.options.keep_partial || move.detach);
@@ -67,6 +69,7 @@ TEST(CommandLine, MoveTakesEachOption) {
                               "--address",      "192.0.2.7",
                               "--port",         "49200",
                               "--bandwidth",    "1gbit",
+                              "--compress",     "zstd:2",
                               "--max-downtime", "0.2s",
                               "--connections",  "4",
                               "--memory-channels", "3",
@@ -87,6 +90,7 @@ TEST(CommandLine, MoveTakesEachOption) {
   EXPECT_EQ(move.options.target_address, "192.0.2.7");
   EXPECT_EQ(move.options.target_port, 49200);
   EXPECT_EQ(move.options.bandwidth, Length(125'000'000));
+  EXPECT_EQ(mirror::compression_name(move.options.compression), "zstd:2");
   EXPECT_EQ(move.options.max_downtime, milliseconds(200));
   EXPECT_EQ(move.options.connections, 4U);
   EXPECT_EQ(move.options.memory_channels, 3U);
@@ -96,6 +100,25 @@ TEST(CommandLine, MoveTakesEachOption) {
   EXPECT_TRUE(move.options.keep_partial && move.detach);
   EXPECT_EQ(move.options.max_slowdown, milliseconds(40));
   EXPECT_TRUE(move.options.verify);
+}
+
+TEST(CommandLine, SeveralAddressesHaveAConnectionEach) {
+  const auto options = [](std::vector<std::string> more) {
+    std::vector<std::string> words{"move", "web1", "hostb"};
+    words.insert(words.end(), more.begin(), more.end());
+    return std::get<MoveCommand>(*parse(words)).options;
+  };
+  const auto two = options({"--via", "10.0.0.2,[fd00::2]"});
+  EXPECT_EQ(two.via, (std::vector<std::string>{"10.0.0.2", "fd00::2"}));
+  EXPECT_EQ(two.connections, 2U);
+  EXPECT_EQ(options({"--via", "a,b,c"}).connections, 3U);
+  EXPECT_EQ(options({"--via", "a,b,c", "--connections", "8"}).connections, 8U);
+  EXPECT_EQ(error_of({"move", "web1", "hostb", "--via", "a,b,c", "--connections", "2"}),
+            "--connections: 2 can't be spread over 3 addresses");
+  EXPECT_EQ(error_of({"move", "web1", "hostb", "--via", "a", "--address", "b"}),
+            "--via and --address exclude each other");
+  EXPECT_EQ(error_of({"move", "web1", "hostb", "--via", "a,,b"}), "--via: number 2 is no address");
+  EXPECT_EQ(error_of({"move", "web1", "hostb", "--via", "a,A"}), "--via: number 2 was named before");
 }
 
 TEST(CommandLine, CheckTakesWhatThePlanDependsOn) {
@@ -118,6 +141,7 @@ TEST(CommandLine, TheCommandsAboutJobs) {
   EXPECT_FALSE(std::get<HistoryCommand>(*parse({"history"})).json);
   const auto set = std::get<SetCommand>(*parse({"set", "web1", "--bandwidth", "800mbit"}));
   EXPECT_EQ(set.bandwidth, Length(100'000'000));
+  EXPECT_FALSE(set.compression);
   const auto resume = std::get<ResumeCommand>(*parse({"resume", "web1", "--detach", "--verbose"}));
   EXPECT_EQ(resume.job, "web1");
   EXPECT_TRUE(resume.detach && resume.verbose && !resume.json);
@@ -126,7 +150,8 @@ TEST(CommandLine, TheCommandsAboutJobs) {
   EXPECT_NE(error_of({"resume", "web1", "--all"}), "no error");
   EXPECT_EQ(error_of({"status"}), "JOB is required");
   EXPECT_EQ(error_of({"watch", ""}), "JOB is empty");
-  EXPECT_EQ(error_of({"set", "web1"}), "--bandwidth is required");
+  EXPECT_EQ(error_of({"set", "web1"}), "say what to set: --bandwidth, --compress or both");
+  EXPECT_EQ(error_of({"set", "web1", "--compress", "gzip"}), "--compress: there is no such compression");
   EXPECT_EQ(error_of({"set", "web1", "--bandwidth", "fast"}),
             "--bandwidth: 'fast' is not a rate: no number at its start");
   EXPECT_EQ(error_of({"move", "web1", "hostb", "--link-timeout", "10ms"}),
@@ -294,6 +319,7 @@ TEST(Config, SetsDefaults) {
   const Status status = read_config({"drover.toml",
                                      "# this machine\n"
                                      "bandwidth = \"400M\"\n"
+                                     "compress = \"lz4\"\n"
                                      "connections = 4\n"
                                      "keep-partial = true\n"
                                      "keep-source = true\n"
@@ -306,6 +332,7 @@ TEST(Config, SetsDefaults) {
                                     options);
   ASSERT_TRUE(status.has_value()) << status.error().to_string();
   EXPECT_EQ(options.bandwidth, 400_MiB);
+  EXPECT_EQ(mirror::compression_name(options.compression), "lz4");
   EXPECT_EQ(options.connections, 4U);
   EXPECT_TRUE(options.keep_source);
   EXPECT_EQ(options.max_downtime, milliseconds(300));
@@ -322,6 +349,7 @@ TEST(Config, SaysFileLineAndKey) {
             "drover.toml, line 2: unknown key 'bandwith'");
   EXPECT_EQ(config_error("\n\nbandwidth = \"quick\"\n"),
             "drover.toml, line 3: bandwidth: 'quick' is not a rate: no number at its start");
+  EXPECT_EQ(config_error("compress = \"zstd:9\"\n"), "drover.toml, line 1: compress: there is no such compression");
   EXPECT_EQ(config_error("bandwidth = 100\n"),
             "drover.toml, line 1: bandwidth: must be a text in quotes");
   EXPECT_EQ(config_error("connections = 0\n"),

@@ -119,7 +119,8 @@ TEST(ManualPages, SayTheSameDefaultsAsTheHelp) {
   for (const auto& [option, standard] :
        {std::pair("--max-downtime", "500ms"), std::pair("--connections", "2"),
         std::pair("--bandwidth", "none"), std::pair("--link-timeout", "none"),
-        std::pair("--max-slowdown", "5s"), std::pair("--memory-channels", "auto")}) {
+         std::pair("--max-slowdown", "5s"), std::pair("--memory-channels", "auto"),
+         std::pair("--compress", "auto")}) {
     EXPECT_NE(page.find("Default: " + std::string(standard) + "."), std::string::npos) << option;
     EXPECT_NE(help.find("[default: " + std::string(standard) + "]"), std::string::npos) << option;
   }

@@ -69,7 +69,8 @@ Result<job::Summary> work_on(job::Job& job, job::Observer& user, job::Cancel& ca
                 job::ControlServer::start(job.control_socket(),
                                           {.status = [&] { return status.current().to_json(); },
                                            .cancel = [&] { cancel.request(); },
-                                           .set_bandwidth = [](Length) { return Status(); }}));
+                                           .set_bandwidth = [](Length) { return Status(); },
+                                           .set_compression = [](mirror::Compression) { return Status(); }}));
   job::Broadcast broadcast(user, status, *control);
   broadcast.started(job.id());
   broadcast.planned(job.record().plan);

@@ -48,6 +48,10 @@ class LiveJob {
                                  .set_bandwidth = [this](Length rate) -> Status {
                                    bandwidth_ = rate.bytes();
                                    return {};
+                                 },
+                                 .set_compression = [this](mirror::Compression wanted) -> Status {
+                                   compression_ = wanted;
+                                   return {};
                                  }});
     EXPECT_TRUE(started.has_value());
     control_ = std::move(*started);
@@ -66,6 +70,7 @@ class LiveJob {
   void release_lock() { job_.reset(); }
   [[nodiscard]] const std::string& id() const { return id_; }
   [[nodiscard]] std::uint64_t bandwidth() const { return bandwidth_; }
+  [[nodiscard]] mirror::Compression compression() const { return compression_; }
   job::StatusWriter& status() { return *status_; }
   job::Broadcast& broadcast() { return *broadcast_; }
 
@@ -79,6 +84,7 @@ class LiveJob {
   const std::function<void(LiveJob&)> on_cancel_;
   std::atomic<bool> cancelled_{false};
   std::atomic<std::uint64_t> bandwidth_{0};
+  std::atomic<mirror::Compression> compression_{};
   std::unique_ptr<job::Job> job_;
   std::string id_;
   std::optional<job::StatusWriter> status_;
@@ -377,6 +383,20 @@ TEST_F(Jobs, SettingTheBandwidthReachesTheProcess) {
   EXPECT_EQ(job->bandwidth(), 0U);
   EXPECT_EQ(run({"set", "web1", "--bandwidth", "100Mb"}).code, kExitUsage);
   EXPECT_EQ(run({"set", "web1"}).code, kExitUsage);
+}
+
+TEST_F(Jobs, SettingTheCompressionReachesTheProcess) {
+  const auto job = live();
+  const auto both = run({"set", "web1", "--compress", "zstd:3", "--bandwidth", "100M"});
+  EXPECT_EQ(both.code, kExitOk);
+  EXPECT_EQ(both.out, "job " + job->id() + ": bandwidth 100M, compression zstd:3\n");
+  EXPECT_EQ(mirror::compression_name(job->compression()), "zstd:3");
+  EXPECT_EQ(job->bandwidth(), (100_MiB).bytes());
+  const auto json = nlohmann::json::parse(run({"set", "web1", "--compress", "auto", "--json"}).out);
+  EXPECT_EQ(json, nlohmann::json({{"job", job->id()}, {"compress", "auto"}}));
+  EXPECT_EQ(mirror::compression_name(job->compression()), "auto");
+  EXPECT_EQ(job->bandwidth(), (100_MiB).bytes()) << "as it was";
+  EXPECT_EQ(run({"set", "web1", "--compress", "gzip"}).code, kExitUsage);
 }
 
 TEST_F(Jobs, SettingOneThatIsDeadIsRefused) {

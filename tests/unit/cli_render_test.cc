@@ -169,6 +169,25 @@ TEST(RenderProgress, SaysForHowLongItWaitsAndWhatThatCost) {
   EXPECT_EQ(json.at("reconnects"), 2);
 }
 
+TEST(RenderProgress, SaysWhatCompressionSaves) {
+  job::Progress progress = sample_progress();
+  EXPECT_THAT(line(progress, 200), Not(HasSubstr("compression")));
+  progress.compression = "none";
+  EXPECT_THAT(line(progress, 200), Not(HasSubstr("compression")));
+  progress.saved_bytes = 512_MiB;
+  EXPECT_THAT(line(progress, 200), HasSubstr("  compression none, 1.5 times less  "));
+  progress.compression = "zstd:1";
+  EXPECT_THAT(line(progress, 200), HasSubstr("  compression zstd:1, 1.5 times less  "));
+  const auto json = nlohmann::json::parse(json_progress(view_of(progress)));
+  EXPECT_EQ(json.at("saved_bytes"), 512 << 20);
+  EXPECT_EQ(json.at("compression"), "zstd:1");
+  job::Summary summary = sample_summary();
+  EXPECT_THAT(render_summary(summary, kPlain), Not(HasSubstr("compression")));
+  summary.saved_bytes = 3_GiB;
+  EXPECT_THAT(render_summary(summary, kPlain),
+              HasSubstr("256.0 MiB of it memory\n            compression saved 3.0 GiB: 2.7 times less for the disks\n"));
+}
+
 TEST(RenderSummary, SaysWhatOutagesCost) {
   job::Summary summary = sample_summary();
   EXPECT_THAT(render_summary(summary, kPlain), Not(HasSubstr("again")));

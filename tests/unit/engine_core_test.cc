@@ -84,6 +84,7 @@ class PerfectLink final : public Link {
   Status start_relay(const RelayOptions&) override { return {}; }
   void let_memory_pass(bool) override {}
   void stop_relay() override {}
+  void set_compression(const Compression&) override {}
   [[nodiscard]] LinkCounters counters() const override { return {}; }
 
  private:

@@ -148,6 +148,65 @@ Status decode_compare(const std::function<void(FrameHeader&)>& change = [](Frame
   return {};
 }
 
+Encoded encode_one_write(const Bytes& content, const EncodeOptions& options) {
+  Encoded frame;
+  frame.header.type = FrameType::Write;
+  frame.header.extent = {Offset(512), Length(content.size())};
+  frame.header.sequence = 1;
+  Bytes scratch(content.size());
+  const auto payload = encode_write(frame.header, content, options, scratch);
+  frame.payload.assign(payload.begin(), payload.end());
+  return frame;
+}
+
+TEST(Write, MayBeCompressed) {
+  Random random(2);
+  Bytes content(70000);
+  for (std::size_t i = 0; i < content.size(); ++i) {
+    content[i] = static_cast<std::byte>(i % 7 == 0 ? random.below(256) : i % 31);
+  }
+  for (const EncodeOptions& options :
+       {EncodeOptions{}, EncodeOptions{Encoding::Lz4, 0}, EncodeOptions{Encoding::Zstd, 1}, EncodeOptions{Encoding::Zstd, 6}}) {
+    const Encoded frame = encode_one_write(content, options);
+    EXPECT_EQ(frame.header.encoding, options.encoding);
+    EXPECT_EQ(frame.payload.size() < content.size(), options.encoding != Encoding::Plain);
+    Runs runs;
+    Bytes scratch;
+    ASSERT_TRUE(decode(frame, runs, scratch));
+    ASSERT_EQ(runs.size(), 1U);
+    EXPECT_TRUE(std::ranges::equal(runs[0].bytes, content));
+  }
+  for (std::byte& one : content) one = static_cast<std::byte>(random.below(256));
+  const Encoded plain = encode_one_write(content, {Encoding::Zstd, 1});
+  EXPECT_EQ(plain.header.encoding, Encoding::Plain) << "nothing is won";
+}
+
+TEST(Write, ThatIsCompressedIsRefusedWhenMalformed) {
+  const Bytes content(8192, std::byte{3});
+  const auto refused = [&](const std::function<void(Encoded&)>& change) {
+    Encoded frame = encode_one_write(content, {Encoding::Zstd, 1});
+    change(frame);
+    frame.header.payload_length = static_cast<std::uint32_t>(frame.payload.size());
+    Runs runs;
+    Bytes scratch;
+    return !decode(frame, runs, scratch);
+  };
+  EXPECT_FALSE(refused([](Encoded&) {}));
+  EXPECT_TRUE(refused([](Encoded& one) { one.header.encoding = Encoding::Plain; }));
+  EXPECT_TRUE(refused([](Encoded& one) { one.header.encoding = Encoding::Lz4; }));
+  EXPECT_TRUE(refused([](Encoded& one) { one.header.decoded_length -= 1; })) << "not its extent";
+  EXPECT_TRUE(refused([](Encoded& one) { one.header.decoded_length += 1; }));
+  EXPECT_TRUE(refused([](Encoded& one) { one.header.extent.length = Length(4096); }));
+  EXPECT_TRUE(refused([](Encoded& one) { one.header.checksum ^= 1; }));
+  EXPECT_TRUE(refused([](Encoded& one) { one.payload.pop_back(); })) << "cut off";
+  EXPECT_TRUE(refused([](Encoded& one) { one.payload.push_back(std::byte{0}); }));
+  EXPECT_TRUE(refused([](Encoded& one) { one.payload.clear(); }));
+  EXPECT_TRUE(refused([](Encoded& one) { one.payload.resize(8192); })) << "not smaller";
+  for (std::size_t i = 0; i < 12; ++i) {
+    EXPECT_TRUE(refused([i](Encoded& one) { one.payload.at(i % one.payload.size()) ^= std::byte{0x55}; })) << i;
+  }
+}
+
 TEST(Compare, CarriesAHashAndIsRefusedWhenMalformed) {
   EXPECT_TRUE(decode_compare());
   EXPECT_FALSE(decode_compare([](FrameHeader& h) { h.flags = kFlagFresh; }));

@@ -56,6 +56,8 @@ TEST_F(Store, AJobIsReadBackAsItWasWritten) {
   record.options.disk_paths = {{"vda", "/srv/nvme/web1.raw"}};
   record.options.bandwidth = 100_MiB;
   record.options.memory_channels = 3;
+  record.options.compression = *mirror::parse_compression("zstd:3");
+  record.options.via = {"10.0.0.2", "fd00::2"};
   record.options.link_timeout = std::chrono::minutes(3);
   record.options.keep_partial = true;
   record.options.max_slowdown = std::chrono::milliseconds(40);
@@ -76,6 +78,8 @@ TEST_F(Store, AJobIsReadBackAsItWasWritten) {
   EXPECT_EQ(got.options.disk_paths, record.options.disk_paths);
   EXPECT_EQ(got.options.bandwidth, record.options.bandwidth);
   EXPECT_EQ(got.options.memory_channels, 3U);
+  EXPECT_EQ(got.options.compression, record.options.compression);
+  EXPECT_EQ(got.options.via, record.options.via);
   EXPECT_EQ(got.options.link_timeout, record.options.link_timeout);
   EXPECT_TRUE(got.options.keep_partial);
   EXPECT_EQ(got.options.max_slowdown, record.options.max_slowdown);

@@ -131,7 +131,7 @@ class Connection {
     double starved = 0;    // the part of its waiting that is for a CPU
   };
   World world;
-  CompressionChoice choice{MemoryCompression{}};
+  CompressionChoice choice{Compression{}};
 
   // Sends for so long; the share of it that was compressed.
   double run(Duration time) {
@@ -223,10 +223,10 @@ TEST(CompressionChoice, WhereThreadsWaitForACpuNothingIsCompressed) {
 }
 
 TEST(CompressionChoice, OneThatWasAskedForByNameIsKept) {
-  CompressionChoice named(MemoryCompression{MemoryCompression::Method::Zstd, 5});
+  CompressionChoice named(*parse_compression("zstd:5"));
   EXPECT_EQ(named.next().encoding, Encoding::Zstd);
   EXPECT_EQ(named.next().level, 5);
-  CompressionChoice none(MemoryCompression{MemoryCompression::Method::None, 0});
+  CompressionChoice none(*parse_compression("none"));
   for (int i = 0; i < 100; ++i) none.sent(Instant() + 1h + i * 100ms, 1000, {100ms, 0ms, 0ms});
   EXPECT_FALSE(none.compressing());
 }
