@@ -159,6 +159,7 @@ std::vector<Part> parts(const ProgressView& view, std::string disks) {
   add(2, format_rate(progress.rate));
   add(1, time_left(progress));
   if (progress.phase == job::Phase::Copy && progress.disks.size() > 1) add(4, std::move(disks));
+  if (progress.found > Length(0)) add(4, format_length(progress.found) + " was there already");
   if (progress.sent_again > Length(0)) {
     add(5, format_length(progress.sent_again) + " sent again");
   }
@@ -321,6 +322,10 @@ std::string render_summary(const job::Summary& summary, const Style& style) {
   out += row("moved", disks_text(summary));
   out += row("sent", fmt::format("{}, {} of it memory", format_length(summary.wire_bytes),
                                  format_length(summary.memory_bytes)));
+  if (summary.found > Length(0)) {
+    out += row("found", fmt::format("{} of it was on {} already", format_length(summary.found),
+                                    printable(summary.host)));
+  }
   if (summary.sent_again > Length(0) || summary.reconnects > 0) {
     out += row("again", fmt::format("{} sent again, {}", format_length(summary.sent_again),
                                     plural(summary.reconnects, "reconnect")));

@@ -49,6 +49,8 @@ struct MoveOptions {
   // Before the handover all that the target has is read back, past its caches where its filesystem can, and
   // compared with the source.
   bool verify = false;
+  // What the target has already, of other images, is not sent (mirror/content_index.h).
+  bool use_index = true;
   std::chrono::milliseconds link_timeout{0};  // without a link for so long it is undone; 0: never
   // Test switch: at the barrier, when both sides are equal and still, this file is created and the job
   // waits until it is gone.
@@ -136,6 +138,7 @@ struct Progress {
   Slowdown slowdown;
   Length sent_again;            // of what the target had acknowledged or been sent before
   std::uint64_t reconnects = 0;
+  Length found;                 // what was not sent because the target had it of other images
 };
 
 struct Summary {
@@ -160,6 +163,7 @@ struct Summary {
   Slowdown slowdown;                 // as in Progress
   Length sent_again;                 // as in Progress
   std::uint64_t reconnects = 0;
+  Length found;                      // as in Progress
   Length runner_peak_memory;         // resident, of the two agents
   Length receiver_peak_memory;
 };

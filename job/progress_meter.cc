@@ -48,6 +48,7 @@ void ProgressMeter::copy(const mirror::MirrorEngine::EngineStatus& status) {
     progress_.sent_again += disk.counters.sent_again;
     progress_.to_verify += disk.to_verify;
   }
+  progress_.found = Length(status.link.found_bytes);
   progress_.wire_bytes = Length(status.link.bytes_sent + status.link.memory_bytes);
   disks(seen);
 }

@@ -30,6 +30,7 @@
 #include "base/random.h"
 #include "mirror/connect.h"
 #include "mirror/lane_queue.h"
+#include "mirror/offers.h"
 #include "mirror/relay.h"
 #include "mirror/session.h"
 
@@ -46,6 +47,7 @@ struct Totals {
   std::atomic<std::uint64_t> bytes_received{0};
   std::atomic<std::uint64_t> memory_bytes{0};
   std::atomic<std::uint64_t> frames_sent{0};
+  std::atomic<std::uint64_t> found_bytes{0};
 };
 
 Error lost_error(std::string message) {
@@ -218,7 +220,8 @@ class LaneSender {
   using Lost = std::function<void(const Error&)>;  // on the lane's thread, at most once
 
   LaneSender(std::uint32_t index, std::uint64_t epoch, TlsSocket socket, const LinkOptions& options,
-             std::shared_ptr<Delivery> delivery, Totals& totals, Lost lost)
+             std::shared_ptr<Delivery> delivery, const KnownPieces& known, Totals& totals,
+             Lost lost)
       : index_(index),
         epoch_(epoch),
         lost_(std::move(lost)),
@@ -228,7 +231,8 @@ class LaneSender {
         limits_{options.disk_sizes, options.chunk_size},
         delivery_(std::move(delivery)),
         totals_(totals),
-        queue_(options.chunk_size) {}
+        queue_(options.chunk_size),
+        offers_(known) {}
 
   ~LaneSender() { CHECK(!thread_.joinable(), "stop() and join() come first"); }
   LaneSender(const LaneSender&) = delete;
@@ -296,6 +300,8 @@ class LaneSender {
     std::uint16_t disk = 0;
     std::uint64_t token = 0;
     bool compare = false;
+    bool offered = false;
+    BlockMask data;  // offered: the blocks that are not zero
     bool answered = false;
   };
   struct Current {
@@ -387,8 +393,19 @@ class LaneSender {
     header.extent = frame.extent;
     header.flags = frame.fresh ? kFlagFresh : 0;
     header.sequence = ++sequence_;
+    Unanswered& unanswered = unanswered_.emplace_back();
+    unanswered.disk = frame.disk;
+    unanswered.token = frame.token;
+    unanswered.compare = frame.type == FrameType::Compare;
     switch (frame.type) {
       case FrameType::Copy:
+        if (const auto offer = offers_.consider(frame, limits_.chunk_size)) {
+          header.type = FrameType::Offer;
+          next.payload = encode_offer(header, *offer, std::span(scratch_.get(), kEncodeScratch));
+          unanswered.offered = true;
+          unanswered.data = data_blocks(*offer, frame.extent);
+          break;
+        }
         next.payload = encode_copy(header, frame.content, frame.blocks, encode_,
                                    std::span(scratch_.get(), kEncodeScratch));
         break;
@@ -400,12 +417,12 @@ class LaneSender {
       case FrameType::Compare:
         next.payload = encode_compare(header, frame.content, std::span(scratch_.get(), kEncodeScratch));
         break;
+      case FrameType::Offer: CHECK(false, "only a lane makes an offer of a copy");
       case FrameType::Ack:
       case FrameType::Differs:
       case FrameType::Failed: CHECK(false, "only the target answers");
     }
     encode_header(header, next.header);
-    unanswered_.push_back({frame.disk, frame.token, frame.type == FrameType::Compare, false});
     {
       const std::lock_guard lock(mutex_);
       digest_.add(next.header);
@@ -460,9 +477,15 @@ class LaneSender {
     Delivery::Event event{.lane = index_, .disk = frame.disk, .token = frame.token};
     const auto payload = std::span<const std::byte>(answer_).subspan(kHeaderSize, header.payload_length);
     if (header.type == FrameType::Differs) {
-      if (!frame.compare) return fail(Code::Protocol, "the target compared what it was to write");
+      if (!frame.compare && !frame.offered) {
+        return fail(Code::Protocol, "the target compared what it was to write");
+      }
       event.kind = Delivery::Event::Kind::Differs;
       DROVER_ASSIGN(event.blocks, decode_differs(payload));
+    }
+    if (frame.offered && header.type != FrameType::Failed) {
+      totals_.found_bytes.fetch_add(offers_.answered(frame.data, event.blocks).bytes(),
+                                    std::memory_order_relaxed);
     }
     if (header.type == FrameType::Failed) {
       event.kind = Delivery::Event::Kind::Refused;
@@ -538,6 +561,7 @@ class LaneSender {
   std::condition_variable idle_;
 
   // The thread's own.
+  LaneOffers offers_;
   std::unique_ptr<std::byte[]> scratch_;
   std::optional<Current> current_;
   std::uint64_t sequence_ = 0;
@@ -941,6 +965,10 @@ class LinkImpl final : public Link {
     return connections->control->call(request, left_until(deadline));
   }
 
+  void use_filter(std::shared_ptr<const PieceFilter> filter) override {
+    known_.set(std::move(filter));
+  }
+
   Status barrier(std::chrono::milliseconds timeout) override {
     const Instant deadline = now() + timeout;
     DROVER_ASSIGN(const std::shared_ptr<Connections> connections, up_now());
@@ -995,7 +1023,8 @@ class LinkImpl final : public Link {
             .bytes_received = totals_.bytes_received,
             .memory_bytes = totals_.memory_bytes,
             .frames_sent = totals_.frames_sent,
-            .reconnects = reconnects_};
+            .reconnects = reconnects_,
+            .found_bytes = totals_.found_bytes};
   }
 
  private:
@@ -1030,7 +1059,7 @@ class LinkImpl final : public Link {
       hello.lane = i;
       DROVER_ASSIGN(TlsSocket lane, open_connection(endpoint, hello, deadline, stopped_.fd()));
       made->lanes.push_back(std::make_unique<LaneSender>(i, epoch, std::move(lane), options_,
-                                                         delivery_, totals_, lost));
+                                                         delivery_, known_, totals_, lost));
       DROVER_TRY(made->lanes.back()->prepare());
     }
     made->control = std::make_unique<Control>(std::move(control), options_.silence_timeout, lost);
@@ -1163,6 +1192,7 @@ class LinkImpl final : public Link {
 
   const LinkOptions options_;
   Totals totals_;
+  KnownPieces known_;
   const std::shared_ptr<Delivery> delivery_;
   Waker stopped_;  // readable once the link is being closed
   std::atomic<std::uint64_t> reconnects_{0};

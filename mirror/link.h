@@ -96,6 +96,7 @@ struct LinkCounters {
   std::uint64_t memory_bytes = 0;  // relayed for QEMU's memory migration
   std::uint64_t frames_sent = 0;
   std::uint64_t reconnects = 0;
+  std::uint64_t found_bytes = 0;  // of copies: the target had them of other images, and took those
 };
 
 class Link : public Lanes {
@@ -109,6 +110,9 @@ class Link : public Lanes {
   // lanes, without link_down(); after its answer the Link is only good for destruction.
   virtual Result<nlohmann::json> call(const nlohmann::json& request,
                                       std::chrono::milliseconds timeout) = 0;
+  // From now on what is copied for the first time is offered where the filter says that the target
+  // has most of it (mirror/offers.h). Also in later epochs. Any thread.
+  virtual void use_filter(std::shared_ptr<const PieceFilter> filter) = 0;
   // The source is still and nothing more will be queued: waits until every frame is answered, then
   // has the target prove that it took the same frames in the same order, flush its images to stable
   // storage and release them. The images are kept from {"op":"keep"} on, at the latest from here.

@@ -57,6 +57,7 @@ TEST_F(Store, AJobIsReadBackAsItWasWritten) {
   record.options.bandwidth = 100_MiB;
   record.options.link_timeout = std::chrono::minutes(3);
   record.options.keep_partial = true;
+  record.options.use_index = false;
   record.options.max_slowdown = std::chrono::milliseconds(40);
   record.options.verify = true;
   record.state = {{"bitmap", "drover-web1"}};
@@ -76,6 +77,7 @@ TEST_F(Store, AJobIsReadBackAsItWasWritten) {
   EXPECT_EQ(got.options.bandwidth, record.options.bandwidth);
   EXPECT_EQ(got.options.link_timeout, record.options.link_timeout);
   EXPECT_TRUE(got.options.keep_partial);
+  EXPECT_FALSE(got.options.use_index);
   EXPECT_EQ(got.options.max_slowdown, record.options.max_slowdown);
   EXPECT_TRUE(got.options.verify);
   EXPECT_EQ(got.plan.uuid, record.plan.uuid);
@@ -487,6 +489,7 @@ TEST(Events, AreReadBack) {
   progress.waiting_for = "the link";
   progress.waiting = std::chrono::seconds(7);
   progress.sent_again = 3_MiB;
+  progress.found = 5_MiB;
   progress.reconnects = 2;
   progress.to_verify = 5_MiB;
   progress.slowdown = {.writes = 3, .waited = std::chrono::microseconds(70), .longest = std::chrono::microseconds(50)};
@@ -494,6 +497,7 @@ TEST(Events, AreReadBack) {
   Summary summary = sample_summary();
   summary.slowdown = progress.slowdown;
   summary.verified = true;
+  summary.found = 1_GiB;
   summary.damaged = 1;
   summary.unverified = 2;
   EXPECT_EQ(to_line(event_of(back(summary))), to_line(event_of(summary)));
