@@ -357,6 +357,7 @@ TEST(Completion, OffersTheOptionsOfHelpAndNoOthers) {
                                                   {"receive"},
                                                   {"rebalance"},
                                                   {"evacuate"},
+                                                  {"index"},
                                                   {}}) {
     std::vector<std::string> words = command;
     words.emplace_back("-");
@@ -369,7 +370,7 @@ TEST(Completion, OffersTheOptionsOfHelpAndNoOthers) {
 }
 
 TEST(Completion, KnowsCommandsGuestsAndDisks) {
-  EXPECT_EQ(completions({""}), (Names{"cancel", "check", "evacuate", "history", "jobs", "move", "rebalance", "relocate",
+  EXPECT_EQ(completions({""}), (Names{"cancel", "check", "evacuate", "history", "index", "jobs", "move", "rebalance", "relocate",
                                       "resume", "set", "status", "watch"}));
   EXPECT_EQ(completions({"mo"}), (Names{"move"}));
   EXPECT_EQ(completions({"relocate", "web1", "/mnt", "--disk", ""}), (Names{"vda", "vdb"}));
