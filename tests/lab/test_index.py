@@ -50,3 +50,4 @@ def test_what_an_earlier_copy_holds_is_not_sent_and_moves_keep_the_index(lab: La
     again = move_ok(lab, guest, "--no-index")
     assert again.summary["found_bytes"] == 0
     wait_for("the index", lambda: indexed(target) == {image} and not receivers(target), 60)
+    target.run(["rm", "-r", "/var/lib/drover/index"])
