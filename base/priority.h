@@ -14,4 +14,8 @@ void come_first();
 // busy CPU.
 void give_way();
 
+// For a thread that reads whole disks when they have nothing else to do: niceness 19, and of the
+// disks what nobody else wants (where their scheduler knows of that).
+void stay_behind();
+
 }  // namespace drover

@@ -75,6 +75,10 @@ class ImageWriter {
   virtual void write(Offset offset, std::span<const std::byte> buffer, Done done) = 0;
   // The extent reads as zeroes afterwards; its space is given back where the image can.
   virtual void write_zeroes(Extent extent, Done done) = 0;
+  // The extent shares its blocks with those of the file `fd` from `from` on (FICLONERANGE), and
+  // reads as they do at this moment. False, with nothing changed: this image, or these two, can't.
+  // Blocks, not for long. Nothing else may be under way in the extent.
+  virtual bool share(int /*fd*/, Offset /*from*/, Extent /*extent*/) { return false; }
 };
 
 struct RawSource {

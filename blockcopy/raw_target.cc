@@ -6,6 +6,8 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <linux/falloc.h>
+#include <linux/fs.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -76,6 +78,17 @@ class RawWriter final : public ImageWriter {
            .left = extent.length,
            .data = nullptr,
            .done = std::move(done)});
+  }
+
+  bool share(int fd, Offset from, Extent extent) override {
+    if (file_.block_device) return false;
+    struct file_clone_range range {};
+    range.src_fd = fd;
+    range.src_offset = from.bytes();
+    range.src_length = extent.length.bytes();
+    range.dest_offset = extent.offset.bytes();
+    const int to = file_.is_direct() ? file_.direct.get() : file_.buffered.get();
+    return ::ioctl(to, FICLONERANGE, &range) == 0;
   }
 
  private:

@@ -7,6 +7,7 @@
 #include "cli/evacuate_run.h"
 #include "cli/exit_codes.h"
 #include "cli/finding.h"
+#include "cli/index_run.h"
 #include "cli/job_commands.h"
 #include "cli/output.h"
 #include "cli/rebalance_run.h"
@@ -97,6 +98,8 @@ int run(const std::vector<std::string>& arguments, const Services& services,
           return run_rebalance(wanted, services, surroundings);
         } else if constexpr (std::is_same_v<Wanted, EvacuateCommand>) {
           return run_evacuate(wanted, services, surroundings);
+        } else if constexpr (std::is_same_v<Wanted, IndexCommand>) {
+          return run_index(wanted, surroundings);
         } else if constexpr (std::is_same_v<Wanted, RelocateCommand>) {
           return relocate(wanted, services, surroundings);
         } else if constexpr (std::is_same_v<Wanted, JobsCommand>) {

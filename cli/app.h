@@ -28,6 +28,7 @@
 #include "job/move.h"
 #include "job/rebalance.h"
 #include "job/relocate.h"
+#include "mirror/content_index.h"
 
 namespace drover::cli {
 
@@ -56,6 +57,7 @@ struct Surroundings {
   // Work where the keyboard's signals don't reach (forks when there is a terminal).
   bool away_from_keyboard = true;
   job::JobPlaces places;
+  std::string index_directory{mirror::kIndexDirectory};
 };
 
 int run(const std::vector<std::string>& arguments, const Services& services,

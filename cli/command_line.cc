@@ -26,12 +26,13 @@ constexpr const char* kMainExamples = R"(Examples:
   drover relocate web1 /mnt/array2            its disks to another storage of this host
   drover rebalance /mnt/a /mnt/b              which disks to move so that both are evenly used
   drover evacuate --from /mnt/a --to /mnt/b   everything of the guests off a storage
+  drover index /srv/images                    what moves to this host need not send
   drover jobs                                 what is on its way, and what was interrupted
   drover move --help                          the options of a command
 
 `drover receive` is the target's side; drover starts it there itself, over SSH.
 Manual pages: drover(1), drover-move(1), drover-check(1), drover-relocate(1), drover-rebalance(1),
-drover-evacuate(1), drover-jobs(1).)";
+drover-evacuate(1), drover-index(1), drover-jobs(1).)";
 
 constexpr const char* kMoveExamples = R"(Examples:
   drover move web1 hostb
@@ -158,6 +159,7 @@ struct Written {
   bool keep_source = false;
   bool keep_partial = false;
   bool verify = false;
+  bool no_index = false;
   bool dry_run = false;
   bool json = false;
   bool verbose = false;
@@ -242,6 +244,9 @@ void add_move(CLI::App& app, Written& written, const job::MoveOptions& defaults)
   flag(app, "--verify", written.verify,
        with_default("before the handover compare all that is on the target's\ndisks with the source",
                     defaults.verify ? "yes" : "no"));
+  flag(app, "--no-index", written.no_index,
+       with_default("send also what the target has already, of other images\n(see drover index)",
+                    defaults.use_index ? "no" : "yes"));
   value(app, "--link-timeout", written.link_timeout, "T",
         with_default("undo the move when the link was gone for so long",
                      format_link_timeout(defaults.link_timeout)));
@@ -367,6 +372,7 @@ Status apply(const Written& written, job::MoveOptions& options) {
                     [&](std::chrono::milliseconds time) { options.max_slowdown = time; }));
   }
   if (written.verify) options.verify = true;
+  if (written.no_index) options.use_index = false;
   if (written.keep_source) options.keep_source = true;
   if (written.keep_partial) options.keep_partial = true;
   options.hold_barrier_file = written.hold_barrier;
@@ -492,6 +498,9 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments,
   WrittenRelocation relocation;
   CLI::App* const relocate = add_relocate(app, relocation);
 
+  WrittenIndex indexing;
+  CLI::App* const index = add_index(app, indexing);
+
   static constexpr const char* kEvents = "print one JSON object per line, for programs";
   static constexpr const char* kObjects = "print JSON, for programs";
   CLI::App* const jobs = add_job_command(
@@ -606,6 +615,11 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments,
   if (evacuate->parsed()) {
     auto command = evacuate_command(evacuation);
     if (!command) return usage(" evacuate", command.error().message, command.error().hint);
+    return std::move(*command);
+  }
+  if (index->parsed()) {
+    auto command = index_command(indexing);
+    if (!command) return usage(" index", command.error().message, command.error().hint);
     return std::move(*command);
   }
   if (rebalance->parsed()) {

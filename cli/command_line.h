@@ -19,6 +19,7 @@
 
 #include "base/result.h"
 #include "cli/evacuate_command.h"
+#include "cli/index_command.h"
 #include "cli/rebalance_command.h"
 #include "cli/relocate_command.h"
 #include "job/move.h"
@@ -93,7 +94,7 @@ struct ShowCommand {
   std::string text;
 };
 
-using Command = std::variant<MoveCommand, CheckCommand, RelocateCommand, RebalanceCommand, EvacuateCommand, JobsCommand,
+using Command = std::variant<MoveCommand, CheckCommand, RelocateCommand, RebalanceCommand, EvacuateCommand, IndexCommand, JobsCommand,
                              StatusCommand, WatchCommand, CancelCommand, ResumeCommand, HistoryCommand,
                              SetCommand, ReceiveCommand, ShowCommand>;
 

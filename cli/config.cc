@@ -124,6 +124,8 @@ constexpr auto kKeys = std::to_array<Key>({
        DROVER_ASSIGN(options.source_uri, text_of(node, "source-uri = \"qemu:///system\""));
        return {};
      }},
+    {"use-index", [](const toml::node& node,
+                     job::MoveOptions& options) { return take_bool(node, options.use_index); }},
     {"verify", [](const toml::node& node,
                   job::MoveOptions& options) { return take_bool(node, options.verify); }},
 });

@@ -173,6 +173,7 @@ std::vector<Part> parts(const ProgressView& view, std::string disks) {
   add(1, time_left(progress));
   if (progress.phase == job::Phase::Copy && progress.disks.size() > 1) add(4, std::move(disks));
   add(5, compression_text(progress));
+  if (progress.found > Length(0)) add(4, format_length(progress.found) + " was there already");
   if (progress.sent_again > Length(0)) {
     add(5, format_length(progress.sent_again) + " sent again");
   }
@@ -359,6 +360,10 @@ std::string render_summary(const job::Summary& summary, const Style& style) {
       !times_less(disks, summary.saved_bytes).empty()) {
     out += row("", fmt::format("compression saved {}: {} for the disks", format_length(summary.saved_bytes),
                                times_less(disks, summary.saved_bytes)));
+  }
+  if (summary.found > Length(0)) {
+    out += row("found", fmt::format("{} of it was on {} already", format_length(summary.found),
+                                    printable(summary.host)));
   }
   if (summary.sent_again > Length(0) || summary.reconnects > 0) {
     out += row("again", fmt::format("{} sent again, {}", format_length(summary.sent_again),

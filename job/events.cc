@@ -205,6 +205,8 @@ Status read_counts(const json& object, Counted& out) {
   DROVER_ASSIGN(out.mirrored_writes, optional_number(object, "mirrored_writes"));
   DROVER_ASSIGN(out.sent_again, length(object, "sent_again_bytes"));
   DROVER_ASSIGN(out.reconnects, optional_number(object, "reconnects"));
+  DROVER_ASSIGN(const std::uint64_t found, optional_number(object, "found_bytes"));
+  out.found = Length(found);
   DROVER_ASSIGN(out.slowdown.writes, optional_number(object, "handover_writes"));
   DROVER_ASSIGN(out.slowdown.waited, time<microseconds>(object, "handover_wait_us"));
   DROVER_ASSIGN(out.slowdown.longest, time<microseconds>(object, "handover_longest_wait_us"));
@@ -360,6 +362,7 @@ OrderedJson event_of(const Progress& progress) {
           {"wire_bytes", progress.wire_bytes.bytes()},
           {"saved_bytes", progress.saved_bytes.bytes()},
           {"compression", text_or_null(progress.compression)},
+          {"found_bytes", progress.found.bytes()},
           {"sent_again_bytes", progress.sent_again.bytes()},
           {"reconnects", progress.reconnects},
           {"to_verify_bytes", progress.to_verify.bytes()},
@@ -392,6 +395,7 @@ OrderedJson event_of(const Summary& summary) {
           {"saved_bytes", summary.saved_bytes.bytes()},
           {"memory_bytes", summary.memory_bytes.bytes()},
           {"mirrored_writes", summary.mirrored_writes},
+          {"found_bytes", summary.found.bytes()},
           {"sent_again_bytes", summary.sent_again.bytes()},
           {"reconnects", summary.reconnects},
           {"handover_writes", summary.slowdown.writes},

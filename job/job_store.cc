@@ -213,6 +213,7 @@ json options_to_json(const MoveOptions& options) {
           {"keep_partial", options.keep_partial},
           {"max_slowdown_ms", static_cast<std::uint64_t>(options.max_slowdown.count())},
           {"verify", options.verify},
+          {"use_index", options.use_index},
           {"link_timeout_ms", static_cast<std::uint64_t>(options.link_timeout.count())},
           {"hold_barrier_file", options.hold_barrier_file}};
 }
@@ -251,6 +252,7 @@ Result<MoveOptions> options_from_json(const json& object) {
                 mirror::get_unsigned(object, "max_slowdown_ms", kMostMilliseconds));
   out.max_slowdown = milliseconds(slowdown);
   DROVER_ASSIGN(out.verify, required_bool(object, "verify"));
+  DROVER_ASSIGN(out.use_index, mirror::get_bool(object, "use_index", true));
   DROVER_ASSIGN(const auto timeout,
                 mirror::get_unsigned(object, "link_timeout_ms", kMostMilliseconds));
   out.link_timeout = milliseconds(timeout);

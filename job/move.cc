@@ -35,6 +35,7 @@
 #include "mirror/bootstrap.h"
 #include "mirror/endpoint_watchdog.h"
 #include "mirror/engine.h"
+#include "mirror/known_filter.h"
 #include "mirror/session.h"
 
 namespace drover::job {
@@ -257,8 +258,20 @@ class Move {
                        {"cluster_size", disk.cluster_size.bytes()}});
     }
     DROVER_TRY(engine_->link().call({{"op", "reserve"}, {"disks", disks}}, kReserveTimeout));
+    learn_what_is_there();
     queue_->push(Reserved{});
     return {};
+  }
+
+  // What the target has need not be sent. Never a reason to fail: without it everything is.
+  void learn_what_is_there() {
+    if (!options_.use_index) return;
+    auto filter = mirror::fetch_filter(
+        [this](const json& request) { return engine_->link().call(request, kControlTimeout); });
+    if (!filter) return log_warning("the target's content index is not used: {}", filter.error().to_string());
+    if (*filter == nullptr) return;
+    log_info("the target has a content index");
+    engine_->link().use_filter(std::move(*filter));
   }
 
   Status connect(const mirror::ReceiverInfo& receiver) {
@@ -670,7 +683,9 @@ class Move {
     receiver_started_ = true;
     DROVER_ASSIGN(const mirror::ReceiverInfo receiver,
                   platform_.start_receiver(plan().host, receiver_request_, kSshTimeout));
-    return connect(receiver);
+    DROVER_TRY(connect(receiver));
+    learn_what_is_there();
+    return {};
   }
 
   // False: there is nothing to restore. A record that is damaged costs its chunks being copied again.
@@ -1358,6 +1373,7 @@ class Move {
     }
     summary_.memory_bytes = Length(status.link.memory_bytes);
     summary_.saved_bytes = Length(status.link.bytes_saved);
+    summary_.found = Length(status.link.found_bytes);
     summary_.wire_bytes = Length(status.link.bytes_sent + status.link.memory_bytes);
     if (const auto stats = engine_->link().call({{"op", "stats"}}, kControlTimeout)) {
       summary_.receiver_peak_memory = Length(stats->value("peak_memory", std::uint64_t{0}));

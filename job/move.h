@@ -45,7 +45,7 @@ struct MoveOptions {
   std::chrono::milliseconds max_downtime{500};
   unsigned connections = 2;    // data connections of the link
   unsigned memory_channels = 0;  // connections of the guest's memory, 1 to 8; 0: job/memory_channels.h says
-  mirror::Compression compression;  // of what goes over it, but for the memory
+  mirror::Compression compression;  // of what goes over it
   bool keep_partial = false;   // after a cancel or a failure the target's images stay for a resume
   // In the handover a guest's write waits for the target when the link is slower than the guest writes; one that would
   // wait for longer ends that handover. 10 ms to 1 min.
@@ -53,6 +53,8 @@ struct MoveOptions {
   // Before the handover all that the target has is read back, past its caches where its filesystem can, and
   // compared with the source.
   bool verify = false;
+  // What the target has already, of other images, is not sent (mirror/content_index.h).
+  bool use_index = true;
   std::chrono::milliseconds link_timeout{0};  // without a link for so long it is undone; 0: never
   // Test switch: at the barrier, when both sides are equal and still, this file is created and the job
   // waits until it is gone.
@@ -142,6 +144,7 @@ struct Progress {
   Slowdown slowdown;
   Length sent_again;            // of what the target had acknowledged or been sent before
   std::uint64_t reconnects = 0;
+  Length found;                 // what was not sent because the target had it of other images
 };
 
 // Where the time went while the guest ran nowhere. It is quiesce, then the longer of disks and memory, which go on at
@@ -185,6 +188,7 @@ struct Summary {
   Slowdown slowdown;                 // as in Progress
   Length sent_again;                 // as in Progress
   std::uint64_t reconnects = 0;
+  Length found;                      // as in Progress
   Length runner_peak_memory;         // resident, of the two agents
   Length receiver_peak_memory;
 };

@@ -50,6 +50,7 @@ void ProgressMeter::copy(const mirror::MirrorEngine::EngineStatus& status) {
   }
   progress_.saved_bytes = Length(status.link.bytes_saved);
   progress_.compression = mirror::encoding_name(status.link.encoding);
+  progress_.found = Length(status.link.found_bytes);
   progress_.wire_bytes = Length(status.link.bytes_sent + status.link.memory_bytes);
   disks(seen);
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mirror/apply.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "base/check.h"
@@ -37,6 +38,11 @@ void Applier::apply(const FrameHeader& header, Buffer buffer, const std::vector<
 void Applier::start(std::list<Frame>::iterator frame) {
   frame->started = true;
   if (frame->header.type == FrameType::Compare) return compare(frame);
+  if (frame->header.type == FrameType::Offer) return gather(frame);
+  write(frame);
+}
+
+void Applier::write(std::list<Frame>::iterator frame) {
   blockcopy::ImageWriter& writer = *disks_[frame->header.disk].writer;
   const bool fresh = (frame->header.flags & kFlagFresh) != 0;
   frame->outstanding = 1;  // held until all runs are issued
@@ -68,6 +74,68 @@ void Applier::compare(std::list<Frame>::iterator frame) {
     if (frame->status) frame->differing = compare_blocks(content, frame->hashes);
     finish(frame);
   });
+}
+
+// Where an offer's extent is on a disk.
+class Applier::Place final : public OfferedChunk::Place {
+ public:
+  Place(const Disk& disk, Offset offset) : disk_(disk), offset_(offset) {}
+  bool share(int fd, Offset from, std::size_t at, Length length) override {
+    return disk_.writer->share(fd, from, {offset_ + Length(at), length});
+  }
+  void read(std::size_t at, std::span<std::byte> buffer, blockcopy::Done done) override {
+    disk_.reader->read(offset_ + Length(at), buffer, std::move(done));
+  }
+
+ private:
+  const Disk& disk_;
+  const Offset offset_;
+};
+
+void Applier::gather(std::list<Frame>::iterator frame) {
+  const Extent extent = frame->header.extent;
+  CHECK(frame->buffer.bytes().size() >= extent.length.bytes(), "there is room for what is read");
+  Offer offer = decode_offer(frame->header, frame->runs.front().bytes);
+  frame->runs.clear();
+  frame->place = std::make_unique<Place>(disks_[frame->header.disk], extent.offset);
+  frame->offered = std::make_unique<OfferedChunk>(
+      std::move(offer), options_.known, *frame->place,
+      frame->buffer.bytes().first(extent.length.bytes()), options_.offers);
+  frame->offered->gather([this, frame] { use_what_was_found(frame); });
+}
+
+// As a Copy of the pieces that were found and of those that are zero, as thin as one.
+void Applier::use_what_was_found(std::list<Frame>::iterator frame) {
+  const std::unique_ptr<OfferedChunk> offered = std::move(frame->offered);
+  const Offer& offer = offered->offer();
+  const Extent extent = frame->header.extent;
+  const BlockMask data = data_blocks(offer, extent);
+  const std::size_t blocks = (extent.length + kBlock - Length(1)) / kBlock;
+  const std::size_t in_a_piece = offer.piece / kBlock;
+  const std::span<const std::byte> content = frame->buffer.bytes().first(extent.length.bytes());
+  for (std::size_t i = 0; i < blocks; ++i) {
+    const std::size_t piece = i / in_a_piece;
+    const bool here = !data.contains(i) || offered->found(piece);
+    if (!here) {
+      frame->differing.set(i);
+      continue;
+    }
+    const Offset start = extent.offset + kBlock * i;
+    const Length length = std::min(kBlock, extent.end() - start);
+    const auto bytes = content.subspan((start - extent.offset).bytes(), length.bytes());
+    if (data.contains(i)) found_ += length;
+    if (offered->shared(piece)) continue;
+    const bool zero = !data.contains(i) || (all_zero(bytes) && !offered->spoiled(piece));
+    if (!frame->runs.empty() && frame->runs.back().extent.end() == start &&
+        frame->runs.back().bytes.empty() == zero) {
+      Run& run = frame->runs.back();
+      run.extent.length += length;
+      if (!zero) run.bytes = {run.bytes.data(), run.bytes.size() + bytes.size()};
+    } else {
+      frame->runs.push_back({{start, length}, zero ? std::span<const std::byte>() : bytes});
+    }
+  }
+  write(frame);
 }
 
 void Applier::finish(std::list<Frame>::iterator frame) {

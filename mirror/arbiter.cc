@@ -433,9 +433,9 @@ void Arbiter::copy_acked(TicketId id) {
 std::optional<Arbiter::Damage> Arbiter::copy_differs(TicketId id, BlockMask blocks, Instant now) {
   const auto found = copies_.find(id);
   if (found == copies_.end()) return std::nullopt;
-  CHECK(found->second.state == CopyState::Sending && found->second.compare,
-        "only what was compared differs");
-  if (options_.mutation.same_though_different) {
+  CHECK(found->second.state == CopyState::Sending, "only what was sent is answered");
+  const bool compared = found->second.compare;
+  if (compared ? options_.mutation.same_though_different : options_.mutation.forget_not_found) {
     copy_acked(id);
     return std::nullopt;
   }
@@ -445,6 +445,7 @@ std::optional<Arbiter::Damage> Arbiter::copy_differs(TicketId id, BlockMask bloc
   blocks = blocks & BlockMask::range(0, blocks_in(copy.chunk));
   if (blocks.empty()) blocks = copy.blocks;  // nonsense
   if (copy.verify == 0) {
+    // What was written meanwhile is behind the frame on its lane, or to be copied again anyway.
     compare_.erase(copy.chunk);
     acknowledged(copy.chunk, copy.blocks);  // the others
     dirty(copy.chunk, blocks | copy.redo);

@@ -47,6 +47,11 @@
 // or missing, or nobody knows what was written since), its ticket says `compare`: hashes go in
 // place of the content, and copy_differs() makes the blocks that differ Pending, to be sent.
 //
+// Offering. What is sent of a chunk that is copied may be its content's name instead of its content
+// (mirror/offers.h): the target has it of another image, or not. Then copy_differs() says which
+// blocks it could not find: the chunk is copied but for these, which are Pending as if they had
+// been written just now.
+//
 // Verifying. verify() has every chunk to which anything was ever sent compared that way, in the
 // same order with the guest's writes, without making it Pending. It begins when what the target had
 // acknowledged by then has been flushed (flush_done()): what is read back then comes from stable
@@ -227,6 +232,7 @@ class Arbiter {
       bool damaged_at_once = false;        // a chunk that differs once is taken for damaged
       bool compare_trusted = false;  // a write given up on is seen by a comparison, as by a copy
       bool forget_unseen = false;    // what verifying never saw is not sent again
+      bool forget_not_found = false;  // an offer of which something was not found counts as copied
       bool wait_past_limit = false;  // in strict mode a write waits for as long as it takes
     } mutation;
   };
@@ -261,7 +267,8 @@ class Arbiter {
     Extent extent;
     bool again = false;
   };
-  // The target has another content in these blocks of the chunk (bits beyond it are ignored).
+  // The target has another content in these blocks of the chunk (bits beyond it are ignored); of a
+  // copy that was offered: it could not write them.
   std::optional<Damage> copy_differs(TicketId id, BlockMask blocks, Instant now);
   // Each chunk is compared, in turns with copies, outside strict mode, once what is unflushed now
   // has been flushed. Begins anew if it was under way.

@@ -41,18 +41,6 @@ std::size_t block_count(const Extent& extent) {
 }
 std::size_t bitmap_size(const Extent& extent) { return (block_count(extent) + 7) / 8; }
 
-bool all_zero(std::span<const std::byte> bytes) {
-  // A word first: most blocks of data end here. Then the block against itself, one word on:
-  // all equal to the first, which is zero.
-  std::uint64_t first = 0;
-  if (bytes.size() < sizeof first) {
-    return std::ranges::all_of(bytes, [](std::byte b) { return b == std::byte{0}; });
-  }
-  std::memcpy(&first, bytes.data(), sizeof first);
-  return first == 0 &&
-         std::memcmp(bytes.data(), bytes.data() + sizeof first, bytes.size() - sizeof first) == 0;
-}
-
 std::uint64_t checksum_of(std::span<const std::byte> bytes) {
   return bytes.empty() ? 0 : XXH3_64bits(bytes.data(), bytes.size());
 }
@@ -114,6 +102,59 @@ Status check_plain(const FrameHeader& header, std::uint64_t length) {
   return {};
 }
 
+std::byte* put_bitmap(const BlockMask& mask, std::size_t size, std::byte* to) {
+  std::memcpy(to, mask.words().data(), size);
+  return to + size;
+}
+
+BlockMask get_bitmap(std::span<const std::byte> bytes) {
+  BlockMask::Words words{};
+  std::memcpy(words.data(), bytes.data(), bytes.size());
+  return BlockMask(words);
+}
+
+// An offer's payload: a byte that says how large the pieces are (4 KiB times two to its power), a
+// bitmap of those that are not zero, and their hashes.
+constexpr unsigned kMaxPieceShift = 8;
+std::size_t piece_count(const Extent& extent, Length piece) {
+  return (extent.length + piece - Length(1)) / piece;
+}
+std::size_t offer_head(std::size_t pieces) { return 1 + (pieces + 7) / 8; }
+
+Status check_offer(const FrameHeader& header) {
+  if ((header.flags & ~kFlagFresh) != 0) return broken("unknown flags");
+  if (header.extent.offset.bytes() % kBlock.bytes() != 0) return broken("an offer starts in a block");
+  constexpr std::size_t kLeast = 1 + 1 + kPieceHashSize;
+  constexpr std::size_t kMost = 1 + kMaxBitmap + kMaxBitmap * 8 * kPieceHashSize;
+  if (header.payload_length < kLeast || header.payload_length > kMost) {
+    return broken("an offer's length makes no sense");
+  }
+  return check_plain(header, header.payload_length);
+}
+
+Result<Offer> take_offer(const FrameHeader& header, std::span<const std::byte> payload) {
+  const auto shift = std::to_integer<unsigned>(payload[0]);
+  if (shift > kMaxPieceShift) return broken("an offer's pieces are too large");
+  Offer offer;
+  offer.piece = kBlock * (std::uint64_t{1} << shift);
+  offer.pieces.resize(piece_count(header.extent, offer.piece));
+  std::size_t used = offer_head(offer.pieces.size());
+  if (payload.size() < used) return broken("an offer is cut short");
+  const BlockMask data = get_bitmap(payload.subspan(1, used - 1));
+  if (data.empty() || data.end() > offer.pieces.size()) {
+    return broken("an offer of nothing, or of what is beyond its extent");
+  }
+  if (payload.size() != used + kPieceHashSize * data.count()) {
+    return broken("an offer with too many hashes, or too few");
+  }
+  for (std::size_t i = 0; i < offer.pieces.size(); ++i) {
+    if (!data.contains(i)) continue;
+    std::ranges::copy(payload.subspan(used, kPieceHashSize), offer.pieces[i].emplace().begin());
+    used += kPieceHashSize;
+  }
+  return offer;
+}
+
 Status check_answer(const FrameHeader& header) {
   if (header.disk != 0 || header.extent != Extent{}) return broken("an answer names an extent");
   if (header.type == FrameType::Differs) {
@@ -151,6 +192,9 @@ Status check(const FrameHeader& header, const FrameLimits& limits) {
       if (header.flags != 0) return broken("unknown flags");
       if (header.extent.offset.bytes() % kBlock.bytes() != 0) return broken("a comparison starts in a block");
       return check_plain(header, kHashSize * block_count(header.extent));
+    case FrameType::Offer:
+      DROVER_TRY(check_target_bound(header, limits));
+      return check_offer(header);
     case FrameType::Ack:
     case FrameType::Differs:
     case FrameType::Failed: return check_answer(header);
@@ -223,17 +267,6 @@ std::span<const std::byte> block_at(std::span<const std::byte> content, std::siz
   return content.subspan(at, std::min<std::size_t>(kBlock.bytes(), content.size() - at));
 }
 
-std::byte* put_bitmap(const BlockMask& mask, std::size_t size, std::byte* to) {
-  std::memcpy(to, mask.words().data(), size);
-  return to + size;
-}
-
-BlockMask get_bitmap(std::span<const std::byte> bytes) {
-  BlockMask::Words words{};
-  std::memcpy(words.data(), bytes.data(), bytes.size());
-  return BlockMask(words);
-}
-
 // The runs of a payload that begins with bitmaps.
 Status take_apart(const FrameHeader& header, std::span<const std::byte> decoded,
                   std::vector<Run>& runs) {
@@ -302,7 +335,7 @@ Result<FrameHeader> decode_header(std::span<const std::byte, kHeaderSize> bytes,
   }
   const auto type = get<std::uint8_t>(bytes, 4);
   if (type < static_cast<std::uint8_t>(FrameType::Copy) ||
-      type > static_cast<std::uint8_t>(FrameType::Differs)) {
+      type > static_cast<std::uint8_t>(FrameType::Offer)) {
     return broken(fmt::format("type {} does not exist", type));
   }
   const auto encoding = get<std::uint8_t>(bytes, 5);
@@ -414,6 +447,43 @@ Result<BlockMask> decode_differs(std::span<const std::byte> payload) {
   return blocks;
 }
 
+BlockMask data_blocks(const Offer& offer, const Extent& extent) {
+  const std::size_t blocks = offer.piece / kBlock;
+  BlockMask data;
+  for (std::size_t i = 0; i < offer.pieces.size(); ++i) {
+    if (offer.pieces[i]) data |= BlockMask::range(i * blocks, (i + 1) * blocks);
+  }
+  return data & BlockMask::range(0, block_count(extent));
+}
+
+std::span<const std::byte> encode_offer(FrameHeader& header, const Offer& offer,
+                                        std::span<std::byte> out) {
+  CHECK(header.type == FrameType::Offer && std::has_single_bit(offer.piece / kBlock) &&
+            offer.pieces.size() == piece_count(header.extent, offer.piece),
+        "an offer is of its extent's pieces");
+  out[0] = static_cast<std::byte>(std::countr_zero(offer.piece / kBlock));
+  std::size_t used = offer_head(offer.pieces.size());
+  BlockMask data;
+  for (std::size_t i = 0; i < offer.pieces.size(); ++i) {
+    if (!offer.pieces[i]) continue;
+    data.set(i);
+    std::ranges::copy(*offer.pieces[i], out.subspan(used).begin());
+    used += kPieceHashSize;
+  }
+  put_bitmap(data, offer_head(offer.pieces.size()) - 1, &out[1]);
+  const std::span<const std::byte> payload = out.first(used);
+  header.encoding = Encoding::Plain;
+  header.payload_length = header.decoded_length = static_cast<std::uint32_t>(used);
+  header.checksum = checksum_of(payload);
+  return payload;
+}
+
+Offer decode_offer(const FrameHeader& header, std::span<const std::byte> payload) {
+  auto offer = take_offer(header, payload);
+  CHECK(offer.has_value(), "an offer's payload was checked");
+  return std::move(*offer);
+}
+
 Status decode_payload(const FrameHeader& header, std::span<const std::byte> payload,
                       std::span<std::byte> scratch, std::vector<Run>& runs) {
   CHECK(payload.size() == header.payload_length, "the whole payload is here");
@@ -432,7 +502,8 @@ Status decode_payload(const FrameHeader& header, std::span<const std::byte> payl
   if (checksum_of(decoded) != header.checksum) {
     return broken("a payload's checksum is wrong: it was damaged on its way");
   }
-  if ((header.flags & (kFlagSparse | kFlagPartial)) == 0) {
+  if (header.type == FrameType::Offer) DROVER_TRY(take_offer(header, decoded));
+  if (header.type == FrameType::Offer || (header.flags & (kFlagSparse | kFlagPartial)) == 0) {
     runs.push_back({header.extent, decoded});
     return {};
   }

@@ -3,7 +3,7 @@
 // The link's frames: what travels on a data connection, in both directions. A frame is a header of
 // 48 bytes, little-endian, and a payload. docs/protocol.md has the layout and the rules.
 //
-//   source -> target: Copy, Write, Zero, Compare          target -> source: Ack, Differs, Failed
+//   source -> target: Copy, Write, Zero, Compare, Offer   target -> source: Ack, Differs, Failed
 //
 // decode_header() takes nothing on trust: types, flags, reserved bits, lengths and ranges are checked
 // against the limits of the session before anything is allocated or believed. Pure functions, any
@@ -13,12 +13,14 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "base/result.h"
 #include "base/units.h"
 #include "mirror/block_mask.h"
+#include "mirror/piece.h"
 
 namespace drover::mirror {
 
@@ -42,7 +44,9 @@ enum class FrameType : std::uint8_t {
                // kMaxReason bytes); flags: its drover::Code
   Compare = 6,  // does the extent hold this content? payload: a block_hash() for each of its blocks. Ack: yes.
   Differs = 7,  // no, of the Compare with this sequence some blocks differ; nothing was changed. Payload: which,
-                // as a bitmap of the extent's blocks
+                // as a bitmap of the extent's blocks. Of an Offer: these could not be found there; the others
+                // were written
+  Offer = 8,    // write what has these hashes, of whatever other image it is
 };
 
 enum class Encoding : std::uint8_t { Plain = 0, Lz4 = 1, Zstd = 2 };
@@ -50,7 +54,7 @@ enum class Encoding : std::uint8_t { Plain = 0, Lz4 = 1, Zstd = 2 };
 // Copy only: the decoded payload begins with a bitmap (a bit per kBlock of the range, least
 // significant first; 1: data), then the data blocks alone follow.
 inline constexpr std::uint8_t kFlagSparse = 1;
-// Copy and Zero: nothing was ever sent for this chunk to an image that was created empty, so its zero
+// Copy, Zero and Offer: nothing was ever sent for this chunk to an image that was created empty, so its zero
 // blocks already read as zeroes.
 inline constexpr std::uint8_t kFlagFresh = 2;
 // Copy only, not with kFlagSparse: some blocks of the extent, not its first and not its last one,
@@ -125,11 +129,25 @@ void encode_differs(FrameHeader& header, const BlockMask& blocks,
 // Source. Protocol: none is marked.
 Result<BlockMask> decode_differs(std::span<const std::byte> payload);
 
+// What an Offer carries: of each piece of its extent (the last one may be shorter) the hash; none:
+// it reads as zeroes.
+struct Offer {
+  Length piece = kPiece;  // a power of two of blocks, at most kMaxChunk
+  std::vector<std::optional<PieceHash>> pieces;
+};
+// The extent's blocks that are in pieces which are not zero.
+BlockMask data_blocks(const Offer& offer, const Extent& extent);
+// Source: the same for an Offer, of which not all is zero; returns the payload, put to `out` (at
+// least kEncodeScratch).
+std::span<const std::byte> encode_offer(FrameHeader& header, const Offer& offer,
+                                        std::span<std::byte> out);
+// Target: of a payload that decode_payload() accepted (CHECKed).
+Offer decode_offer(const FrameHeader& header, std::span<const std::byte> payload);
+
 // Target: decompresses into `scratch` (at least kMaxPayload bytes) if need be, verifies the
 // checksum and takes the payload apart. `runs` (cleared first) refers to `payload` or `scratch`.
 // Protocol if the payload does not fit its header. Zero frames give one zero run; partial ones runs
-// of the blocks that they hold; a Compare one run whose bytes are the
-// hashes.
+// of the blocks that they hold; a Compare or an Offer one run whose bytes are the payload.
 Status decode_payload(const FrameHeader& header, std::span<const std::byte> payload,
                       std::span<std::byte> scratch, std::vector<Run>& runs);
 

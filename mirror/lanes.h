@@ -55,7 +55,8 @@ class Answers {
   virtual ~Answers() = default;
   // The target applied the frame (its page cache or device has it; stable only after a flush).
   virtual void applied(std::uint32_t lane, std::uint16_t disk, std::uint64_t token) = 0;
-  // A Compare found other content there, in these blocks of its extent.
+  // A Compare found other content there, in these blocks of its extent; of a Copy that the lane
+  // offered (mirror/offers.h) these could not be found there.
   virtual void differs(std::uint32_t lane, std::uint16_t disk, std::uint64_t token,
                        const BlockMask& blocks) = 0;
   // The target could not: disk error, no space. The frame's extent is undefined there.

@@ -37,6 +37,7 @@
 #include "mirror/compression_policy.h"
 #include "mirror/connect.h"
 #include "mirror/lane_queue.h"
+#include "mirror/offers.h"
 #include "mirror/relay.h"
 #include "mirror/session.h"
 
@@ -58,6 +59,7 @@ struct Totals {
   std::atomic<std::uint64_t> frames_sent{0};
   std::atomic<Compression> compression;                         // what is wanted
   std::array<std::atomic<Compression>, kMaxLanes> compressing;  // what each lane is at
+  std::atomic<std::uint64_t> found_bytes{0};
 };
 static_assert(std::atomic<Compression>::is_always_lock_free);
 
@@ -253,7 +255,8 @@ class LaneSender {
   using Lost = std::function<void(const Error&)>;  // on the lane's thread, at most once
 
   LaneSender(std::uint32_t index, std::uint64_t epoch, TlsSocket socket, const LinkOptions& options,
-             std::shared_ptr<Delivery> delivery, Totals& totals, Lost lost)
+             std::shared_ptr<Delivery> delivery, const KnownPieces& known, Totals& totals,
+             Lost lost)
       : index_(index),
         epoch_(epoch),
         lost_(std::move(lost)),
@@ -262,7 +265,8 @@ class LaneSender {
         limits_{options.disk_sizes, options.chunk_size},
         delivery_(std::move(delivery)),
         totals_(totals),
-        queue_(options.chunk_size) {}
+        queue_(options.chunk_size),
+        offers_(known) {}
 
   ~LaneSender() { CHECK(!thread_.joinable(), "stop() and join() come first"); }
   LaneSender(const LaneSender&) = delete;
@@ -330,6 +334,8 @@ class LaneSender {
     std::uint16_t disk = 0;
     std::uint64_t token = 0;
     bool compare = false;
+    bool offered = false;
+    BlockMask data;  // offered: the blocks that are not zero
     bool answered = false;
   };
   struct Current {
@@ -425,19 +431,32 @@ class LaneSender {
     header.extent = frame.extent;
     header.flags = frame.fresh ? kFlagFresh : 0;
     header.sequence = ++sequence_;
+    Unanswered& unanswered = unanswered_.emplace_back();
+    unanswered.disk = frame.disk;
+    unanswered.token = frame.token;
+    unanswered.compare = frame.type == FrameType::Compare;
     switch (frame.type) {
       case FrameType::Copy:
+        if (const auto offer = offers_.consider(frame, limits_.chunk_size)) {
+          header.type = FrameType::Offer;
+          next.payload = encode_offer(header, *offer, std::span(scratch_.get(), kEncodeScratch));
+          unanswered.offered = true;
+          unanswered.data = data_blocks(*offer, frame.extent);
+          break;
+        }
+        next.payload = encode(header, frame);
+        break;
       case FrameType::Write: next.payload = encode(header, frame); break;
       case FrameType::Zero: break;
       case FrameType::Compare:
         next.payload = encode_compare(header, frame.content, std::span(scratch_.get(), kEncodeScratch));
         break;
+      case FrameType::Offer: CHECK(false, "only a lane makes an offer of a copy");
       case FrameType::Ack:
       case FrameType::Differs:
       case FrameType::Failed: CHECK(false, "only the target answers");
     }
     encode_header(header, next.header);
-    unanswered_.push_back({frame.disk, frame.token, frame.type == FrameType::Compare, false});
     {
       const std::lock_guard lock(mutex_);
       digest_.add(next.header);
@@ -534,9 +553,15 @@ class LaneSender {
     Delivery::Event event{.lane = index_, .disk = frame.disk, .token = frame.token};
     const auto payload = std::span<const std::byte>(answer_).subspan(kHeaderSize, header.payload_length);
     if (header.type == FrameType::Differs) {
-      if (!frame.compare) return fail(Code::Protocol, "the target compared what it was to write");
+      if (!frame.compare && !frame.offered) {
+        return fail(Code::Protocol, "the target compared what it was to write");
+      }
       event.kind = Delivery::Event::Kind::Differs;
       DROVER_ASSIGN(event.blocks, decode_differs(payload));
+    }
+    if (frame.offered && header.type != FrameType::Failed) {
+      totals_.found_bytes.fetch_add(offers_.answered(frame.data, event.blocks).bytes(),
+                                    std::memory_order_relaxed);
     }
     if (header.type == FrameType::Failed) {
       event.kind = Delivery::Event::Kind::Refused;
@@ -618,6 +643,7 @@ class LaneSender {
   std::condition_variable idle_;
 
   // The thread's own.
+  LaneOffers offers_;
   std::unique_ptr<std::byte[]> scratch_;
   CompressionPolicy policy_{now()};
   ProcessorWaits processor_;
@@ -1089,6 +1115,10 @@ class LinkImpl final : public Link {
     return connections->control->call(request, left_until(deadline));
   }
 
+  void use_filter(std::shared_ptr<const PieceFilter> filter) override {
+    known_.set(std::move(filter));
+  }
+
   Result<BarrierTimes> barrier(std::chrono::milliseconds timeout) override {
     const Instant deadline = now() + timeout;
     DROVER_ASSIGN(const std::shared_ptr<Connections> connections, up_now());
@@ -1148,7 +1178,8 @@ class LinkImpl final : public Link {
             .memory_bytes = totals_.memory_bytes,
             .frames_sent = totals_.frames_sent,
             .reconnects = reconnects_,
-            .encoding = strongest()};
+            .encoding = strongest(),
+            .found_bytes = totals_.found_bytes};
   }
 
   void set_compression(const Compression& compression) override { totals_.compression = compression; }
@@ -1198,7 +1229,7 @@ class LinkImpl final : public Link {
       hello.lane = i;
       DROVER_ASSIGN(TlsSocket lane, addresses.open(endpoint, hello, deadline, stopped_.fd()));
       made->lanes.push_back(std::make_unique<LaneSender>(i, epoch, std::move(lane), options_,
-                                                         delivery_, totals_, lost));
+                                                         delivery_, known_, totals_, lost));
       DROVER_TRY(made->lanes.back()->prepare());
       addresses.next();
     }
@@ -1343,6 +1374,7 @@ class LinkImpl final : public Link {
 
   const LinkOptions options_;
   Totals totals_;
+  KnownPieces known_;
   const std::shared_ptr<Delivery> delivery_;
   Waker stopped_;  // readable once the link is being closed
   std::atomic<std::uint64_t> reconnects_{0};

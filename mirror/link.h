@@ -109,6 +109,7 @@ struct LinkCounters {
   std::uint64_t frames_sent = 0;
   std::uint64_t reconnects = 0;
   EncodeOptions encoding;  // what compresses most of what the lanes are at now
+  std::uint64_t found_bytes = 0;  // of copies: the target had them of other images, and took those
 };
 
 // What the target's part of the barrier took, by its clock. Zero: an older receiver did not say.
@@ -131,6 +132,9 @@ class Link : public Lanes {
   // lanes, without link_down(); after its answer the Link is only good for destruction.
   virtual Result<nlohmann::json> call(const nlohmann::json& request,
                                       std::chrono::milliseconds timeout) = 0;
+  // From now on what is copied for the first time is offered where the filter says that the target
+  // has most of it (mirror/offers.h). Also in later epochs. Any thread.
+  virtual void use_filter(std::shared_ptr<const PieceFilter> filter) = 0;
   // The source is still and nothing more will be queued: waits until every frame is answered, then
   // has the target prove that it took the same frames in the same order, flush its images to stable
   // storage and release them. The images are kept from {"op":"keep"} on, at the latest from here.

@@ -25,6 +25,7 @@
 #include "base/loop.h"
 #include "base/priority.h"
 #include "mirror/connect.h"
+#include "mirror/known_filter.h"
 #include "mirror/receiver_lane.h"
 #include "mirror/relay.h"
 #include "mirror/session.h"
@@ -477,6 +478,7 @@ class ReceiverImpl final : public Receiver {
     }
     store_ = std::make_unique<Store>(options_, *record_, totals_);
     if (options_.resume) DROVER_TRY(store_->open_recorded());
+    open_index();
     for (const ReceiverRecord::Image& image : record_->images()) {
       limits_.disk_sizes.push_back(image.spec.size);
     }
@@ -534,6 +536,22 @@ class ReceiverImpl final : public Receiver {
     std::thread thread;
     std::atomic<bool> done{false};
   };
+
+  // Without it everything is sent.
+  void open_index() {
+    if (options_.index_directory.empty()) return;
+    auto index = IndexReader::open(options_.index_directory);
+    if (!index) {
+      if (index.error().code != Code::NotFound) log_warning("{}", index.error().to_string());
+      return;
+    }
+    auto filter = (*index)->filter();
+    if (!filter) return log_warning("{}", filter.error().to_string());
+    if (*filter == nullptr) return;
+    filter_ = std::move(*filter);
+    index_ = std::move(*index);
+    log_info("the content index knows {} images", index_->images().size());
+  }
 
   // --- connections ---
 
@@ -805,6 +823,7 @@ class ReceiverImpl final : public Receiver {
     options.buffers =
         std::clamp<std::size_t>(options_.buffers / kLaneBuffer / lanes_, 2, kMaxLaneBuffers);
     options.applier = options_.applier;
+    options.content = index_;
     auto lane = std::make_shared<LaneReceiver>(
         std::move(options), std::move(peer->fd), std::move(peer->tls), totals_,
         [this](LaneReceiver& gone, const Error& error) {
@@ -917,6 +936,10 @@ class ReceiverImpl final : public Receiver {
       answer(peer, id, stats());
       return {};
     }
+    if (op == "index") {
+      answer(peer, id, filter_part(filter_.get(), request));
+      return {};
+    }
     if (peer->requests >= kMaxRequests) return fail(Code::Protocol, "too many requests at once");
     ++peer->requests;
     worker_->post([this, peer, id, op, request] {
@@ -951,6 +974,7 @@ class ReceiverImpl final : public Receiver {
             {"bytes_received", totals_.bytes_received.load()},
             {"bytes_written", totals_.bytes_written.load()},
             {"bytes_zeroed", totals_.bytes_zeroed.load()},
+            {"bytes_found", totals_.bytes_found.load()},
             {"frames_failed", totals_.failed.load()},
             {"memory_bytes", totals_.memory_bytes.load()},
             {"kept", store_->kept()}};
@@ -1011,6 +1035,8 @@ class ReceiverImpl final : public Receiver {
   Listener listener_;
   std::unique_ptr<ReceiverRecord> record_;
   ReceiverTotals totals_;
+  std::shared_ptr<IndexReader> index_;  // null: nothing is known
+  std::shared_ptr<const PieceFilter> filter_;
   std::unique_ptr<Store> store_;
   Worker* worker_ = nullptr;
   bool ran_ = false;

@@ -34,6 +34,7 @@
 #include "base/result.h"
 #include "blockcopy/image.h"
 #include "mirror/apply.h"
+#include "mirror/content_index.h"
 #include "mirror/receiver_record.h"
 #include "mirror/socket.h"
 #include "mirror/tls.h"
@@ -52,6 +53,8 @@ struct ReceiverOptions {
   std::chrono::milliseconds linger{0};
   bool resumable = false;  // at its end, images that nobody removed stay, with their record
   bool resume = false;     // go on with what a resumable one left; implies resumable
+  // Where this host's content index is, if it has one; empty: it is not looked for.
+  std::string index_directory;
   // Receive buffers of all lanes together.
   Length buffers = Length(std::uint64_t{96} << 20);
   // Readable (a signalfd): end as on SIGTERM. -1: none.
@@ -96,7 +99,8 @@ struct RunReceiverOptions {
   bool detach = true;  // false: serves in the foreground (debugging)
 };
 // `drover receive`: reads the document, answers with one line of JSON, and serves in the
-// background. Returns the exit code: in the foreground process 0 once the receiver is up, 1 after
+// background. Where there is a content index beside the directory of jobs (`index`), the session's
+// images are added to it after a finished move, when nothing of the session is left. Returns the exit code: in the foreground process 0 once the receiver is up, 1 after
 // an error (which the line tells); in the background process when the session has ended. Call it
 // before any thread is started.
 int run_receiver(const RunReceiverOptions& options);

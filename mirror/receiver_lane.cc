@@ -80,12 +80,16 @@ Status LaneReceiver::open_images(
     disks.push_back({one.writer.get(), one.reader.get()});
   }
   images_ = std::move(opened);
+  if (options_.content && !known_) known_ = options_.content->open_content(*loop_);
+  Applier::Options applier = options_.applier;
+  applier.known = known_.get();
+  found_ = Length();
   applier_ = std::make_unique<Applier>(
       std::move(disks),
       [this](std::uint64_t sequence, std::uint16_t, Result<BlockMask> differing) {
         answer(sequence, std::move(differing));
       },
-      options_.applier);
+      applier);
   return {};
 }
 
@@ -103,6 +107,7 @@ LaneDigest LaneReceiver::detach() {
       loop_->at(Instant(), [&] {
         applier_.reset();
         images_.clear();
+        known_.reset();
         detached.set_value(digest_);
       });
     };
@@ -259,7 +264,7 @@ Result<bool> LaneReceiver::take_frame() {
     return fail(Code::Protocol, "a frame came when there was no image to write to");
   }
   for (const Run& run : runs_) {
-    if (header.type == FrameType::Compare) break;
+    if (header.type == FrameType::Compare || header.type == FrameType::Offer) break;
     auto& total = run.bytes.empty() ? totals_.bytes_zeroed : totals_.bytes_written;
     total.fetch_add(run.extent.length.bytes(), std::memory_order_relaxed);
   }
@@ -268,6 +273,9 @@ Result<bool> LaneReceiver::take_frame() {
 }
 
 void LaneReceiver::answer(std::uint64_t sequence, Result<BlockMask> differing) {
+  const Length found = applier_->found() - found_;
+  totals_.bytes_found.fetch_add(found.bytes(), std::memory_order_relaxed);
+  found_ += found;
   if (closed_) return;
   if (!differing && differing.error().code == Code::Unreachable) {
     // The process behind the image is gone, and what it had not flushed: nothing that was

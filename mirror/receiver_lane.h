@@ -27,6 +27,7 @@
 #include "base/unique_fd.h"
 #include "blockcopy/image.h"
 #include "mirror/apply.h"
+#include "mirror/content_index.h"
 #include "mirror/frame.h"
 #include "mirror/session.h"
 #include "mirror/tls.h"
@@ -41,6 +42,7 @@ struct ReceiverTotals {
   std::atomic<std::uint64_t> bytes_received{0};  // headers and payloads
   std::atomic<std::uint64_t> bytes_written{0};   // to the images
   std::atomic<std::uint64_t> bytes_zeroed{0};
+  std::atomic<std::uint64_t> bytes_found{0};     // of offers, in other images of this host
   std::atomic<std::uint64_t> failed{0};
   std::atomic<std::uint64_t> memory_bytes{0};
 };
@@ -53,6 +55,7 @@ class LaneReceiver {
     std::chrono::milliseconds silence{kSilence};
     std::size_t buffers = 16;
     Applier::Options applier;
+    std::shared_ptr<IndexReader> content;  // null: this host has none
   };
   // On the lane's thread, once, when the connection broke or the source broke the protocol.
   using Lost = std::function<void(LaneReceiver& lane, const Error& error)>;
@@ -110,7 +113,9 @@ class LaneReceiver {
     std::unique_ptr<blockcopy::ImageReader> reader;
   };
   std::vector<OpenImage> images_;
+  std::unique_ptr<KnownContent> known_;  // what offers are looked up in
   std::unique_ptr<Applier> applier_;
+  Length found_;  // by it, and added to the totals
   LaneDigest digest_;
   std::uint64_t sequence_ = 0;
   std::array<std::byte, kHeaderSize> head_{};

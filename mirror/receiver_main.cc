@@ -9,11 +9,15 @@
 #include <array>
 #include <cerrno>
 #include <csignal>
+#include <filesystem>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "base/log.h"
+#include "base/priority.h"
 #include "base/unique_fd.h"
+#include "mirror/content_index.h"
 #include "mirror/receiver.h"
 #include "mirror/session.h"
 
@@ -63,16 +67,38 @@ Result<std::chrono::milliseconds> get_ms(const nlohmann::json& json, const char*
   return std::chrono::milliseconds(ms);
 }
 
-Result<int> block_signals() {
+sigset_t ending_signals() {
   sigset_t signals;
   sigemptyset(&signals);
   for (const int one : {SIGTERM, SIGINT, SIGHUP}) sigaddset(&signals, one);
+  return signals;
+}
+
+Result<int> block_signals() {
+  const sigset_t signals = ending_signals();
   if (::pthread_sigmask(SIG_BLOCK, &signals, nullptr) != 0) {
     return fail_errno(errno, "blocking signals");
   }
   const int fd = ::signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
   if (fd < 0) return fail_errno(errno, "watching for signals");
   return fd;
+}
+
+std::string index_of(const std::string& jobs_directory) {
+  return (std::filesystem::path(jobs_directory).parent_path() / "index").string();
+}
+
+// The guest runs and nobody waits: reads its images when the disks have nothing else to do.
+void note_what_came(const std::string& index, const std::vector<std::string>& images) {
+  if (images.empty()) return;
+  constexpr std::chrono::minutes kPatience{10};
+  // Ends as any process does, also in the middle: an index survives that.
+  const sigset_t signals = ending_signals();
+  (void)::pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
+  stay_behind();
+  if (const auto noted = note_images(index, images, kPatience); !noted) {
+    log_warning("{}", noted.error().to_string());
+  }
 }
 
 // Serves until the end. Says on `output` how it went with starting, then closes it.
@@ -86,6 +112,8 @@ int serve(ReceiverOptions options, UniqueFd output, bool detached) {
   options.signal_fd = signal_fd.get();
   const std::string jobs = options.jobs_directory;
   const std::string session = options.session;
+  const std::string index = index_of(jobs);
+  options.index_directory = index;
   auto receiver = Receiver::create(std::move(options));
   if (receiver && detached) {
     if (auto status = log_to_file((*receiver)->record().directory() + "/log"); !status) {
@@ -106,7 +134,15 @@ int serve(ReceiverOptions options, UniqueFd output, bool detached) {
                             {"port", (*receiver)->port()},
                             {"pid", ::getpid()}});
   output.reset();
-  return (*receiver)->run() ? 0 : 1;
+  const Status ended = (*receiver)->run();
+  std::vector<std::string> images;
+  for (const ReceiverRecord::Image& image : (*receiver)->record().images()) {
+    if (!image.spec.block_device) images.push_back(image.spec.path);
+  }
+  receiver->reset();
+  if (!ended) return 1;
+  note_what_came(index, images);
+  return 0;
 }
 
 // Reads one line from the background process; empty if it ended without.

@@ -20,10 +20,9 @@ namespace drover::mirror {
 
 namespace {
 
-constexpr std::size_t kPiece = kMemoryBlock;
 
 struct Pieces {
-  std::unique_ptr<std::byte[]> memory = std::make_unique_for_overwrite<std::byte[]>(kPiece);
+  std::unique_ptr<std::byte[]> memory = std::make_unique_for_overwrite<std::byte[]>(kMemoryBlock);
   std::size_t begin = 0;
   std::size_t end = 0;
   [[nodiscard]] std::span<const std::byte> left() const {
@@ -87,8 +86,8 @@ class Outward {
   // As much as there is; a block is better compressed the larger it is.
   Result<bool> read() {
     have_ = 0;
-    while (have_ < kPiece) {
-      const ssize_t count = ::recv(plain_, memory_.get() + have_, kPiece - have_, MSG_DONTWAIT);
+    while (have_ < kMemoryBlock) {
+      const ssize_t count = ::recv(plain_, memory_.get() + have_, kMemoryBlock - have_, MSG_DONTWAIT);
       if (count < 0 && errno == EINTR) continue;
       if (count < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) break;
       if (count < 0) return fail_errno(errno, "reading from the memory migration's socket");
@@ -145,7 +144,7 @@ class Outward {
   const int plain_;
   std::optional<CompressionChoice> choice_;  // none: plain bytes
   std::optional<MemoryEncoder> encoder_;
-  std::unique_ptr<std::byte[]> memory_ = std::make_unique_for_overwrite<std::byte[]>(kPiece);
+  std::unique_ptr<std::byte[]> memory_ = std::make_unique_for_overwrite<std::byte[]>(kMemoryBlock);
   std::size_t have_ = 0;
   std::span<const std::byte> left_;  // not taken by the link yet
   CompressionChoice::Waits waits_;
@@ -226,8 +225,8 @@ class Inward {
 
   // Decrypts until the buffer is full or nothing more has come.
   Status fill(bool& moved) {
-    while (buffer_.end < kPiece) {
-      const std::span<std::byte> room(buffer_.memory.get() + buffer_.end, kPiece - buffer_.end);
+    while (buffer_.end < kMemoryBlock) {
+      const std::span<std::byte> room(buffer_.memory.get() + buffer_.end, kMemoryBlock - buffer_.end);
       DROVER_ASSIGN(const std::size_t count, link_.tls().read(room));
       buffer_.end += count;
       if (count == room.size() || link_.tls().closed()) return {};
@@ -266,7 +265,7 @@ void Gate::set(bool open) {
 
 Status relay(TlsSocket& link, int plain, int stop_fd, std::atomic<std::uint64_t>& bytes,
              const Gate* gate, const RelayCoding& coding) {
-  link.tls().grow_buffers(kPiece, kPiece + kPiece / 4);
+  link.tls().grow_buffers(kMemoryBlock, kMemoryBlock + kMemoryBlock / 4);
   Outward outward(link, plain, coding.outward);
   Inward inward(link, plain, coding.inward);
   while (true) {

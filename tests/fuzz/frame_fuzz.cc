@@ -77,7 +77,16 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   std::vector<std::byte> scratch(kMaxPayload);
   std::vector<Run> runs;
   if (!decode_payload(*header, payload, scratch, runs)) return 0;
-  if (header->type == FrameType::Compare) {
+  if (header->type == FrameType::Offer) {
+    CHECK(runs.size() == 1 && runs[0].bytes.size() == payload.size(), "an offer is kept whole");
+    const Offer offer = decode_offer(*header, payload);
+    const BlockMask offered = data_blocks(offer, header->extent);
+    CHECK(!offered.empty() && offer.piece <= kMaxChunk, "something is offered");
+    FrameHeader same = *header;
+    std::vector<std::byte> room(kEncodeScratch);
+    const auto encoded = encode_offer(same, offer, room);
+    CHECK(std::ranges::equal(encoded, payload), "an offer that decodes encodes to the same bytes");
+  } else if (header->type == FrameType::Compare) {
     CHECK(runs.size() == 1 && runs[0].bytes.size() % kHashSize == 0, "a comparison carries hashes");
   } else {
     check_runs(*header, runs, payload, scratch);

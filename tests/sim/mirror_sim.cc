@@ -16,6 +16,8 @@
 #include "base/random.h"
 #include "mirror/disk_mirror.h"
 #include "mirror/lane_queue.h"
+#include "mirror/offers.h"
+#include "tests/sim/sim_content.h"
 #include "tests/sim/sim_frame.h"
 
 namespace drover::sim {
@@ -119,6 +121,11 @@ class LooseWriter final : public blockcopy::ImageWriter {
            [buffer](std::byte* at) { std::memcpy(at, buffer.data(), buffer.size()); },
            std::move(done));
   }
+  bool share(int fd, Offset from, Extent extent) override {
+    return content_ != nullptr &&
+           content_->share(fd, from, std::span(disk_).subspan(extent.offset.bytes(), extent.length.bytes()));
+  }
+  void share_with(const SimContent* content) { content_ = content; }
   void write_zeroes(Extent extent, blockcopy::Done done) override {
     change(extent, [extent](std::byte* at) { std::memset(at, 0, extent.length.bytes()); },
            std::move(done));
@@ -150,6 +157,7 @@ class LooseWriter final : public blockcopy::ImageWriter {
   Bytes& disk_;
   Steps& steps_;
   Random& random_;
+  const SimContent* content_ = nullptr;
 };
 
 class MirrorSim;
@@ -212,6 +220,9 @@ class SimLanes final : public mirror::Lanes {
     std::optional<mirror::LaneQueue> queue;            // not begun
     std::deque<Bytes> wire;                            // encoded, in order
     std::map<std::uint64_t, std::uint64_t> tokens;     // sequence -> token
+    std::optional<mirror::LaneOffers> offers;
+    std::map<std::uint64_t, mirror::BlockMask> offered;  // sequence -> blocks
+    std::unique_ptr<mirror::KnownContent> known;
     struct Answer {
       std::uint64_t epoch = 0;
       std::uint64_t sequence = 0;
@@ -348,6 +359,11 @@ class MirrorSim {
   bool damage_done_ = false;
   std::uint64_t damages_ = 0;        // bytes changed behind everybody's back
   std::uint64_t damaged_chunks_ = 0; // reported
+  // What else the target has; none: nothing.
+  std::unique_ptr<SimContent> content_;
+  mirror::KnownPieces known_pieces_;
+  std::uint64_t offers_ = 0;
+  std::uint64_t not_found_ = 0;
 };
 
 // --- lanes ---
@@ -355,13 +371,20 @@ class MirrorSim {
 SimLanes::SimLanes(MirrorSim& sim, LaneIndex count) : sim_(sim), lanes_(count) {
   for (LaneIndex i = 0; i < count; ++i) {
     lanes_[i].queue.emplace(sim.limits_.chunk_size);
+    mirror::Applier::Options applier = sim.options_.applier;
+    if (sim.content_) {
+      lanes_[i].offers.emplace(sim.known_pieces_, sim.content_->piece());
+      lanes_[i].known = sim.content_->open(
+          [this](std::function<void()> task) { sim_.steps_.add(std::move(task)); });
+      applier.known = lanes_[i].known.get();
+    }
     lanes_[i].applier = std::make_unique<mirror::Applier>(
         std::vector<mirror::Applier::Disk>{{sim.writer_.get(), sim.target_reader_.get()}},
         [this, i](std::uint64_t sequence, std::uint16_t, const Result<mirror::BlockMask>& differing) {
           if (!differing) sim_.violate("the target refused a frame: " + differing.error().message);
           lanes_[i].answers.push_back({lanes_[i].epoch, sequence, differing ? *differing : mirror::BlockMask()});
         },
-        sim.options_.applier);
+        applier);
   }
 }
 
@@ -387,6 +410,7 @@ void SimLanes::lose(LaneIndex index) {
   lane.queue->clear();
   lane.wire.clear();
   lane.tokens.clear();
+  lane.offered.clear();
   lane.answers.clear();
   lane.down = true;
   // The receiver applies what it got before it takes the new epoch's first frame.
@@ -418,7 +442,13 @@ void SimLanes::encode_one(Lane& lane) {
   mirror::EncodeOptions encode;
   if (sim_.random_.one_in(4)) encode.encoding = mirror::Encoding::Lz4;
   lane.tokens.emplace(++lane.sequence, frame.token);
-  lane.wire.push_back(encode_frame(frame, lane.sequence, encode));
+  std::optional<mirror::Offer> offer;
+  if (lane.offers) offer = lane.offers->consider(frame, sim_.limits_.chunk_size);
+  if (offer) {
+    ++sim_.offers_;
+    lane.offered.emplace(lane.sequence, data_blocks(*offer, frame.extent));
+  }
+  lane.wire.push_back(encode_frame(frame, lane.sequence, encode, offer ? &*offer : nullptr));
 }
 
 void SimLanes::deliver_one(Lane& lane) {
@@ -457,6 +487,10 @@ bool SimLanes::step() {
             return true;
           }
           pieces_.erase(token.mapped());
+          if (const auto offered = lane.offered.extract(sequence)) {
+            (void)lane.offers->answered(offered.mapped(), differing);
+            if (!differing.empty()) ++sim_.not_found_;
+          }
           if (!differing.empty()) {
             sim_.mirror_->differs(token.mapped(), differing);
           } else {
@@ -515,6 +549,12 @@ void MirrorSim::set_up() {
   reader_ = std::make_unique<TornReader>(source_, steps_, random_);
   writer_ = std::make_unique<LooseWriter>(target_, steps_, random_);
   target_reader_ = std::make_unique<TornReader>(target_, steps_, random_);
+  if (options.target_initially_zero && random_.one_in(3)) {
+    const Length piece(std::uint64_t{4096} << random_.below(shift + 1));
+    content_ = std::make_unique<SimContent>(random_, source_, std::min(piece, Length(chunk)));
+    known_pieces_.set(content_->filter());
+    writer_->share_with(content_.get());
+  }
   lanes_ = std::make_unique<SimLanes>(*this, options.arbiter.lanes);
   journaled_ = random_.one_in(2);
   if (journaled_) {
@@ -921,6 +961,7 @@ bool MirrorSim::world_step(bool calm) {
   if (steps_taken_ > kMaxSteps) violate("it does not come to an end");
   advance_clock();
   if (!synced_.empty() && random_.one_in(8)) write_back();
+  if (content_ && random_.one_in(50)) content_->change();
   const bool flushes = journaled_ || !synced_.empty() || verification_ == Verification::Runs;
   if (flushes && random_.one_in(3)) drive_journal();
   if (!calm && fault()) return true;
@@ -1025,6 +1066,8 @@ std::optional<std::string> MirrorSim::run(MirrorSimStats* stats) {
     stats->restarts += restarts_;
     stats->rotations += rotations_;
     stats->damaged += damaged_chunks_;
+    stats->offers += offers_;
+    stats->not_found += not_found_;
   }
   // After a violation too, let what is in flight end, so that everything can be taken apart.
   if (mirror_) mirror_->stop();
@@ -1045,6 +1088,8 @@ MirrorSimStats& MirrorSimStats::operator+=(const MirrorSimStats& other) {
   restarts += other.restarts;
   rotations += other.rotations;
   damaged += other.damaged;
+  offers += other.offers;
+  not_found += other.not_found;
   return *this;
 }
 

@@ -24,6 +24,8 @@
 //    damaged), marks what the bitmaps say, and goes on. The driver alternates bitmaps and stores
 //    records as mirror/arbiter.h says.
 //  - Lanes may be down for long, while the guest writes.
+//  - In some runs the target has other images with some of the disk's content (tests/sim/sim_content.h):
+//    what is copied for the first time is offered then.
 //  - The target's disk is damaged once, here and there, when all is copied; then all of it is verified.
 //  - Time jumps, so that writes on their way are given up.
 // Then everything heals, the handover's strict mode begins, the guest stops, and the run must end
@@ -56,6 +58,8 @@ struct MirrorSimStats {
   std::uint64_t restarts = 0;   // of the target
   std::uint64_t rotations = 0;  // of QEMU's bitmaps
   std::uint64_t damaged = 0;    // chunks that verification found
+  std::uint64_t offers = 0;
+  std::uint64_t not_found = 0;  // offers of which something was not found
 
   MirrorSimStats& operator+=(const MirrorSimStats& other);
 };

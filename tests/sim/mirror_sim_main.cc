@@ -19,8 +19,9 @@ int main(int argc, char** argv) {
              "{} steps, {} guest writes, {} forwarded, {} copies, {} answered at the bound, {} "
              "lanes "
              "lost, {} runners killed, {} targets restarted, {} bitmaps replaced, {} chunks found "
-             "damaged",
+             "damaged, {} offers ({} not found in full)",
              total.steps, total.guest_writes, total.forwarded, total.copies, total.expired,
-             total.lanes_lost, total.crashes, total.restarts, total.rotations, total.damaged);
+             total.lanes_lost, total.crashes, total.restarts, total.rotations, total.damaged, total.offers,
+             total.not_found);
        }});
 }

@@ -32,6 +32,8 @@ TEST_P(MirrorSimulation, TargetEqualsSourceAndNoWriteIsHeldUp) {
   EXPECT_GT(stats.restarts, kSeedsPerPart / 10);
   EXPECT_GT(stats.rotations, kSeedsPerPart / 10);
   EXPECT_GT(stats.damaged, kSeedsPerPart / 20);
+  EXPECT_GT(stats.offers, kSeedsPerPart / 10);
+  EXPECT_GT(stats.not_found, kSeedsPerPart / 20);
 }
 
 INSTANTIATE_TEST_SUITE_P(Seeds, MirrorSimulation, testing::Range<std::uint64_t>(0, 8));
@@ -77,6 +79,10 @@ INSTANTIATE_TEST_SUITE_P(
              [](MirrorSimOptions& o) { o.mutation.wait_outside_strict = true; }},
         Rule{"AChunkThatDiffersIsSent",
              [](MirrorSimOptions& o) { o.mutation.same_though_different = true; }},
+        Rule{"WhatAnOfferDidNotFindIsSent",
+             [](MirrorSimOptions& o) { o.mutation.forget_not_found = true; }},
+        Rule{"WhatAnOfferFindsIsVerified",
+             [](MirrorSimOptions& o) { o.applier.offers.mutation_unverified = true; }},
         Rule{"AChunkIsDamagedOnlyIfItDiffersTwice",
              [](MirrorSimOptions& o) { o.mutation.damaged_at_once = true; }},
         Rule{"WhatVerifyingNeverSawIsSentAgain",

@@ -99,6 +99,7 @@ class MoveSim final : public job::Observer {
     bool struck = false;
   };
   void draw_faults();
+  void change_other_images(std::uint64_t times);
   void strike(const Planned& planned);
   void hit(Fault fault, Duration lasts);
   void set_for(bool& flag, Duration lasts);
@@ -239,7 +240,22 @@ MoveSim::MoveSim(std::uint64_t seed, const MoveSimOptions& options)
     move_options_.verify = true;
     if (world_.random.one_in(2)) target_.corrupts = static_cast<unsigned>(world_.random.below(300));
   }
+  if (world_.random.one_in(3)) {
+    receivers_.content = std::make_unique<SimContent>(
+        world_.random, machines_.image(Side::Source, machines_.disks().front())->content, 4_KiB);
+    move_options_.use_index = !world_.random.one_in(8);
+    change_other_images(world_.random.below(10));
+  }
   draw_faults();
+}
+
+// Guests that run on the target write to them.
+void MoveSim::change_other_images(std::uint64_t times) {
+  if (times == 0) return;
+  world_.after(world_.between(0us, 100ms), [this, times] {
+    receivers_.content->change();
+    change_other_images(times - 1);
+  });
 }
 
 // --- the faults ---

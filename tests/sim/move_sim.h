@@ -14,6 +14,8 @@
 //  - Reads of the source are torn. Storage on either host stalls, or fails to read or write, for a
 //    while; the target's gets full. What the target has written is not on stable storage until it
 //    is flushed: a host that restarts keeps any part of the rest.
+//  - In some runs the target has other images with some of the disk's content, and an index of them
+//    (tests/sim/sim_content.h); in others its receiver does not know what an index is.
 //  - The network is cut for microseconds to minutes: what was sent waits, as in TCP's buffers.
 //    Silence is noticed by either side after its time. All connections of the link may be reset.
 //    Messages keep their order on a connection, and have none between connections. SSH and the

@@ -11,16 +11,18 @@ using mirror::kHeaderSize;
 using Bytes = std::vector<std::byte>;
 
 Bytes encode_frame(const mirror::OutFrame& frame, std::uint64_t sequence,
-                   const mirror::EncodeOptions& encode) {
+                   const mirror::EncodeOptions& encode, const mirror::Offer* offer) {
   mirror::FrameHeader header;
-  header.type = frame.type;
+  header.type = offer != nullptr ? FrameType::Offer : frame.type;
   header.disk = frame.disk;
   header.extent = frame.extent;
   header.flags = frame.fresh ? mirror::kFlagFresh : 0;
   header.sequence = sequence;
   std::span<const std::byte> payload;
   static thread_local Bytes scratch(mirror::kEncodeScratch);
-  if (frame.type == FrameType::Copy) {
+  if (offer != nullptr) {
+    payload = encode_offer(header, *offer, scratch);
+  } else if (frame.type == FrameType::Copy) {
     payload = encode_copy(header, frame.content, frame.blocks, encode, scratch);
   } else if (frame.type == FrameType::Write) {
     payload = encode_write(header, frame.content, encode, scratch);

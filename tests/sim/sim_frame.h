@@ -14,9 +14,10 @@
 
 namespace drover::sim {
 
-// Header and payload.
+// Header and payload; of a Copy that is offered instead (null: it is not) the offer's.
 std::vector<std::byte> encode_frame(const mirror::OutFrame& frame, std::uint64_t sequence,
-                                    const mirror::EncodeOptions& encode);
+                                    const mirror::EncodeOptions& encode,
+                                    const mirror::Offer* offer = nullptr);
 
 struct InFrame {
   mirror::FrameHeader header;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "blockcopy/image.h"
+#include "tests/sim/sim_content.h"
 #include "tests/sim/sim_world.h"
 
 namespace drover::sim {
@@ -100,9 +101,17 @@ class SimWriter final : public blockcopy::ImageWriter {
   [[nodiscard]] Length alignment() const override { return Length(512); }
   void write(Offset offset, std::span<const std::byte> buffer, blockcopy::Done done) override;
   void write_zeroes(Extent extent, blockcopy::Done done) override;
+  bool share(int fd, Offset from, Extent extent) override {
+    Bytes bytes(extent.length.bytes());
+    if (content_ == nullptr || !content_->share(fd, from, bytes)) return false;
+    file_->write(extent.offset.bytes(), bytes);
+    return true;
+  }
+  void share_with(const SimContent* content) { content_ = content; }
   void drop() { requests_.drop(); }
 
  private:
+  const SimContent* content_ = nullptr;
   [[nodiscard]] std::function<Status()> outcome() const;
   World& world_;
   Host& host_;

@@ -8,6 +8,7 @@
 #include "base/check.h"
 #include "mirror/engine_core.h"
 #include "mirror/lane_queue.h"
+#include "mirror/offers.h"
 #include "tests/fakes/loop_without_io.h"
 #include "tests/sim/sim_frame.h"
 
@@ -63,7 +64,7 @@ class SimLink final : public mirror::Link,
         encode_(encode),
         news_(around.world),
         lanes_(options.lanes) {
-    for (Lane& lane : lanes_) lane.queue.emplace(options.chunk_size);
+    renew_lanes();
   }
 
   ~SimLink() override {
@@ -136,7 +137,10 @@ class SimLink final : public mirror::Link,
   void stop_relay() override { path_.reset(); }
   void set_compression(const mirror::Compression&) override {}
   [[nodiscard]] mirror::LinkCounters counters() const override {
-    return {.reconnects = reconnects_};
+    return {.reconnects = reconnects_, .found_bytes = found_bytes_};
+  }
+  void use_filter(std::shared_ptr<const mirror::PieceFilter> filter) override {
+    known_.set(std::move(filter));
   }
 
   // --- what comes from the target ---
@@ -148,6 +152,9 @@ class SimLink final : public mirror::Link,
     if (found == lane.sent.end()) return world_.violate("a frame was answered twice");
     const auto [disk, token] = found->second;
     lane.sent.erase(found);
+    if (const auto offered = lane.offered.extract(sequence); offered && differing) {
+      found_bytes_ += lane.offers->answered(offered.mapped(), *differing).bytes();
+    }
     --unanswered_;
     if (unanswered_ == 0) news_.notify();
     pump(index);
@@ -194,6 +201,8 @@ class SimLink final : public mirror::Link,
     std::uint64_t sequence = 0;
     mirror::LaneDigest digest;
     std::map<std::uint64_t, std::pair<std::uint16_t, std::uint64_t>> sent;  // disk, token
+    std::unique_ptr<mirror::LaneOffers> offers;
+    std::map<std::uint64_t, mirror::BlockMask> offered;
   };
 
   class Path final : public MemoryPath {
@@ -220,6 +229,15 @@ class SimLink final : public mirror::Link,
     loop_.post([task = std::move(task), here = std::weak_ptr(here_)] {
       if (!here.expired()) task();
     });
+  }
+
+  void renew_lanes() {
+    for (Lane& lane : lanes_) {
+      lane = Lane();
+      lane.queue.emplace(options_.chunk_size);
+      lane.offers = std::make_unique<mirror::LaneOffers>(
+          known_, around_.receivers.content ? around_.receivers.content->piece() : mirror::kPiece);
+    }
   }
 
   Status connect_all() {
@@ -256,10 +274,7 @@ class SimLink final : public mirror::Link,
     for (const json& image : (**welcome)->at("images")) {
       disks_.push_back({image.at("path"), image.at("id"), image.at("instance")});
     }
-    for (Lane& lane : lanes_) {
-      lane = {};
-      lane.queue.emplace(options_.chunk_size);
-    }
+    renew_lanes();
     unanswered_ = 0;
     connection_ = connection;
     connection->source = this;
@@ -344,7 +359,10 @@ class SimLink final : public mirror::Link,
   }
 
   std::shared_ptr<Bytes> encode(Lane& lane, const mirror::OutFrame& frame) {
-    auto bytes = std::make_shared<Bytes>(encode_frame(frame, ++lane.sequence, encode_));
+    const auto offer = lane.offers->consider(frame, options_.chunk_size);
+    auto bytes = std::make_shared<Bytes>(
+        encode_frame(frame, ++lane.sequence, encode_, offer ? &*offer : nullptr));
+    if (offer) lane.offered.emplace(lane.sequence, data_blocks(*offer, frame.extent));
     lane.digest.add(std::span(*bytes).first<mirror::kHeaderSize>());
     return bytes;
   }
@@ -425,6 +443,8 @@ class SimLink final : public mirror::Link,
   std::uint64_t epoch_ = 1;
   std::uint64_t active_ = 0;  // the epoch that the engine knows of; 0: none
   std::uint64_t reconnects_ = 0;
+  std::uint64_t found_bytes_ = 0;
+  mirror::KnownPieces known_;
   std::vector<mirror::TargetDisk> disks_;
   std::shared_ptr<Keeper> keeper_;
   bool stop_ = false;

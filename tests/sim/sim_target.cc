@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/buffer.h"
+#include "mirror/known_filter.h"
 
 namespace drover::sim {
 
@@ -139,6 +140,7 @@ void SimReceiver::Lane::drop() {
   while (applier && applier->in_flight() > 0) {
     for (const auto& writer : writers) writer->drop();
     for (const auto& reader : readers) reader->drop();
+    if (known) known->drop();
   }
 }
 
@@ -146,6 +148,7 @@ void SimReceiver::Lane::close() {
   applier.reset();
   writers.clear();
   readers.clear();
+  known.reset();
 }
 
 // Of what is under way nothing comes of any more.
@@ -236,9 +239,18 @@ void SimReceiver::attach(const ConnectionPtr& connection) {
     std::vector<mirror::Applier::Disk> disks;
     for (const FilePtr& file : images_) {
       lane.writers.push_back(std::make_unique<SimWriter>(world_, target_.host_, file));
+      lane.writers.back()->share_with(target_.content.get());
       lane.readers.push_back(
           std::make_unique<SimReader>(world_, target_.host_, file, [] { return true; }));
       disks.push_back({lane.writers.back().get(), lane.readers.back().get()});
+    }
+    mirror::Applier::Options options;
+    options.offers.mutation_unverified = target_.mutation_.unverified;
+    if (target_.content) {
+      lane.known = target_.content->open([this](Task task) {
+        world_.after(world_.between(20us, 2000us), std::move(task), process_);
+      });
+      options.known = lane.known.get();
     }
     lane.applier = std::make_unique<mirror::Applier>(
         std::move(disks), [this, connection, i](std::uint64_t sequence, std::uint16_t,
@@ -247,7 +259,8 @@ void SimReceiver::attach(const ConnectionPtr& connection) {
           connection->down[i]->send([connection, i, sequence, differing] {
             if (connection->source != nullptr) connection->source->answered(i, sequence, differing);
           });
-        });
+        },
+        options);
   }
 }
 
@@ -288,6 +301,13 @@ void SimReceiver::request(const ConnectionPtr& connection, std::uint64_t id, con
           1ms, [this] { end(true); }, process_);
     }
   };
+  if (op == "index") {
+    // Some do not know the question.
+    if (target_.content == nullptr && world_.random.one_in(2)) {
+      return reply(fail(Code::InvalidArgument, "the receiver does not know \"index\""));
+    }
+    return reply(filter_part(target_.content ? target_.content->filter().get() : nullptr, request));
+  }
   if (op == "ping" || op == "stats") return reply(json::object());
   tasks_.push_back([this, request, reply](const Task& next) {
     perform(request, [reply, next](const Result<json>& result) {

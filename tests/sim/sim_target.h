@@ -17,6 +17,7 @@
 #include "mirror/apply.h"
 #include "mirror/frame.h"
 #include "mirror/session.h"
+#include "tests/sim/sim_content.h"
 #include "tests/sim/sim_host.h"
 #include "tests/sim/sim_world.h"
 
@@ -51,6 +52,7 @@ struct TargetMutation {
   bool skip_flush = false;   // the barrier does not flush
   bool forget_keep = false;  // images go with the link although they were to be kept
   bool overwrite = false;    // an existing file is taken for the job's
+  bool unverified = false;   // takes of other images what was not compared
   bool empty_map = false;    // says that there is nothing in its images
 };
 
@@ -58,6 +60,8 @@ class SimTarget {
  public:
   SimTarget(World& world, Network& network, Host& host, const TargetMutation& mutation);
   ~SimTarget();
+  // Its other images and their index; null: it has none.
+  std::unique_ptr<SimContent> content;
 
   // JOBS/ID/receiver on the target: survives its receiver, and the host's restart.
   struct Record {
@@ -125,6 +129,7 @@ class SimReceiver : public std::enable_shared_from_this<SimReceiver> {
     void close();
     std::vector<std::unique_ptr<SimWriter>> writers;
     std::vector<std::unique_ptr<SimReader>> readers;
+    std::unique_ptr<SimContent::Reader> known;
     std::unique_ptr<mirror::Applier> applier;
     mirror::LaneDigest digest;
     std::uint64_t sequence = 0;

@@ -112,6 +112,48 @@ TEST_F(ArbiterRules, OnlyTheBlocksToRedoArePendingAfterACopy) {
   EXPECT_EQ(arbiter_.summary().left, kBlock);
 }
 
+TEST_F(ArbiterRules, OfAnOfferOnlyWhatWasNotFoundIsPending) {
+  const auto ticket = arbiter_.start_copy(Instant());
+  ASSERT_TRUE(ticket && ticket->fresh && arbiter_.copy_read(ticket->id, actions_));
+  write(block(0, 5));
+  EXPECT_NE(forwarded(), 0U) << "it goes behind the frame, whatever comes of that";
+  arbiter_.guest_write(++writes_, WriteKind::Discard, block(0, 30), Instant(), actions_);
+  EXPECT_FALSE(arbiter_.copy_differs(ticket->id, BlockMask::range(4, 8), Instant()).has_value());
+  arbiter_.copy_acked(ticket->id);  // of a ticket that has ended: nothing
+  EXPECT_EQ(arbiter_.summary().left, kChunk * 7 + kBlock * 5);
+  EXPECT_TRUE(arbiter_.was_sent(0));
+  // As the record says, too.
+  Arbiter restored(disk_of(8));
+  ASSERT_TRUE(restored.restore(0, record(), false).has_value());
+  EXPECT_EQ(restored.summary().left, kChunk * 7 + kBlock * 5);
+  // Its next copy is of these blocks, and can't be offered.
+  copy_all();
+  EXPECT_FALSE(arbiter_.wants_copy());
+}
+
+TEST_F(ArbiterRules, AWriteGivenUpDuringAnOfferIsCopiedWhereNothingWasFound) {
+  write(block(0, 5));  // of a Pending chunk: the copy will see it
+  const auto ticket = arbiter_.start_copy(Instant());
+  ASSERT_TRUE(ticket && arbiter_.copy_read(ticket->id, actions_));
+  write(block(0, 6));
+  ASSERT_NE(forwarded(), 0U);
+  arbiter_.shed(actions_);
+  (void)arbiter_.copy_differs(ticket->id, BlockMask::range(5, 6), Instant());
+  EXPECT_EQ(arbiter_.summary().left, kChunk * 7 + kBlock * 2);
+}
+
+TEST_F(ArbiterRules, AnOfferOfWhichNothingWasFoundIsCopiedWhole) {
+  const auto ticket = arbiter_.start_copy(Instant());
+  ASSERT_TRUE(ticket && arbiter_.copy_read(ticket->id, actions_));
+  (void)arbiter_.copy_differs(ticket->id, BlockMask::all(), Instant());
+  EXPECT_EQ(arbiter_.summary().left, kChunk * 8);
+  while (const auto next = arbiter_.start_copy(Instant())) {
+    EXPECT_EQ(next->fresh, next->chunk != 0) << "it is offered once";
+    ASSERT_TRUE(arbiter_.copy_read(next->id, actions_));
+    arbiter_.copy_acked(next->id);
+  }
+}
+
 TEST_F(ArbiterRules, WritesToOtherBlocksOfAPendingChunkAreForwarded) {
   copy_all();
   arbiter_.mark_pending(block(0, 10));

@@ -34,7 +34,7 @@ using testing::sample_summary;
 using Names = std::set<std::string>;
 
 const std::vector<std::string> kPages = {"drover.1", "drover-move.1", "drover-check.1",
-                                         "drover-evacuate.1", "drover-jobs.1",
+                                         "drover-evacuate.1", "drover-index.1", "drover-jobs.1",
                                          "drover-rebalance.1",
                                          "drover-relocate.1"};
 
@@ -107,6 +107,7 @@ TEST(ManualPages, ListTheOptionsOfHelpAndNoOthers) {
   EXPECT_EQ(options_of_page("drover-jobs.1"), of_jobs);
   EXPECT_EQ(options_of_page("drover-rebalance.1"), options_of_help({"rebalance", "--help"}));
   EXPECT_EQ(options_of_page("drover-evacuate.1"), options_of_help({"evacuate", "--help"}));
+  EXPECT_EQ(options_of_page("drover-index.1"), options_of_help({"index", "--help"}));
   EXPECT_GE(options_of_page("drover-move.1").size(), 15U);  // or the patterns above are wrong
   EXPECT_TRUE(options_of_page("drover-move.1").contains("--max-downtime"));
   EXPECT_TRUE(options_of_page("drover.1").contains("-h"));
@@ -362,6 +363,7 @@ TEST(Completion, OffersTheOptionsOfHelpAndNoOthers) {
                                                   {"receive"},
                                                   {"rebalance"},
                                                   {"evacuate"},
+                                                  {"index"},
                                                   {}}) {
     std::vector<std::string> words = command;
     words.emplace_back("-");
@@ -374,7 +376,7 @@ TEST(Completion, OffersTheOptionsOfHelpAndNoOthers) {
 }
 
 TEST(Completion, KnowsCommandsGuestsAndDisks) {
-  EXPECT_EQ(completions({""}), (Names{"cancel", "check", "evacuate", "history", "jobs", "move", "rebalance", "relocate",
+  EXPECT_EQ(completions({""}), (Names{"cancel", "check", "evacuate", "history", "index", "jobs", "move", "rebalance", "relocate",
                                       "resume", "set", "status", "watch"}));
   EXPECT_EQ(completions({"mo"}), (Names{"move"}));
   EXPECT_EQ(completions({"relocate", "web1", "/mnt", "--disk", ""}), (Names{"vda", "vdb"}));

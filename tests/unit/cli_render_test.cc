@@ -162,7 +162,9 @@ TEST(RenderProgress, SaysForHowLongItWaitsAndWhatThatCost) {
   EXPECT_THAT(line(progress, 200), HasSubstr("waiting for the link to hostb for 0:45"));
   progress.waiting_for.clear();
   progress.sent_again = 3_MiB;
+  progress.found = 7_MiB;
   progress.reconnects = 2;
+  EXPECT_THAT(line(progress, 200), HasSubstr("7.0 MiB was there already"));
   EXPECT_THAT(line(progress, 200), HasSubstr("3.0 MiB sent again  2 reconnects"));
   const auto json = nlohmann::json::parse(json_progress(view_of(progress)));
   EXPECT_EQ(json.at("sent_again_bytes"), 3 << 20);
@@ -194,6 +196,10 @@ TEST(RenderSummary, SaysWhatOutagesCost) {
   summary.sent_again = 3_MiB;
   summary.reconnects = 1;
   const std::string text = render_summary(summary, kPlain);
+  EXPECT_THAT(text, Not(HasSubstr("already")));
+  summary.found = 1_GiB;
+  EXPECT_THAT(render_summary(summary, kPlain),
+              HasSubstr("\n  found     1.0 GiB of it was on hostb already\n"));
   EXPECT_THAT(text, HasSubstr("\n  again     3.0 MiB sent again, 1 reconnect\n"));
 }
 

@@ -80,6 +80,7 @@ class PerfectLink final : public Link {
   Result<nlohmann::json> call(const nlohmann::json&, std::chrono::milliseconds) override {
     return nlohmann::json();
   }
+  void use_filter(std::shared_ptr<const PieceFilter>) override {}
   Result<BarrierTimes> barrier(std::chrono::milliseconds) override { return {}; }
   Status start_relay(const RelayOptions&) override { return {}; }
   void let_memory_pass(bool) override {}

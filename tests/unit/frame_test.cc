@@ -218,6 +218,62 @@ TEST(Compare, CarriesAHashAndIsRefusedWhenMalformed) {
   EXPECT_FALSE(decode_compare([](FrameHeader& h) { h.checksum ^= 1; }));
 }
 
+Encoded offered(const std::function<void(Encoded&)>& change = [](Encoded&) {}) {
+  Offer offer;
+  offer.pieces.resize(9);  // of an extent whose last one is shorter
+  offer.pieces[0] = PieceHash{std::byte{1}};
+  offer.pieces[8] = PieceHash{std::byte{2}};
+  Encoded frame;
+  frame.header.type = FrameType::Offer;
+  frame.header.flags = kFlagFresh;
+  frame.header.extent = {Offset(1U << 20), Length(8 * kPiece.bytes() + 5000)};
+  frame.header.sequence = 1;
+  Bytes scratch(kEncodeScratch);
+  const auto payload = encode_offer(frame.header, offer, scratch);
+  frame.payload.assign(payload.begin(), payload.end());
+  change(frame);
+  frame.header.payload_length = frame.header.decoded_length =
+      static_cast<std::uint32_t>(frame.payload.size());
+  frame.header.checksum = XXH3_64bits(frame.payload.data(), frame.payload.size());
+  return frame;
+}
+bool is_taken(const Encoded& frame) {
+  Runs runs;
+  Bytes scratch;
+  return decode(frame, runs, scratch).has_value();
+}
+
+TEST(Offered, CarriesAHashOfEachPieceThatIsNotZero) {
+  const Encoded frame = offered();
+  EXPECT_EQ(frame.payload.size(), 1 + 2 + 2 * kPieceHashSize);
+  ASSERT_TRUE(is_taken(frame));
+  const Offer offer = decode_offer(frame.header, frame.payload);
+  EXPECT_EQ(offer.piece, kPiece);
+  ASSERT_EQ(offer.pieces.size(), 9U);
+  for (std::size_t i = 0; i < 9; ++i) EXPECT_EQ(offer.pieces[i].has_value(), i == 0 || i == 8);
+  EXPECT_EQ(offer.pieces[8]->front(), std::byte{2});
+  EXPECT_EQ(data_blocks(offer, frame.header.extent),
+            BlockMask::range(0, 16) | BlockMask::range(128, 130));
+}
+
+TEST(Offered, IsRefusedWhenMalformed) {
+  EXPECT_FALSE(is_taken(offered([](Encoded& f) { f.header.flags = kFlagSparse; })));
+  EXPECT_FALSE(is_taken(offered([](Encoded& f) { f.header.encoding = Encoding::Lz4; })));
+  EXPECT_FALSE(is_taken(offered([](Encoded& f) { f.header.extent.offset = Offset(1000); })));
+  EXPECT_FALSE(is_taken(offered([](Encoded& f) { f.header.disk = 1; })));
+  EXPECT_FALSE(is_taken(offered([](Encoded& f) { f.header.extent.length = 2_MiB; })));
+  EXPECT_FALSE(is_taken(offered([](Encoded& f) { f.payload.clear(); })));
+  EXPECT_FALSE(is_taken(offered([](Encoded& f) { f.payload[0] = std::byte{9}; }))) << "too large";
+  EXPECT_FALSE(is_taken(offered([](Encoded& f) { f.payload[0] = std::byte{3}; }))) << "other pieces";
+  EXPECT_FALSE(is_taken(offered([](Encoded& f) { f.payload[1] = std::byte{0}; })));
+  EXPECT_FALSE(is_taken(offered([](Encoded& f) { f.payload[2] = std::byte{2}; }))) << "beyond the end";
+  EXPECT_FALSE(is_taken(offered([](Encoded& f) { f.payload.pop_back(); })));
+  EXPECT_FALSE(is_taken(offered([](Encoded& f) { f.payload.resize(200); })));
+  Encoded damaged = offered();
+  damaged.payload.back() ^= std::byte{1};
+  EXPECT_FALSE(is_taken(damaged));
+}
+
 TEST(Compare, TheAnswerNamesTheBlocksAndNothingElse) {
   const auto header_holds = [](const std::function<void(FrameHeader&)>& change) {
     FrameHeader header;

@@ -60,6 +60,7 @@ TEST_F(Store, AJobIsReadBackAsItWasWritten) {
   record.options.via = {"10.0.0.2", "fd00::2"};
   record.options.link_timeout = std::chrono::minutes(3);
   record.options.keep_partial = true;
+  record.options.use_index = false;
   record.options.max_slowdown = std::chrono::milliseconds(40);
   record.options.verify = true;
   record.state = {{"bitmap", "drover-web1"}};
@@ -82,6 +83,7 @@ TEST_F(Store, AJobIsReadBackAsItWasWritten) {
   EXPECT_EQ(got.options.via, record.options.via);
   EXPECT_EQ(got.options.link_timeout, record.options.link_timeout);
   EXPECT_TRUE(got.options.keep_partial);
+  EXPECT_FALSE(got.options.use_index);
   EXPECT_EQ(got.options.max_slowdown, record.options.max_slowdown);
   EXPECT_TRUE(got.options.verify);
   EXPECT_EQ(got.plan.uuid, record.plan.uuid);
@@ -493,6 +495,7 @@ TEST(Events, AreReadBack) {
   progress.waiting_for = "the link";
   progress.waiting = std::chrono::seconds(7);
   progress.sent_again = 3_MiB;
+  progress.found = 5_MiB;
   progress.reconnects = 2;
   progress.to_verify = 5_MiB;
   progress.slowdown = {.writes = 3, .waited = std::chrono::microseconds(70), .longest = std::chrono::microseconds(50)};
@@ -500,6 +503,7 @@ TEST(Events, AreReadBack) {
   Summary summary = sample_summary();
   summary.slowdown = progress.slowdown;
   summary.verified = true;
+  summary.found = 1_GiB;
   summary.damaged = 1;
   summary.unverified = 2;
   EXPECT_EQ(to_line(event_of(back(summary))), to_line(event_of(summary)));
