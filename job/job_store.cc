@@ -252,7 +252,7 @@ Result<MoveOptions> options_from_json(const json& object) {
                 mirror::get_unsigned(object, "max_slowdown_ms", kMostMilliseconds));
   out.max_slowdown = milliseconds(slowdown);
   DROVER_ASSIGN(out.verify, required_bool(object, "verify"));
-  DROVER_ASSIGN(out.use_index, mirror::get_bool(object, "use_index", true));
+  DROVER_ASSIGN(out.use_index, required_bool(object, "use_index"));
   DROVER_ASSIGN(const auto timeout,
                 mirror::get_unsigned(object, "link_timeout_ms", kMostMilliseconds));
   out.link_timeout = milliseconds(timeout);

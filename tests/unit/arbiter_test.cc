@@ -132,7 +132,6 @@ TEST_F(ArbiterRules, OfAnOfferOnlyWhatWasNotFoundIsPending) {
 }
 
 TEST_F(ArbiterRules, AWriteGivenUpDuringAnOfferIsCopiedWhereNothingWasFound) {
-  write(block(0, 5));  // of a Pending chunk: the copy will see it
   const auto ticket = arbiter_.start_copy(Instant());
   ASSERT_TRUE(ticket && arbiter_.copy_read(ticket->id, actions_));
   write(block(0, 6));
