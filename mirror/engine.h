@@ -16,7 +16,7 @@
 // Events come on the engine's thread: hand them on and return, call nothing of the engine's.
 //
 // Memory: bounded by the two buffer pools (kCopyBuffers, kWriteBuffers of a chunk each) whatever the
-// disks' sizes, plus three bits per chunk.
+// disks' sizes, plus what the arbiters keep of the chunks (mirror/chunk_set.h: by what is in them).
 #pragma once
 
 #include <chrono>
