@@ -174,8 +174,7 @@ class Qcow2Target final : public TargetImage {
   [[nodiscard]] bool reads_storage() const override { return reads_storage_; }
 
   Status flush() override {
-    CHECK(daemon_ != nullptr, "a released image is not flushed");
-    if (!flushed_) return flushed_;
+    if (!flushed_ || daemon_ == nullptr) return flushed_;  // release() has flushed it
     flushed_ = control_->flush_and_wait();
     if (flushed_) flushed_ = file_.flush();
     clean_ = *writers_ == 0;

@@ -329,8 +329,7 @@ class RawTarget final : public TargetImage {
   }
 
   Status flush() override {
-    CHECK(state_ != nullptr, "a released image is not flushed");
-    if (!flushed_) return flushed_;
+    if (!flushed_ || state_ == nullptr) return flushed_;  // release() has flushed it
     if (made_) {
       flushed_ = made_->flush();
     } else if (::fdatasync(state_->file.buffered.get()) != 0) {

@@ -79,8 +79,9 @@ class RocksJournal final : public Journal {
 // Small, whatever is in it (invariant 9), and careful.
 rocksdb::Options careful_options() {
   rocksdb::Options options;
-  options.write_buffer_size = std::size_t{1} << 20;
-  options.max_write_buffer_number = 2;
+  // Large enough that writers need not wait for one to be stored: a guest may be among them.
+  options.write_buffer_size = std::size_t{4} << 20;
+  options.max_write_buffer_number = 4;
   options.target_file_size_base = std::uint64_t{4} << 20;
   options.max_open_files = 16;
   options.max_background_jobs = 1;

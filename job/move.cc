@@ -64,10 +64,15 @@ constexpr auto kRemoveTimeout = 20s;
 constexpr auto kSshTimeout = 30s;
 constexpr auto kFlushInterval = 1s;  // while the memory moves
 constexpr auto kFlushPoll = 50ms;
+constexpr auto kBarrierPause = 100ms;     // before it is asked for again
+constexpr auto kFlushPatience = 5s;       // what is done after a handover waits for such a flush
 constexpr auto kLocateTimeout = 6s;       // of one look for the receiver while the link is down
 constexpr int kMostRejoins = 20;          // in a row without a handover that began
 constexpr std::string_view kStateKey = "state";
-constexpr std::string_view kBarrierKey = "barrier";  // of the present handover: it was passed
+// Of the present handover: "passed", or kWentOn, if the source's guest has run again since it stopped for it: what waits
+// on the target is old then, whatever was passed.
+constexpr std::string_view kBarrierKey = "barrier";
+constexpr std::string_view kWentOn = "went-on";
 constexpr std::string_view kQemuKey = "qemu";  // the process whose bitmaps these are
 
 // Of {"op":"map"}.
@@ -222,7 +227,8 @@ class Move {
     DROVER_ASSIGN(const auto barrier, journal_->get(kBarrierKey));
     if (state) journaled_state_ = *state;
     journal_is_new_ = !state;
-    barrier_journaled_ = barrier.has_value();
+    if (barrier == kWentOn) source_went_on_.store(true);
+    barrier_journaled_ = barrier && !source_went_on_.load();
     may_have_resumed_ = journal_is_new_ || journaled_state_ == "resuming" ||
                         journaled_state_ == "committing" || journaled_state_ == "committed";
     DROVER_ASSIGN(const auto target, journal_->get(kTargetKey));
@@ -791,6 +797,26 @@ class Move {
     return files_.compression ? files_.compression->load() : options_.compression;
   }
 
+  // Whatever becomes of this process and of this host, what waits on the target must not run.
+  void note_that_source_went_on() {
+    if (const Status noted = journal_->put(kBarrierKey, kWentOn); !noted) {
+      log_error("{}", noted.error().to_string());
+    }
+  }
+
+  void wait_for_notes() {
+    std::vector<std::unique_ptr<Thread>> notes;
+    const std::lock_guard lock(went_on_mutex_);
+    notes.swap(went_on_notes_);
+  }
+
+  // On libvirt's event thread, which must not wait for a disk.
+  void source_goes_on() {
+    if (source_went_on_.exchange(true) || !stood_still_.load()) return;
+    const std::lock_guard lock(went_on_mutex_);
+    went_on_notes_.push_back(platform_.start_thread([this] { note_that_source_went_on(); }));
+  }
+
   void on_source_event(const GuestEvent& event) {
     log_info("source event: {} {} {}", memmig::event_name(event.kind), event.detail, event.disk);
     const auto trouble = [&](Code code, std::string what) {
@@ -802,6 +828,7 @@ class Move {
         quiesced_at_.store(event.received);
         stop_flushing_.store(true);
         mirrors_may_go_.store(true);  // QEMU ends them when it goes
+        stood_still_.store(true);
         source_went_on_.store(false);
         queue_->push(SourceStopped{});
         break;
@@ -810,10 +837,10 @@ class Move {
         break;
       case GuestEvent::Kind::Resumed:
         if (event.detail == "unpaused") user_paused_.store(false);
-        source_went_on_.store(true);
+        source_goes_on();
         break;
       case GuestEvent::Kind::Stopped:
-        if (event.detail == "shutdown") source_went_on_.store(true);
+        if (event.detail == "shutdown") source_goes_on();
         if (event.detail != "migrated") {
           trouble(Code::Cancelled, "the guest stopped during the move (" + event.detail + ")");
         }
@@ -989,7 +1016,11 @@ class Move {
     tries_.memory_moves();
     Journal::Batch none;
     none.remove(kBarrierKey);
+    barrier_failed_ = false;
+    stood_still_.store(false);
+    wait_for_notes();
     DROVER_TRY(journal_->write(none, Journal::Sync::Yes));
+    stop_flushing_.store(false);
     migrating_ = platform_.start_thread([this, migrate] {
       MigrateEnded ended;
       ended.status = source().migrate(migrate, [this](const memmig::MigrationProgress& progress) {
@@ -998,7 +1029,6 @@ class Move {
       if (ended.status) note_memory_there(platform_.now());
       queue_->push(std::move(ended));
     });
-    stop_flushing_.store(false);
     flushing_ = platform_.start_thread([this] { keep_flushing(); });
     return {};
   }
@@ -1008,7 +1038,7 @@ class Move {
   void keep_flushing() {
     while (!stop_flushing_.load()) {
       if (!engine_->status().link_down) {
-        if (const auto flushed = engine_->link().call({{"op", "flush"}}, kReserveTimeout); !flushed) {
+        if (const auto flushed = engine_->link().call({{"op", "flush"}}, kFlushPatience); !flushed) {
           log_warning("flushing the target: {}", flushed.error().to_string());
         }
       }
@@ -1164,6 +1194,8 @@ class Move {
       return fail(Code::Io, "QEMU let go of a disk's mirror before the guest stopped: the target misses writes");
     }
     mirrors_may_go_.store(true);
+    if (barrier_failed_) platform_.sleep(kBarrierPause);
+    barrier_failed_ = true;  // until it is passed
     const Instant start = platform_.now();
     if (!files_.mutation.skip_drain && !files_.mutation.skip_barrier) {
       Status drained = engine_->drain(kDrainTimeout);
@@ -1183,7 +1215,10 @@ class Move {
     log_info("barrier: drained in {} us, flushed and released in {} us",
              std::chrono::duration_cast<std::chrono::microseconds>(drained - start).count(),
              std::chrono::duration_cast<std::chrono::microseconds>(marks_.barrier_passed - drained).count());
+    barrier_failed_ = false;
     DROVER_TRY(journal_->put_unsynced(kBarrierKey, "passed"));
+    // That was said between the two.
+    if (stood_still_.load() && source_went_on_.load()) note_that_source_went_on();
     if (!options_.hold_barrier_file.empty()) hold_barrier();
     queue_->push(BarrierPassed{});
     return {};
@@ -1376,7 +1411,7 @@ class Move {
     summary_.found = Length(status.link.found_bytes);
     summary_.wire_bytes = Length(status.link.bytes_sent + status.link.memory_bytes);
     if (const auto stats = engine_->link().call({{"op", "stats"}}, kControlTimeout)) {
-      summary_.receiver_peak_memory = Length(stats->value("peak_memory", std::uint64_t{0}));
+      summary_.receiver_peak_memory = Length(mirror::get_unsigned(*stats, "peak_memory").value_or(0));
     }
   }
 
@@ -1634,9 +1669,13 @@ class Move {
   std::optional<std::uint64_t> writes_at_barrier_;
   Instant resumed_at_{};
   bool barrier_asked_ = false;
+  bool barrier_failed_ = false;  // the last time
   bool resume_tried_ = false;
   int refusals_ = 0;
   std::vector<std::unique_ptr<ImageGuard>> source_guard_;
+  std::atomic<bool> stood_still_{false};  // for the present handover
+  std::mutex went_on_mutex_;
+  std::vector<std::unique_ptr<Thread>> went_on_notes_;  // they write it down
   std::unique_ptr<Thread> migrating_;  // calls migrate()
   std::unique_ptr<Thread> flushing_;   // has the target flush meanwhile
   std::atomic<bool> stop_flushing_{false};

@@ -32,17 +32,27 @@ Result<std::pair<std::size_t, mirror::GroupIndex>> parse_record_key(std::string_
 }
 
 Status RecordStore::put(std::size_t disk, const mirror::GroupRecord& record) {
-  return write_newer({{disk, record}}, {});
+  const One one{disk, record};
+  return write_newer(std::span(&one, 1), {});
 }
 
-Status RecordStore::write(const std::vector<One>& records, Journal::Batch also,
-                          Journal::Sync sync) {
-  DROVER_TRY(write_newer(records, std::move(also)));
+Status RecordStore::write(std::span<const One> records, Journal::Batch also, Journal::Sync sync) {
+  // In parts: put() waits for one of them at most. `also` may only be there once all of them are.
+  constexpr std::size_t kAtOnce = 128U << 10;
+  while (!records.empty()) {
+    std::size_t count = 0;
+    for (std::size_t bytes = 0; count < records.size() && bytes < kAtOnce; ++count) {
+      bytes += records[count].record.bytes.size();
+    }
+    DROVER_TRY(write_newer(records.first(count), {}));
+    records = records.subspan(count);
+  }
+  DROVER_TRY(write_newer({}, std::move(also)));
   // What was left out is in the journal in a newer form, and is synced with the rest.
   return sync == Journal::Sync::Yes ? journal_.write({}, sync) : Status();
 }
 
-Status RecordStore::write_newer(const std::vector<One>& records, Journal::Batch also) {
+Status RecordStore::write_newer(std::span<const One> records, Journal::Batch also) {
   const std::lock_guard lock(mutex_);
   Journal::Batch batch = std::move(also);
   for (const auto& [disk, record] : records) {

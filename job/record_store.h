@@ -15,7 +15,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
-#include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -41,11 +41,11 @@ class RecordStore {
   };
   // In the journal when it returns; not synced.
   Status put(std::size_t disk, const mirror::GroupRecord& record);
-  // All of them, and `also`, or nothing.
-  Status write(const std::vector<One>& records, Journal::Batch also, Journal::Sync sync);
+  // All of them, then `also`; a failure may leave some of them stored, but not `also`.
+  Status write(std::span<const One> records, Journal::Batch also, Journal::Sync sync);
 
  private:
-  Status write_newer(const std::vector<One>& records, Journal::Batch also);
+  Status write_newer(std::span<const One> records, Journal::Batch also);
 
   Journal& journal_;
   std::mutex mutex_;  // guards the next, and the order of what is written

@@ -483,8 +483,12 @@ class RocksWriter final : public IndexWriter {
       DROVER_TRY(still_named(fd, image.path));
       at = next_data(fd, at);
       if (at >= size) break;
+      const Instant start = now();
       DROVER_ASSIGN(const std::size_t count, read_at(fd, at, buffer.bytes(), image.path));
       if (count == 0) break;  // it became shorter
+      // A guest may be at work on this disk: for half of the time it is the guest's alone (not every
+      // scheduler knows idle priority).
+      std::this_thread::sleep_for(now() - start);
       for (std::size_t from = 0; from < count; from += kPiece.bytes()) {
         const auto piece =
             buffer.bytes().subspan(from, std::min<std::size_t>(kPiece.bytes(), count - from));

@@ -75,7 +75,11 @@ Result<std::shared_ptr<const PieceFilter>> fetch_filter(
     if (size == 0 || piece != kPiece.bytes()) return none;
     DROVER_ASSIGN(const std::uint64_t probes, get_unsigned(*part, "probes"));
     DROVER_ASSIGN(const std::string data, get_string(*part, "data", kMaxMessage));
-    DROVER_TRY(add_base64(data, bytes));  // a part is never empty: this comes to an end
+    const std::size_t before = bytes.size();
+    DROVER_TRY(add_base64(data, bytes));
+    if (bytes.size() < size && bytes.size() - before < kPart) {
+      return fail(Code::Protocol, "the target sends its index in parts that are too small");
+    }
     if (bytes.size() > size)
       return fail(Code::Protocol, "the target's index is longer than it says");
     if (bytes.size() < size) continue;

@@ -1127,10 +1127,15 @@ class LinkImpl final : public Link {
       DROVER_ASSIGN(const LaneDigest digest, lane->settle(deadline));
       digests.push_back(digest.to_json());
     }
-    DROVER_ASSIGN(const nlohmann::json answer,
-                  connections->control->call({{"op", "barrier"}, {"lanes", std::move(digests)}},
-                                             left_until(deadline)));
-    return barrier_times(answer);
+    const auto answer = connections->control->call(
+        {{"op", "barrier"}, {"lanes", std::move(digests)}}, left_until(deadline));
+    if (!answer) {
+      // An image's storage daemon is gone, or one image was let go of and another not: the receiver
+      // opens what it has closed or lost when the next epoch begins.
+      if (answer.error().code == Code::Unreachable) broken(connections->epoch, answer.error());
+      return fail(answer.error());
+    }
+    return barrier_times(*answer);
   }
 
   Status start_relay(const RelayOptions& options) override {

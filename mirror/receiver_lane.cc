@@ -201,8 +201,11 @@ Status LaneReceiver::process() {
       payload_size_ += count;
       if (payload_size_ == header_->payload_length) continue;
     } else {
+      const bool looks_up = header_->type == FrameType::Offer;
       DROVER_ASSIGN(const bool taken, take_frame());
       if (!taken) return {};
+      // The index may be on a slow disk: answers and beats go out in between.
+      if (looks_up) return schedule_turn(), Status();
       continue;
     }
     if (tls_->closed()) {

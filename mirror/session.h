@@ -25,7 +25,7 @@
 
 namespace drover::mirror {
 
-inline constexpr int kProtocolVersion = 1;
+inline constexpr int kProtocolVersion = 2;
 inline constexpr std::size_t kMaxMessage = std::size_t{1} << 20;
 inline constexpr std::size_t kMaxHello = 16384;
 inline constexpr unsigned kMaxLanes = 16;

@@ -411,8 +411,8 @@ TEST_F(BootstrapTest, NoDroverThere) {
 TEST_F(BootstrapTest, SomethingElseAnswers) {
   for (const char* body : {"echo 'Welcome to hostb!'", "echo '{\"port\": '", "exit 0",
                            "echo 'This account is not available.' >&2; exit 1",
-                           "head -c 3000000 /dev/zero", "echo '{\"port\":true,\"protocol\":1}'",
-                           "echo '{\"port\":70000,\"protocol\":1,\"version\":\"1\",\"pid\":1}'"}) {
+                           "head -c 3000000 /dev/zero", "echo '{\"port\":true,\"protocol\":2}'",
+                           "echo '{\"port\":70000,\"protocol\":2,\"version\":\"1\",\"pid\":1}'"}) {
     use_ssh(body);
     EXPECT_EQ(start_error().code, Code::Protocol) << body;
   }
@@ -468,8 +468,8 @@ TEST_F(BootstrapTest, CommandsArriveWordByWord) {
 
 TEST_F(BootstrapTest, WhatIsNoJobOnItsInputIsRefused) {
   for (const char* input :
-       {"", "hello", "{}", R"({"protocol":1,"session":"../x","key":""})",
-        R"({"protocol":1,"session":"x","key":"00"})", R"({"protocol":2,"session":"x"})"}) {
+       {"", "hello", "{}", R"({"protocol":2,"session":"../x","key":""})",
+        R"({"protocol":2,"session":"x","key":"00"})", R"({"protocol":1,"session":"x"})"}) {
     const auto result = run_process({DROVER_RECEIVE_HELPER}, {.input = input});
     ASSERT_TRUE(result.has_value());
     EXPECT_EQ(result->exit_code, 1) << input;

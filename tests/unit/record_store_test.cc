@@ -43,10 +43,13 @@ class RecordStoreTest : public testing::Test {
 
 TEST_F(RecordStoreTest, AnOlderRecordReplacesNoNewerOne) {
   ASSERT_TRUE(store_.put(0, {7, "newer", 2}));
-  ASSERT_TRUE(store_.write({{0, {7, "older", 1}}, {0, {8, "another", 1}}}, {}, Journal::Sync::No));
+  ASSERT_TRUE(
+      store_.write(std::vector<RecordStore::One>{{0, {7, "older", 1}}, {0, {8, "another", 1}}}, {},
+                   Journal::Sync::No));
   EXPECT_EQ(stored(0, 7), "newer");
   EXPECT_EQ(stored(0, 8), "another");
-  ASSERT_TRUE(store_.write({{0, {7, "newest", 3}}}, {}, Journal::Sync::No));
+  ASSERT_TRUE(
+      store_.write(std::vector<RecordStore::One>{{0, {7, "newest", 3}}}, {}, Journal::Sync::No));
   EXPECT_EQ(stored(0, 7), "newest");
 }
 
@@ -69,7 +72,8 @@ TEST_F(RecordStoreTest, SyncsAlsoWhenAllOfItIsThereInANewerForm) {
   EXPECT_FALSE(journal_.synced);
   Journal::Batch also;
   also.put("targets", "t");
-  ASSERT_TRUE(store_.write({{0, {7, "older", 1}}}, std::move(also), Journal::Sync::Yes));
+  ASSERT_TRUE(store_.write(std::vector<RecordStore::One>{{0, {7, "older", 1}}}, std::move(also),
+                           Journal::Sync::Yes));
   EXPECT_TRUE(journal_.synced);
   EXPECT_EQ(journal_.map.at("targets"), "t");
   EXPECT_EQ(stored(0, 7), "newer");
