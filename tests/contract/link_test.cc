@@ -486,7 +486,7 @@ TEST_F(LinkHostileTest, ANewEpochReplacesTheOldOneWhichIsNotTakenBack) {
 
 TEST_F(LinkHostileTest, AProtocolOfAnotherVersionIsRefused) {
   nlohmann::json json = hello_to_json(hello(ConnectionKind::Control));
-  json["protocol"] = kProtocolVersion + 1;
+  json["protocol"] = kProtocolVersion + 1U;
   const auto parsed = hello_from_json(json);
   ASSERT_FALSE(parsed.has_value());
   EXPECT_EQ(parsed.error().code, Code::Incompatible);
