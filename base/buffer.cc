@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "base/buffer.h"
 
+#include <sys/mman.h>
+
+#include <algorithm>
 #include <cstdlib>
 
 #include "base/check.h"
@@ -9,14 +12,27 @@ namespace drover {
 
 namespace {
 constexpr std::size_t kAlignment = 4096;
-struct FreeDeleter {
-  void operator()(std::byte* memory) const { std::free(memory); }
-};
+constexpr std::size_t kHugePage = std::size_t{2} << 20;  // x86-64's, arm64's with 4 KiB pages
+
+constexpr std::size_t kSlab = 8 * kHugePage;
+
+// Disks' requests are made of pieces that lie together in physical memory, and a disk's queue holds
+// so many pieces: 256 KiB of single pages are 64 of them, and what guests ask for waits while the
+// queue is full. In a huge page it is one piece.
+std::byte* allocate_slab(std::size_t size) {
+  void* const memory = std::aligned_alloc(size < kHugePage ? kAlignment : kHugePage, size);
+  CHECK(memory != nullptr, "out of memory");
+  // Where there are no huge pages, others do.
+  if (size >= kHugePage) (void)::madvise(memory, size, MADV_HUGEPAGE);
+  return static_cast<std::byte*>(memory);
+}
 }  // namespace
+
+void BufferPool::FreeSlab::operator()(std::byte* memory) const { std::free(memory); }
 
 struct Buffer::Block {
   BufferPool* pool;
-  std::unique_ptr<std::byte, FreeDeleter> memory;
+  std::byte* memory;  // in one of the pool's slabs
   std::size_t size;
   std::atomic<unsigned> references{0};
 };
@@ -27,7 +43,7 @@ Buffer::Buffer(const Buffer& other) : block_(other.block_) {
 
 std::span<std::byte> Buffer::bytes() const {
   CHECK(block_ != nullptr, "an empty Buffer has no bytes");
-  return {block_->memory.get(), block_->size};
+  return {block_->memory, block_->size};
 }
 
 void Buffer::reset() {
@@ -59,8 +75,7 @@ Buffer BufferPool::try_take() {
     auto made = std::make_unique<Buffer::Block>();
     made->pool = this;
     made->size = buffer_size_.bytes();
-    made->memory.reset(static_cast<std::byte*>(std::aligned_alloc(kAlignment, made->size)));
-    CHECK(made->memory != nullptr, "out of memory");
+    made->memory = next_memory();
     block = made.get();
     blocks_.push_back(std::move(made));
   } else {
@@ -69,6 +84,19 @@ Buffer BufferPool::try_take() {
   }
   block->references.store(1, std::memory_order_relaxed);
   return Buffer(block);
+}
+
+std::byte* BufferPool::next_memory() {
+  const std::size_t size = buffer_size_.bytes();
+  if (slab_left_ < size) {
+    slab_left_ = std::min(size * (count_ - blocks_.size()), std::max(size, kSlab));
+    // A whole number of huge pages is more likely to be made of them.
+    if (slab_left_ >= kHugePage) slab_left_ = (slab_left_ + kHugePage - 1) / kHugePage * kHugePage;
+    slabs_.emplace_back(allocate_slab(slab_left_));
+    slab_next_ = slabs_.back().get();
+  }
+  slab_left_ -= size;
+  return std::exchange(slab_next_, slab_next_ + size);
 }
 
 std::size_t BufferPool::available() const {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Buffers for the data path: page-aligned (so that O_DIRECT takes them), reference-counted, of one
-// size, from a pool that bounds an agent's memory (invariant 9).
+// Buffers for the data path: page-aligned (so that O_DIRECT takes them), in huge pages where there
+// are any, reference-counted, of one size, from a pool that bounds an agent's memory (invariant 9).
 //
 //   BufferPool pool(1_MiB, 64);
 //   if (Buffer buffer = pool.try_take()) { ... buffer.bytes() ... }   // returns itself
@@ -51,7 +51,7 @@ class Buffer {
 
 class BufferPool {
  public:
-  // Memory is taken as buffers are first used: an unused pool costs nothing.
+  // Memory is taken as buffers are first used, a huge page at a time: an unused pool costs nothing.
   BufferPool(Length buffer_size, std::size_t count);
   ~BufferPool();
   BufferPool(const BufferPool&) = delete;
@@ -68,12 +68,19 @@ class BufferPool {
 
  private:
   friend class Buffer;
+  struct FreeSlab {
+    void operator()(std::byte* memory) const;
+  };
   void give_back(Buffer::Block* block);
+  std::byte* next_memory();
 
   const Length buffer_size_;
   const std::size_t count_;
   std::function<void()> on_available_;
   mutable std::mutex mutex_;
+  std::vector<std::unique_ptr<std::byte, FreeSlab>> slabs_;
+  std::byte* slab_next_ = nullptr;  // in the last of them
+  std::size_t slab_left_ = 0;       // bytes from there on
   std::vector<std::unique_ptr<Buffer::Block>> blocks_;
   std::vector<Buffer::Block*> free_;
   bool refused_ = false;

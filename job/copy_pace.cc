@@ -2,16 +2,31 @@
 #include "job/copy_pace.h"
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
-#include <vector>
 
 namespace drover::job {
 namespace {
 
-// How fast the rate follows: latencies are noisy, and a step down that was too small shows again
-// soon.
-constexpr double kMostDown = 0.5;
-constexpr double kMostUp = 1.25;
+// How fast the rate follows: slowly, for latencies are noisy and tell late; a rate that swings
+// costs the guest more than a steady one of the same mean.
+constexpr double kMostDown = 0.7;
+constexpr double kMostUp = 1.15;  // per kStep, but by one window at most kMostUpAtOnce
+constexpr std::chrono::duration<double> kStep = std::chrono::milliseconds(100);
+constexpr double kMostUpAtOnce = 2;
+// A limit far above what is read would be noticed late when it is needed.
+constexpr double kAhead = 1.2;
+// The share of the newest window in the smoothed latency. A disk that hangs for a moment, as all do
+// now and then, is no reason to slow down much: a window counts as at most so many times as slow.
+constexpr double kNewest = 0.4;
+constexpr int kMostCounted = 2;
+// The share of a latency that is lower than the baseline in that: some are so by chance.
+constexpr double kLower = 0.1;
+
+Duration towards(Duration from, Duration to, double share) {
+  return from +
+         Duration(static_cast<Duration::rep>(share * static_cast<double>((to - from).count())));
+}
 
 Length scaled(Length rate, double factor) {
   return Length(static_cast<std::uint64_t>(static_cast<double>(rate.bytes()) * factor));
@@ -37,7 +52,6 @@ Length CopyPace::look(Instant now, const memmig::GuestIo& io, Length read) {
   fastest_ = std::max(fastest_, measured);
   if (operations < kEnough) {
     awake_ = false;
-    recent_.clear();
     latency_ = Duration::zero();
     rate_ = Length();
   } else if (!std::exchange(awake_, true) && copying_) {
@@ -46,9 +60,8 @@ Length CopyPace::look(Instant now, const memmig::GuestIo& io, Length read) {
   } else {
     const Duration mean = (io.time - io_.time) / static_cast<Duration::rep>(operations);
     note(mean);
-    if (baseline_ == Duration::zero() || latency_ < baseline_) baseline_ = latency_;
     if (copying_) {
-      adjust(now, measured);
+      adjust(now, measured, span);
     } else {
       rate_ = kStart;
     }
@@ -60,28 +73,32 @@ Length CopyPace::look(Instant now, const memmig::GuestIo& io, Length read) {
 }
 
 void CopyPace::note(Duration mean) {
-  recent_.push_back(mean);
-  if (recent_.size() > kWindows) recent_.pop_front();
-  std::vector<Duration> sorted(recent_.begin(), recent_.end());
-  const auto middle = sorted.begin() + static_cast<std::ptrdiff_t>(sorted.size() / 2);
-  std::ranges::nth_element(sorted, middle);
-  latency_ = *middle;
+  latency_ = latency_ == Duration::zero()
+                 ? mean
+                 : towards(latency_, std::min(mean, kMostCounted * latency_), kNewest);
+  if (baseline_ == Duration::zero() || !copying_) {
+    baseline_ = latency_;
+  } else if (latency_ < baseline_) {
+    baseline_ = towards(baseline_, latency_, kLower);
+  }
 }
 
 Length CopyPace::handover() const { return rate_ == Length() ? rate_ : std::max(rate_, kStart); }
 
 Length CopyPace::least() const { return std::max(kLeast, Length(fastest_.bytes() / kLeastShare)); }
 
-void CopyPace::adjust(Instant now, Length measured) {
+void CopyPace::adjust(Instant now, Length measured, Duration span) {
   const std::chrono::duration<double> limit =
       kTolerated * std::chrono::duration<double>(baseline_) + kSlack;
   const double room = limit / std::chrono::duration<double>(latency_);
   if (room < 1) {
     // Down from what was really read: the limit may be far above it.
     const Length from = rate_ == Length() ? measured : std::min(rate_, measured);
-    rate_ = scaled(from, std::max(room, kMostDown));
+    rate_ = scaled(from, std::max(std::sqrt(room), kMostDown));
   } else if (rate_ > Length()) {
-    rate_ = std::min(scaled(rate_, std::min(room, kMostUp)), std::max(kStart, scaled(measured, 2)));
+    const double steps = std::max(std::chrono::duration<double>(span) / kStep, 1.0);
+    const double up = std::min(std::pow(std::min(std::sqrt(room), kMostUp), steps), kMostUpAtOnce);
+    rate_ = std::min(scaled(rate_, up), std::max(kStart, scaled(measured, kAhead * up)));
   } else {
     return;  // there is room without a limit
   }

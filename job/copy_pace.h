@@ -8,17 +8,16 @@
 //   pace.look(now, io, Length());                      // before copying begins: the guest alone
 //   engine.set_bandwidth(pace.look(now, io, read));    // a few times a second while it goes on
 //
-// The rate starts low and grows until the mean latency of the guest's requests is kTolerated times
-// what it is without the copy (the lowest seen so far), then it is kept there. A guest that asks
-// nothing of its disks holds up nobody: no limit. What is still slow after the copy has been at its
-// least for a while is not the copy's doing: it becomes the new measure.
+// The rate starts low and follows the mean latency of the guest's requests: it grows while that is
+// below kTolerated times what it is without the copy, and kSlack more, and shrinks above. A guest
+// that asks nothing of its disks holds up nobody: no limit. What is still slow after the copy has
+// been at its least for a while is not the copy's doing: it becomes the new measure.
 //
 // Threads: none; use from one.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <deque>
 
 #include "base/clock.h"
 #include "base/units.h"
@@ -30,14 +29,11 @@ class CopyPace {
  public:
   // The guest's mean latency may become this much of what it is alone, and kSlack more (disks that
   // answer within microseconds need not be crept around).
-  static constexpr double kTolerated = 2.0;
-  static constexpr Duration kSlack = std::chrono::microseconds(400);
+  static constexpr double kTolerated = 1.5;
+  static constexpr Duration kSlack = std::chrono::microseconds(300);
   // A mean of fewer requests says little; so many are waited for, at most so long.
   static constexpr std::uint64_t kEnough = 40;
   static constexpr Duration kPatience = std::chrono::seconds(1);
-  // Of so many windows the median counts: a disk that hangs for a moment, as all do now and then,
-  // is no reason to slow down.
-  static constexpr std::size_t kWindows = 5;
   static constexpr Length kStart = Length(std::uint64_t{128} << 20);  // per second
   static constexpr Length kLeast = Length(std::uint64_t{8} << 20);
   static constexpr std::uint64_t kLeastShare =
@@ -52,12 +48,12 @@ class CopyPace {
   // before, but never a reason for the handover to take long.
   [[nodiscard]] Length handover() const;
 
-  [[nodiscard]] Duration latency() const { return latency_; }    // of the guest, now
+  [[nodiscard]] Duration latency() const { return latency_; }    // of the guest, smoothed
   [[nodiscard]] Duration baseline() const { return baseline_; }  // and without us
 
  private:
   void note(Duration mean);
-  void adjust(Instant now, Length measured);
+  void adjust(Instant now, Length measured, Duration span);
   [[nodiscard]] Length least() const;
 
   bool begun_ = false;
@@ -65,11 +61,10 @@ class CopyPace {
   memmig::GuestIo io_;  // at that time
   Length read_;
   bool copying_ = false;
-  bool awake_ = false;           // the guest asks something of its disks
-  std::deque<Duration> recent_;  // means of the last kWindows windows
-  Duration latency_{};           // their median; zero: not known
-  Duration baseline_{};          // zero: not known
-  Length rate_;                  // zero: no limit
+  bool awake_ = false;   // the guest asks something of its disks
+  Duration latency_{};   // zero: not known
+  Duration baseline_{};  // zero: not known
+  Length rate_;          // zero: no limit
   Length fastest_;
   bool at_least_ = false;  // the rate is at its least, since:
   Instant least_since_{};

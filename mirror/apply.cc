@@ -104,7 +104,8 @@ void Applier::gather(std::list<Frame>::iterator frame) {
   frame->offered->gather([this, frame] { use_what_was_found(frame); });
 }
 
-// As a Copy of the pieces that were found and of those that are zero, as thin as one.
+// As a Copy of the pieces that were found and of those that are zero, as thin as one; and of zeroes
+// over what was tried and is missing.
 void Applier::use_what_was_found(std::list<Frame>::iterator frame) {
   const std::unique_ptr<OfferedChunk> offered = std::move(frame->offered);
   const Offer& offer = offered->offer();
@@ -112,18 +113,18 @@ void Applier::use_what_was_found(std::list<Frame>::iterator frame) {
   const BlockMask data = data_blocks(offer, extent);
   const std::size_t blocks = (extent.length + kBlock - Length(1)) / kBlock;
   const std::size_t in_a_piece = offer.piece / kBlock;
-  const std::span<const std::byte> content = frame->buffer.bytes().first(extent.length.bytes());
+  const std::span<std::byte> content = frame->buffer.bytes().first(extent.length.bytes());
   for (std::size_t i = 0; i < blocks; ++i) {
     const std::size_t piece = i / in_a_piece;
-    const bool here = !data.contains(i) || offered->found(piece);
-    if (!here) {
-      frame->differing.set(i);
-      continue;
-    }
+    const bool missing = data.contains(i) && !offered->found(piece);
+    if (missing) frame->differing.set(i);
+    if (missing && !offered->spoiled(piece)) continue;
     const Offset start = extent.offset + kBlock * i;
     const Length length = std::min(kBlock, extent.end() - start);
     const auto bytes = content.subspan((start - extent.offset).bytes(), length.bytes());
-    if (data.contains(i)) found_ += length;
+    // Another guest's bytes never stay, not even until the source sends its own: it may not.
+    if (missing) std::ranges::fill(bytes, std::byte{0});
+    if (data.contains(i) && !missing) found_ += length;
     if (offered->shared(piece)) continue;
     const bool zero = !data.contains(i) || (all_zero(bytes) && !offered->spoiled(piece));
     if (!frame->runs.empty() && frame->runs.back().extent.end() == start &&

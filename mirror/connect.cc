@@ -19,9 +19,29 @@ std::chrono::milliseconds give_up_after(ConnectionKind kind, std::chrono::millis
   return silence;
 }
 
-static Status exchange_hello(TlsSocket& socket, const Hello& hello, Instant deadline,
-                             nlohmann::json* welcome) {
-  DROVER_TRY(socket.handshake(deadline));
+static Error said_by(const Endpoint& endpoint, Error error) {
+  error.message =
+      fmt::format("the receiver at {} port {}: {}", endpoint.address, endpoint.port, error.message);
+  return error;
+}
+
+Result<TlsSocket> reach(const Endpoint& endpoint, const Hello& hello, Instant deadline,
+                        int cancel_fd) {
+  DROVER_ASSIGN(UniqueFd fd, connect_tcp(endpoint.address, endpoint.port, deadline, cancel_fd));
+  tune_socket(fd.get(), give_up_after(hello.kind, endpoint.silence));
+  DROVER_ASSIGN(
+      auto tls,
+      Tls::create({.role = Tls::Role::Client, .identity = hello.session, .key = endpoint.key}));
+  TlsSocket socket(std::move(fd), std::move(tls));
+  socket.set_cancel_fd(cancel_fd);
+  if (auto status = socket.handshake(deadline); !status) {
+    return fail(said_by(endpoint, std::move(status).error()));
+  }
+  return socket;
+}
+
+static Status exchange(TlsSocket& socket, const Hello& hello, Instant deadline,
+                       nlohmann::json* welcome) {
   DROVER_ASSIGN(const std::string message, encode_message(hello_to_json(hello)));
   DROVER_TRY(socket.write_all(message, deadline));
   DROVER_ASSIGN(const std::string text, socket.read_message(kMaxMessage, deadline));
@@ -33,21 +53,17 @@ static Status exchange_hello(TlsSocket& socket, const Hello& hello, Instant dead
   return {};
 }
 
+Status exchange_hello(TlsSocket& socket, const Endpoint& endpoint, const Hello& hello,
+                      Instant deadline, nlohmann::json* welcome) {
+  auto status = exchange(socket, hello, deadline, welcome);
+  if (!status) return fail(said_by(endpoint, std::move(status).error()));
+  return status;
+}
+
 Result<TlsSocket> open_connection(const Endpoint& endpoint, const Hello& hello, Instant deadline,
                                   int cancel_fd, nlohmann::json* welcome) {
-  DROVER_ASSIGN(UniqueFd fd, connect_tcp(endpoint.address, endpoint.port, deadline, cancel_fd));
-  tune_socket(fd.get(), give_up_after(hello.kind, endpoint.silence));
-  DROVER_ASSIGN(
-      auto tls,
-      Tls::create({.role = Tls::Role::Client, .identity = hello.session, .key = endpoint.key}));
-  TlsSocket socket(std::move(fd), std::move(tls));
-  socket.set_cancel_fd(cancel_fd);
-  if (auto status = exchange_hello(socket, hello, deadline, welcome); !status) {
-    Error error = std::move(status).error();
-    error.message = fmt::format("the receiver at {} port {}: {}", endpoint.address, endpoint.port,
-                                error.message);
-    return fail(std::move(error));
-  }
+  DROVER_ASSIGN(TlsSocket socket, reach(endpoint, hello, deadline, cancel_fd));
+  DROVER_TRY(exchange_hello(socket, endpoint, hello, deadline, welcome));
   return socket;
 }
 

@@ -25,8 +25,15 @@ struct Endpoint {
 // What both ends tell tune_socket() for a connection of this kind.
 std::chrono::milliseconds give_up_after(ConnectionKind kind, std::chrono::milliseconds silence);
 
-// Blocks until the receiver has welcomed the connection, or the deadline. The receiver's refusal
-// comes back as its Error; Denied for a wrong key. `welcome`, if given: what it said.
+// TCP and TLS: blocks until the receiver has shown that it has the key, or the deadline. Denied for
+// a wrong key.
+Result<TlsSocket> reach(const Endpoint& endpoint, const Hello& hello, Instant deadline,
+                        int cancel_fd = -1);
+// Blocks until it has welcomed the connection, or the deadline. The receiver's refusal comes back
+// as its Error. `welcome`, if given: what it said.
+Status exchange_hello(TlsSocket& socket, const Endpoint& endpoint, const Hello& hello,
+                      Instant deadline, nlohmann::json* welcome = nullptr);
+// Both.
 Result<TlsSocket> open_connection(const Endpoint& endpoint, const Hello& hello, Instant deadline,
                                   int cancel_fd = -1, nlohmann::json* welcome = nullptr);
 

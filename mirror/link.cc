@@ -1010,7 +1010,8 @@ class Addresses {
 
   void next() { at_ = (at_ + 1) % left_.size(); }
   // To the one whose turn it is, or the next that answers; the others are left out from then on.
-  // Fails when none is left, with what was wrong with the first.
+  // Fails when none is left, with what was wrong with the first. An address answers when TLS stands
+  // there: what the receiver behind it needs for its welcome is no matter of addresses.
   Result<TlsSocket> open(Endpoint& endpoint, const Hello& hello, Instant deadline, int cancel_fd,
                          nlohmann::json* welcome = nullptr) {
     while (true) {
@@ -1022,9 +1023,10 @@ class Addresses {
       if (left_.size() > 1 && !address.answers) {
         until = now() + std::min<Duration>((deadline - now()) / (untried + 1), kAddressPatience);
       }
-      auto opened = open_connection(endpoint, hello, until, cancel_fd, welcome);
+      auto opened = reach(endpoint, hello, until, cancel_fd);
       if (opened) {
         address.answers = true;
+        DROVER_TRY(exchange_hello(*opened, endpoint, hello, deadline, welcome));
         return opened;
       }
       if (opened.error().code == Code::Cancelled) return opened;

@@ -12,8 +12,8 @@
 //
 // Where the target's file can share blocks with the other image, it does so first, and what is
 // verified is what it reads back itself: so a guest that writes to the other image meanwhile does
-// no harm. What turns out to be something else stays there, and is as good as undefined
-// (spoiled()).
+// no harm. What turns out to be something else is there then, and is to be overwritten (spoiled()):
+// nobody may get another guest's content by offering hashes.
 //
 // Threads: one. Destroy it when gather() has called back.
 #pragma once
@@ -57,7 +57,7 @@ class OfferedChunk {
   [[nodiscard]] bool found(std::size_t piece) const { return pieces_[piece].found; }
   // It is in its place already.
   [[nodiscard]] bool shared(std::size_t piece) const { return pieces_[piece].shared; }
-  // Something else may be in its place: its zeroes have to be written, too.
+  // Something else may be in its place: it has to be written, even if it is zero or missing.
   [[nodiscard]] bool spoiled(std::size_t piece) const { return pieces_[piece].spoiled; }
   [[nodiscard]] std::span<std::byte> bytes(std::size_t piece) const;
 

@@ -259,6 +259,7 @@ class IndexedMoveTest : public IndexTest {
     for (std::uint64_t i = 0; i * kChunk < disk.size(); ++i) send(i, true);
     ASSERT_TRUE(source_.wait_answers());
     missed_ = source_.differing_tokens();
+    expect_nothing_foreign(disk);
     for (const std::uint64_t i : missed_) send(i, false);
     ASSERT_TRUE(source_.wait_answers());
     EXPECT_THAT(source_.refused_tokens(), IsEmpty());
@@ -273,6 +274,18 @@ class IndexedMoveTest : public IndexTest {
     EXPECT_LT(found_ - stats->at("bytes_found").get<std::uint64_t>(), kBlock.bytes());
     ASSERT_TRUE(call({{"op", "finish"}}).has_value());
     EXPECT_TRUE(read_file(target_path()) == disk) << "the target holds something else";
+  }
+  // A source that offers hashes and then sends nothing must not get what others have: each block of
+  // the target is the disk's or zero.
+  void expect_nothing_foreign(const Bytes& disk) {
+    const Bytes target = read_file(target_path());
+    ASSERT_EQ(target.size(), disk.size());
+    const auto block = static_cast<std::size_t>(kBlock.bytes());
+    for (std::size_t at = 0; at < disk.size(); at += block) {
+      const std::span has(target.data() + at, std::min(block, disk.size() - at));
+      ASSERT_TRUE(all_zero(has) || std::ranges::equal(has, std::span(disk.data() + at, has.size())))
+          << "foreign bytes at " << at;
+    }
   }
   [[nodiscard]] std::string target_path() const {
     return (place_.empty() ? dir_.path() : place_) + "/moved.raw";

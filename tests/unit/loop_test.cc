@@ -116,6 +116,24 @@ TEST_F(LoopTest, DestructionWaitsForOutstandingOperationsAndDropsTheirCallbacks)
   ::close(sockets[1]);
 }
 
+TEST(BufferPool, BuffersLieApartAndOnPages) {
+  // More than a slab holds, and of a size that does not divide it.
+  const Length size = 1_MiB + 8_KiB;
+  BufferPool pool(size, 40);
+  std::vector<Buffer> all;
+  while (Buffer buffer = pool.try_take()) {
+    ASSERT_EQ(buffer.bytes().size(), size.bytes());
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(buffer.bytes().data()) % 4096, 0U);
+    std::ranges::fill(buffer.bytes(), static_cast<std::byte>(all.size()));
+    all.push_back(std::move(buffer));
+  }
+  ASSERT_EQ(all.size(), 40U);
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    const auto is_its_own = [&](std::byte b) { return b == static_cast<std::byte>(i); };
+    EXPECT_TRUE(std::ranges::all_of(all[i].bytes(), is_its_own)) << i;
+  }
+}
+
 TEST(BufferPool, RefusesBeyondItsCountAndTellsWhenOneIsBack) {
   BufferPool pool(4_KiB, 2);
   int told = 0;
