@@ -55,14 +55,14 @@ bool is_ours_alone(int fd) {
   return ::fcntl(fd, F_SETLEASE, F_UNLCK) == 0;
 }
 
-// Frees its blocks for half of the time. What it can't free goes when the file is closed. (ext4, a piece:
-// 2 MiB 0.7 ms, 4 MiB 1.1, 8 MiB 2.0. So long others wait.)
+// Frees its blocks for two thirds of the time. What it can't free goes when the file is closed. (ext4, a
+// piece: 2 MiB 0.7 ms, 4 MiB 1.1, 8 MiB 2.0. So long others wait.)
 void free_in_pieces(int fd) {
   constexpr off_t kPiece = off_t{4} << 20;
   for (off_t at = ::lseek(fd, 0, SEEK_DATA); at >= 0; at = ::lseek(fd, at + kPiece, SEEK_DATA)) {
     const auto start = std::chrono::steady_clock::now();
     if (::fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, kPiece) != 0) return;
-    std::this_thread::sleep_for(std::chrono::steady_clock::now() - start);
+    std::this_thread::sleep_for((std::chrono::steady_clock::now() - start) / 2);
   }
 }
 

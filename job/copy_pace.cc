@@ -83,7 +83,9 @@ void CopyPace::note(Duration mean) {
   }
 }
 
-Length CopyPace::handover() const { return rate_ == Length() ? rate_ : std::max(rate_, kStart); }
+Length CopyPace::handover() const {
+  return rate_ == Length() ? rate_ : std::max(rate_, kLeastInHandover);
+}
 
 Length CopyPace::least() const { return std::max(kLeast, Length(fastest_.bytes() / kLeastShare)); }
 

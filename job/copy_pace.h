@@ -34,7 +34,8 @@ class CopyPace {
   // A mean of fewer requests says little; so many are waited for, at most so long.
   static constexpr std::uint64_t kEnough = 40;
   static constexpr Duration kPatience = std::chrono::seconds(1);
-  static constexpr Length kStart = Length(std::uint64_t{128} << 20);  // per second
+  static constexpr Length kStart = Length(std::uint64_t{256} << 20);  // per second
+  static constexpr Length kLeastInHandover = Length(std::uint64_t{128} << 20);
   static constexpr Length kLeast = Length(std::uint64_t{8} << 20);
   static constexpr std::uint64_t kLeastShare =
       8;  // of the fastest so far: never below one part in 8

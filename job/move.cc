@@ -799,6 +799,7 @@ class Move {
 
   // Whatever becomes of this process and of this host, what waits on the target must not run.
   void note_that_source_went_on() {
+    if (files_.mutation.forget_went_on) return;
     if (const Status noted = journal_->put(kBarrierKey, kWentOn); !noted) {
       log_error("{}", noted.error().to_string());
     }

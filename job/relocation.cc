@@ -311,6 +311,10 @@ class Relocation {
     }
     show(index, place->copying ? place->copied : Length(),
          place->copying ? place->to_copy : Length(), seen.switched);
+    if (seen.copy != DiskSeen::Copy::None) {
+      started_.insert(index);  // also if another process began it
+      gone_since_.erase(index);
+    }
     if (seen.switched || seen.copy != DiskSeen::Copy::None || !started_.contains(index)) {
       return seen;
     }
@@ -451,7 +455,6 @@ class Relocation {
   void share_bandwidth() {
     const Length share = bandwidth_share(0);
     for (const std::size_t index : copying_now()) {
-      started_.insert(index);  // also if another process began it
       const auto given = given_.find(index);
       if (given != given_.end() && given->second == share) continue;
       if (const Status set = host().set_copy_bandwidth(uuid(), disks()[index].disk, share); !set) {

@@ -835,6 +835,7 @@ void SimHypervisor::confirm(Migration&, bool success) {
   event.kind = GuestEvent::Kind::Resumed;
   event.detail = "migrated";
   machines_.emit(side_, event);
+  if (machines_.source_went_on) machines_.source_went_on();
 }
 
 Status SimHypervisor::abort_migration(const std::string&) {

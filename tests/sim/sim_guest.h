@@ -157,6 +157,8 @@ class Machines {
   std::shared_ptr<Migration> migration;
   // Called before the guest runs on the target; says what is wrong.
   std::function<std::optional<std::string>()> may_run_on_target;
+  // libvirt has let the source go on after a migration that failed. May be empty.
+  std::function<void()> source_went_on;
   Duration write_bound = std::chrono::milliseconds(20);
   Duration strict_bound = std::chrono::seconds(5);  // where it may wait: --max-slowdown
   std::function<bool()> writes_may_wait;  // strict mode, or the guest stands still

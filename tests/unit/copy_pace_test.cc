@@ -124,12 +124,12 @@ TEST(CopyPaceTest, HandoverGoesOnAsTheCopyDidButNotSlowly) {
   World slow(1000, [](double rate) { return rate > 0 ? milliseconds(100) : microseconds(100); });
   slow.steps(5, false);
   slow.steps(15, true);
-  EXPECT_LT(slow.rate(), CopyPace::kStart);
-  EXPECT_EQ(slow.pace().handover(), CopyPace::kStart);
+  EXPECT_LT(slow.rate(), CopyPace::kLeastInHandover);
+  EXPECT_EQ(slow.pace().handover(), CopyPace::kLeastInHandover);
   World fast(1000, rising(200));
   fast.steps(5, false);
   fast.steps(60, true);
-  EXPECT_GT(fast.rate(), CopyPace::kStart);
+  EXPECT_GT(fast.rate(), CopyPace::kLeastInHandover);
   EXPECT_EQ(fast.pace().handover(), fast.rate());
 }
 
