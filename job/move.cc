@@ -798,11 +798,11 @@ class Move {
   }
 
   // Whatever becomes of this process and of this host, what waits on the target must not run.
-  void note_that_source_went_on() {
-    if (files_.mutation.forget_went_on) return;
-    if (const Status noted = journal_->put(kBarrierKey, kWentOn); !noted) {
-      log_error("{}", noted.error().to_string());
-    }
+  Status note_that_source_went_on() {
+    if (files_.mutation.forget_went_on) return {};
+    Status noted = journal_->put(kBarrierKey, kWentOn);
+    if (!noted) log_error("{}", noted.error().to_string());
+    return noted;
   }
 
   void wait_for_notes() {
@@ -815,7 +815,7 @@ class Move {
   void source_goes_on() {
     if (source_went_on_.exchange(true) || !stood_still_.load()) return;
     const std::lock_guard lock(went_on_mutex_);
-    went_on_notes_.push_back(platform_.start_thread([this] { note_that_source_went_on(); }));
+    went_on_notes_.push_back(platform_.start_thread([this] { (void)note_that_source_went_on(); }));
   }
 
   void on_source_event(const GuestEvent& event) {
@@ -1019,6 +1019,7 @@ class Move {
     none.remove(kBarrierKey);
     barrier_failed_ = false;
     stood_still_.store(false);
+    source_went_on_.store(false);
     wait_for_notes();
     DROVER_TRY(journal_->write(none, Journal::Sync::Yes));
     stop_flushing_.store(false);
@@ -1114,6 +1115,12 @@ class Move {
         return {};
       }
       if (source_state && settled_on_source(*source_state)) {
+        // The event that says so may be lost, or wait for a journal that can't be written.
+        if ((barrier_asked_ || barrier_journaled_) && !note_that_source_went_on()) {
+          known = "on this host: " + std::string(memmig::state_name(*source_state));
+          platform_.sleep(100ms);
+          continue;
+        }
         queue_->push(Settled{Whereabouts::Source});
         return {};
       }
@@ -1219,7 +1226,7 @@ class Move {
     barrier_failed_ = false;
     DROVER_TRY(journal_->put_unsynced(kBarrierKey, "passed"));
     // That was said between the two.
-    if (stood_still_.load() && source_went_on_.load()) note_that_source_went_on();
+    if (stood_still_.load() && source_went_on_.load()) (void)note_that_source_went_on();
     if (!options_.hold_barrier_file.empty()) hold_barrier();
     queue_->push(BarrierPassed{});
     return {};

@@ -156,8 +156,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 # Of the outages, resumes, relocations and evacuations these stand for the others in an ordinary run; all of them take 20 minutes
 # more.
-_QUICK = {"test_link_down_5_s[copy]", "test_receiver_killed[copy]", "test_runner_stopped_for_10_s[copy]",
-          "test_runner_killed[copy]", "test_a_second_move_of_the_same_guest_is_refused",
+_QUICK = {"test_link_down_5_s[copy]", "test_receiver_killed[copy]", "test_runner_killed[copy]",
+          "test_a_second_move_of_the_same_guest_is_refused",
           "test_a_running_guests_raw_and_qcow2_disks_there_and_back[unmap]", "test_the_guest_starts_from_its_new_disks",
           "test_a_guest_that_is_off[False]",
           "test_on_the_same_filesystem_a_guest_that_is_off_only_has_its_files_renamed", "test_ctrl_c_undoes_it[2]",
@@ -166,8 +166,15 @@ _QUICK = {"test_link_down_5_s[copy]", "test_receiver_killed[copy]", "test_runner
           "test_drover_is_killed_and_resume_takes_the_copies_up", "test_a_killed_job_is_cancelled", "test_refusals",
           "test_an_old_file_that_others_use_is_kept", "test_eight_guests_and_drover_is_killed_in_between",
           "test_killed_after_a_copy_and_before_the_old_file_was_deleted"}
-# A minute each, most of it waiting for a host that does not answer; the copy's stands for it.
-_SLOW = {"test_a_link_that_is_lost_for_too_long_ends_the_move_cleanly[memory]"}
+# A quarter of a minute to a whole one each, and of what they are for another test here says something, too.
+_SLOW = {"test_a_link_that_is_lost_for_too_long_ends_the_move_cleanly[memory]",
+         "test_a_link_that_is_lost_for_too_long_ends_the_move_cleanly[copy]", "test_a_killed_watchdog_is_replaced",
+         "test_without_a_watchdog_the_guest_would_wait", "test_memory_that_changes_too_fast",
+         "test_mirror_of_every_kind_of_disk", "test_no_write_is_missed_by_alternating_bitmaps",
+         "test_a_qcow2_disk_whose_guest_discards_all_the_time", "test_somebody_cancels_the_mirror[memory]",
+         "test_what_an_earlier_copy_holds_is_not_sent_and_moves_keep_the_index",
+         "test_command_is_answered_though_the_guest_moves_meanwhile",
+         "test_block_device_scsi_iothread_and_sequential_writes"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
