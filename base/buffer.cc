@@ -15,6 +15,14 @@ constexpr std::size_t kAlignment = 4096;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;  // x86-64's, arm64's with 4 KiB pages
 
 constexpr std::size_t kSlab = 8 * kHugePage;
+// Smaller ones are used rarely or for little, and take a page at a time.
+constexpr std::size_t kWorthHugePages = std::size_t{1} << 20;
+// Each by itself, so that the sanitizer sees who writes beyond his.
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool kApart = true;
+#else
+constexpr bool kApart = false;
+#endif
 
 // Disks' requests are made of pieces that lie together in physical memory, and a disk's queue holds
 // so many pieces: 256 KiB of single pages are 64 of them, and what guests ask for waits while the
@@ -89,9 +97,12 @@ Buffer BufferPool::try_take() {
 std::byte* BufferPool::next_memory() {
   const std::size_t size = buffer_size_.bytes();
   if (slab_left_ < size) {
-    slab_left_ = std::min(size * (count_ - blocks_.size()), std::max(size, kSlab));
-    // A whole number of huge pages is more likely to be made of them.
-    if (slab_left_ >= kHugePage) slab_left_ = (slab_left_ + kHugePage - 1) / kHugePage * kHugePage;
+    slab_left_ = size;
+    if (size >= kWorthHugePages && !kApart) {
+      slab_left_ = std::min(size * (count_ - blocks_.size()), std::max(size, kSlab));
+      // A whole number of huge pages is more likely to be made of them.
+      slab_left_ = (slab_left_ + kHugePage - 1) / kHugePage * kHugePage;
+    }
     slabs_.emplace_back(allocate_slab(slab_left_));
     slab_next_ = slabs_.back().get();
   }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How urgent a thread is on a host whose CPUs may all be busy, with guests not least. Both change
-// the calling thread only, do not fail, and do as much as the process is allowed to.
+// How urgent a thread is on a host whose CPUs and disks may all be busy, with guests not least. These
+// change the calling thread only, do not fail, and do as much as the process is allowed to.
 #pragma once
 
 namespace drover {
 
 // For a thread that guests wait for, and that does little: real time (SCHED_RR, the lowest priority
-// of it), else niceness -10.
+// of it), else niceness -10. What it asks of disks comes last of what is not idle.
 void come_first();
 
 // For a thread that moves much and that nobody waits for: niceness 10. It still gets a tenth of a

@@ -63,6 +63,12 @@ class ImageReader {
   virtual void extents(Extent range, ExtentsDone done) = 0;
 };
 
+enum class Sharing {
+  Refused,  // this image, or these two, can't; nothing has changed
+  Shared,
+  Failed,  // in the middle: some of it may be shared
+};
+
 // What a receiver writes to. Requests may complete in any order; of two that overlap after
 // widening to alignment(), issue the second only when the first is done.
 class ImageWriter {
@@ -76,9 +82,9 @@ class ImageWriter {
   // The extent reads as zeroes afterwards; its space is given back where the image can.
   virtual void write_zeroes(Extent extent, Done done) = 0;
   // The extent shares its blocks with those of the file `fd` from `from` on (FICLONERANGE), and
-  // reads as they do at this moment. False, with nothing changed: this image, or these two, can't.
-  // Blocks, not for long. Nothing else may be under way in the extent.
-  virtual bool share(int /*fd*/, Offset /*from*/, Extent /*extent*/) { return false; }
+  // reads as they do at this moment. Blocks, not for long. Nothing else may be under way in the
+  // extent.
+  virtual Sharing share(int /*fd*/, Offset /*from*/, Extent /*extent*/) { return Sharing::Refused; }
 };
 
 struct RawSource {

@@ -80,15 +80,19 @@ class RawWriter final : public ImageWriter {
            .done = std::move(done)});
   }
 
-  bool share(int fd, Offset from, Extent extent) override {
-    if (file_.block_device) return false;
+  Sharing share(int fd, Offset from, Extent extent) override {
+    if (file_.block_device) return Sharing::Refused;
     struct file_clone_range range {};
     range.src_fd = fd;
     range.src_offset = from.bytes();
     range.src_length = extent.length.bytes();
     range.dest_offset = extent.offset.bytes();
     const int to = file_.is_direct() ? file_.direct.get() : file_.buffered.get();
-    return ::ioctl(to, FICLONERANGE, &range) == 0;
+    if (::ioctl(to, FICLONERANGE, &range) == 0) return Sharing::Shared;
+    // What ioctl_ficlonerange(2) says before it begins.
+    const bool refused = errno == EOPNOTSUPP || errno == ENOTTY || errno == EXDEV ||
+                         errno == EINVAL || errno == EPERM || errno == ETXTBSY;
+    return refused ? Sharing::Refused : Sharing::Failed;
   }
 
  private:

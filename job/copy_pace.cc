@@ -13,15 +13,18 @@ namespace {
 constexpr double kMostDown = 0.7;
 constexpr double kMostUp = 1.15;  // per kStep, but by one window at most kMostUpAtOnce
 constexpr std::chrono::duration<double> kStep = std::chrono::milliseconds(100);
-constexpr double kMostUpAtOnce = 2;
+constexpr double kMostUpAtOnce = 1.5;
+constexpr double kMostStepsDown = 3;
 // A limit far above what is read would be noticed late when it is needed.
 constexpr double kAhead = 1.2;
 // The share of the newest window in the smoothed latency. A disk that hangs for a moment, as all do
 // now and then, is no reason to slow down much: a window counts as at most so many times as slow.
 constexpr double kNewest = 0.4;
 constexpr int kMostCounted = 2;
-// The share of a latency that is lower than the baseline in that: some are so by chance.
-constexpr double kLower = 0.1;
+// A window so long is none: there was something else in between.
+constexpr Duration kStale = std::chrono::seconds(5);
+// A guest that waits for its disks for less of the time than one part in this is idle.
+constexpr int kIdleShare = 10;
 
 Duration towards(Duration from, Duration to, double share) {
   return from +
@@ -35,56 +38,78 @@ Length scaled(Length rate, double factor) {
 }  // namespace
 
 Length CopyPace::look(Instant now, const memmig::GuestIo& io, Length read) {
-  if (!begun_) {
+  const Duration span = now - since_;
+  if (!begun_ || span > kStale) {
     begun_ = true;
-    since_ = now;
-    io_ = io;
-    read_ = read;
+    start_window(now, io, read);
     return rate_;
   }
   copying_ = copying_ || read > Length();
   const std::uint64_t operations = io.operations - io_.operations;
-  const Duration span = now - since_;
+  const Duration busy = io.time - io_.time;
   if (span <= Duration::zero() || (operations < kEnough && span < kPatience)) return rate_;
   const std::chrono::duration<double> seconds = span;
   const Length measured(
       static_cast<std::uint64_t>(static_cast<double>((read - read_).bytes()) / seconds.count()));
   fastest_ = std::max(fastest_, measured);
-  if (operations < kEnough) {
+  // Few requests, and they did not take long: not one that asks little because it waits.
+  const bool quiet = operations < kEnough && busy < span / kIdleShare;
+  if (quiet && !(awake_ && !std::exchange(quiet_, true))) {
     awake_ = false;
+    least_since_.reset();
+    then_.reset();
     latency_ = Duration::zero();
     rate_ = Length();
-  } else if (!std::exchange(awake_, true) && copying_) {
-    // It was idle, and this window was at full speed: what it is like without that shows next.
-    rate_ = kStart;
-  } else {
-    const Duration mean = (io.time - io_.time) / static_cast<Duration::rep>(operations);
-    note(mean);
-    if (copying_) {
-      adjust(now, measured, span);
-    } else {
-      rate_ = kStart;
+  } else if (!quiet) {
+    quiet_ = false;
+    const bool woke = !std::exchange(awake_, true);
+    if (woke && copying_ && baseline_ == Duration::zero()) {
+      look_alone(kStart);
+    } else if (operations > 0) {
+      note(busy / static_cast<Duration::rep>(operations));
+      if (!copying_) {
+        rate_ = kStart;
+      } else if (then_) {
+        rate_ = *std::exchange(then_, std::nullopt);
+      } else {
+        adjust(now, std::max(measured, measured_), span);
+        if (++windows_ >= kAloneEvery) look_alone(rate_);
+      }
     }
   }
-  since_ = now;
-  io_ = io;
-  read_ = read;
+  measured_ = measured;
+  start_window(now, io, read);
   return rate_;
 }
 
+void CopyPace::start_window(Instant now, const memmig::GuestIo& io, Length read) {
+  since_ = now;
+  io_ = io;
+  read_ = read;
+}
+
+// The next window shows what it is like almost without the copy.
+void CopyPace::look_alone(Length then) {
+  windows_ = 0;
+  then_ = then;
+  rate_ = kLeast;
+}
+
 void CopyPace::note(Duration mean) {
+  if (then_) {
+    // A hang of the disk just then must not count for long; what has got much slower shows again.
+    baseline_ = baseline_ == Duration::zero() ? mean : std::min(mean, kMostCounted * baseline_);
+    return;
+  }
   latency_ = latency_ == Duration::zero()
                  ? mean
                  : towards(latency_, std::min(mean, kMostCounted * latency_), kNewest);
-  if (baseline_ == Duration::zero() || !copying_) {
-    baseline_ = latency_;
-  } else if (latency_ < baseline_) {
-    baseline_ = towards(baseline_, latency_, kLower);
-  }
+  if (baseline_ == Duration::zero() || !copying_ || latency_ < baseline_) baseline_ = latency_;
 }
 
 Length CopyPace::handover() const {
-  return rate_ == Length() ? rate_ : std::max(rate_, kLeastInHandover);
+  const Length rate = then_.value_or(rate_);
+  return rate == Length() ? rate : std::max(rate, kLeastInHandover);
 }
 
 Length CopyPace::least() const { return std::max(kLeast, Length(fastest_.bytes() / kLeastShare)); }
@@ -93,29 +118,29 @@ void CopyPace::adjust(Instant now, Length measured, Duration span) {
   const std::chrono::duration<double> limit =
       kTolerated * std::chrono::duration<double>(baseline_) + kSlack;
   const double room = limit / std::chrono::duration<double>(latency_);
+  const double steps = std::max(std::chrono::duration<double>(span) / kStep, 1.0);
   if (room < 1) {
     // Down from what was really read: the limit may be far above it.
     const Length from = rate_ == Length() ? measured : std::min(rate_, measured);
-    rate_ = scaled(from, std::max(std::sqrt(room), kMostDown));
+    rate_ = scaled(from,
+                   std::pow(std::max(std::sqrt(room), kMostDown), std::min(steps, kMostStepsDown)));
   } else if (rate_ > Length()) {
-    const double steps = std::max(std::chrono::duration<double>(span) / kStep, 1.0);
-    const double up = std::min(std::pow(std::min(std::sqrt(room), kMostUp), steps), kMostUpAtOnce);
+    const double up =
+        std::min({std::pow(std::min(std::sqrt(room), kMostUp), steps), kMostUpAtOnce, room});
     rate_ = std::min(scaled(rate_, up), std::max(kStart, scaled(measured, kAhead * up)));
   } else {
     return;  // there is room without a limit
   }
-  const bool least_now = rate_ <= least();
+  const bool least_now = rate_ <= least() && room < 1;
   rate_ = std::max(rate_, least());
-  if (least_now && room < 1) {
-    if (!at_least_) least_since_ = now;
-    if (at_least_ && now - least_since_ >= kNotOurDoing) {
-      baseline_ = latency_;
-      at_least_ = false;
-      return;
-    }
-    at_least_ = true;
-  } else {
-    at_least_ = false;
+  if (!least_now) {
+    least_since_.reset();
+  } else if (!least_since_) {
+    least_since_ = now;
+  } else if (now - *least_since_ >= kNotOurDoing) {
+    // Perhaps it is not the copy that makes the guest so slow.
+    least_since_.reset();
+    windows_ = kAloneEvery;
   }
 }
 

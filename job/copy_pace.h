@@ -8,16 +8,16 @@
 //   pace.look(now, io, Length());                      // before copying begins: the guest alone
 //   engine.set_bandwidth(pace.look(now, io, read));    // a few times a second while it goes on
 //
-// The rate starts low and follows the mean latency of the guest's requests: it grows while that is
-// below kTolerated times what it is without the copy, and kSlack more, and shrinks above. A guest
-// that asks nothing of its disks holds up nobody: no limit. What is still slow after the copy has
-// been at its least for a while is not the copy's doing: it becomes the new measure.
+// The rate begins at kStart and follows the mean latency of the guest's requests: it grows while
+// that is below kTolerated times what it is without the copy, and kSlack more, and shrinks above. A
+// guest that asks nothing of its disks holds up nobody: no limit. What is still slow after the copy
+// has been at its least for a while is not the copy's doing: it becomes the new measure.
 //
 // Threads: none; use from one.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
+#include <optional>
 
 #include "base/clock.h"
 #include "base/units.h"
@@ -40,6 +40,8 @@ class CopyPace {
   static constexpr std::uint64_t kLeastShare =
       8;  // of the fastest so far: never below one part in 8
   static constexpr Duration kNotOurDoing = std::chrono::seconds(2);
+  // One window of so many is without the copy.
+  static constexpr unsigned kAloneEvery = 50;
 
   // `io`: what the guest has had done since it started; `read`: what the copy has read since it
   // began. The rate from now on, per second; zero: no limit.
@@ -53,6 +55,8 @@ class CopyPace {
   [[nodiscard]] Duration baseline() const { return baseline_; }  // and without us
 
  private:
+  void start_window(Instant now, const memmig::GuestIo& io, Length read);
+  void look_alone(Length then);
   void note(Duration mean);
   void adjust(Instant now, Length measured, Duration span);
   [[nodiscard]] Length least() const;
@@ -62,13 +66,16 @@ class CopyPace {
   memmig::GuestIo io_;  // at that time
   Length read_;
   bool copying_ = false;
+  Length measured_;      // in the last window
+  bool quiet_ = false;   // the last one was; the next such one says that it is idle
   bool awake_ = false;   // the guest asks something of its disks
   Duration latency_{};   // zero: not known
   Duration baseline_{};  // zero: not known
   Length rate_;          // zero: no limit
   Length fastest_;
-  bool at_least_ = false;  // the rate is at its least, since:
-  Instant least_since_{};
+  std::optional<Instant> least_since_;  // the rate is at its least, and the guest still slow
+  std::optional<Length> then_;          // this window is without the copy; the rate afterwards
+  unsigned windows_ = 0;                // since the last such one
 };
 
 }  // namespace drover::job

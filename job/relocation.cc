@@ -315,9 +315,8 @@ class Relocation {
       started_.insert(index);  // also if another process began it
       gone_since_.erase(index);
     }
-    if (seen.switched || seen.copy != DiskSeen::Copy::None || !started_.contains(index)) {
-      return seen;
-    }
+    const bool begun = started_.contains(index) || asked_.contains(disk.disk);
+    if (seen.switched || seen.copy != DiskSeen::Copy::None || !begun) return seen;
     seen.failure = why_ended(disk);
     if (seen.failure) return seen;
     const auto [since, fresh] = gone_since_.emplace(index, now());

@@ -80,7 +80,7 @@ void Applier::compare(std::list<Frame>::iterator frame) {
 class Applier::Place final : public OfferedChunk::Place {
  public:
   Place(const Disk& disk, Offset offset) : disk_(disk), offset_(offset) {}
-  bool share(int fd, Offset from, std::size_t at, Length length) override {
+  blockcopy::Sharing share(int fd, Offset from, std::size_t at, Length length) override {
     return disk_.writer->share(fd, from, {offset_ + Length(at), length});
   }
   void read(std::size_t at, std::span<std::byte> buffer, blockcopy::Done done) override {

@@ -98,9 +98,12 @@ void OfferedChunk::read(std::size_t piece, std::size_t count, const KnownContent
   ++reading_;
   const std::size_t at = piece * offer_.piece.bytes();
   const int fd = known_->shareable(place);
-  // Sharing that fails midway may have changed something, too.
-  for (std::size_t i = piece; fd >= 0 && i < piece + count; ++i) pieces_[i].spoiled = true;
-  if (fd >= 0 && target_.share(fd, place.offset, at, Length(all.size()))) {
+  const auto shared = fd < 0 ? blockcopy::Sharing::Refused
+                             : target_.share(fd, place.offset, at, Length(all.size()));
+  if (shared != blockcopy::Sharing::Refused) {
+    for (std::size_t i = piece; i < piece + count; ++i) pieces_[i].spoiled = true;
+  }
+  if (shared == blockcopy::Sharing::Shared) {
     target_.read(at, all, [this, piece, count](const Status& status) {
       if (status) verify(piece, count, true);
       round_is_over();

@@ -36,7 +36,7 @@ class OfferedChunk {
    public:
     virtual ~Place() = default;
     // As ImageWriter::share(), `at` bytes into the extent.
-    virtual bool share(int fd, Offset from, std::size_t at, Length length) = 0;
+    virtual blockcopy::Sharing share(int fd, Offset from, std::size_t at, Length length) = 0;
     virtual void read(std::size_t at, std::span<std::byte> buffer, blockcopy::Done done) = 0;
   };
   struct Options {

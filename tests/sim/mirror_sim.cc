@@ -121,9 +121,10 @@ class LooseWriter final : public blockcopy::ImageWriter {
            [buffer](std::byte* at) { std::memcpy(at, buffer.data(), buffer.size()); },
            std::move(done));
   }
-  bool share(int fd, Offset from, Extent extent) override {
-    return content_ != nullptr &&
-           content_->share(fd, from, std::span(disk_).subspan(extent.offset.bytes(), extent.length.bytes()));
+  blockcopy::Sharing share(int fd, Offset from, Extent extent) override {
+    if (content_ == nullptr) return blockcopy::Sharing::Refused;
+    const std::span all(disk_);
+    return content_->share(fd, from, all.subspan(extent.offset.bytes(), extent.length.bytes()));
   }
   void share_with(const SimContent* content) { content_ = content; }
   void write_zeroes(Extent extent, blockcopy::Done done) override {

@@ -85,12 +85,15 @@ std::unique_ptr<SimContent::Reader> SimContent::open(Later later) {
   return std::make_unique<Reader>(*this, std::move(later));
 }
 
-bool SimContent::share(int image, Offset from, std::span<std::byte> to) const {
+blockcopy::Sharing SimContent::share(int image, Offset from, std::span<std::byte> to) const {
   constexpr std::size_t kBlock = 4096;
   const Bytes& bytes = images_.at(static_cast<std::size_t>(image));
-  if (from.bytes() % kBlock != 0 || to.size() % kBlock != 0 || random_.one_in(4)) return false;
-  std::memcpy(to.data(), bytes.data() + from.bytes(), to.size());
-  return true;
+  if (from.bytes() % kBlock != 0 || to.size() % kBlock != 0) return blockcopy::Sharing::Refused;
+  const bool fails = random_.one_in(4);
+  if (fails && from.bytes() / kBlock % 2 == 0) return blockcopy::Sharing::Refused;
+  const std::size_t size = fails ? to.size() / 2 : to.size();
+  std::memcpy(to.data(), bytes.data() + from.bytes(), size);
+  return fails ? blockcopy::Sharing::Failed : blockcopy::Sharing::Shared;
 }
 
 void SimContent::change() {

@@ -30,8 +30,9 @@ class SimContent {
   class Reader;
   using Later = std::function<void(std::function<void()>)>;
   [[nodiscard]] std::unique_ptr<Reader> open(Later later);
-  // What ImageWriter::share() does with an image; `to`: its extent. Only whole blocks.
-  bool share(int image, Offset from, std::span<std::byte> to) const;
+  // What ImageWriter::share() does with an image; `to`: its extent. Only whole blocks. One that fails
+  // in the middle has shared the first half.
+  blockcopy::Sharing share(int image, Offset from, std::span<std::byte> to) const;
   // A guest writes to one of the images.
   void change();
 

@@ -101,11 +101,13 @@ class SimWriter final : public blockcopy::ImageWriter {
   [[nodiscard]] Length alignment() const override { return Length(512); }
   void write(Offset offset, std::span<const std::byte> buffer, blockcopy::Done done) override;
   void write_zeroes(Extent extent, blockcopy::Done done) override;
-  bool share(int fd, Offset from, Extent extent) override {
-    Bytes bytes(extent.length.bytes());
-    if (content_ == nullptr || !content_->share(fd, from, bytes)) return false;
-    file_->write(extent.offset.bytes(), bytes);
-    return true;
+  blockcopy::Sharing share(int fd, Offset from, Extent extent) override {
+    if (content_ == nullptr) return blockcopy::Sharing::Refused;
+    const auto start = file_->content.begin() + static_cast<std::ptrdiff_t>(extent.offset.bytes());
+    Bytes bytes(start, start + static_cast<std::ptrdiff_t>(extent.length.bytes()));
+    const blockcopy::Sharing shared = content_->share(fd, from, bytes);
+    if (shared != blockcopy::Sharing::Refused) file_->write(extent.offset.bytes(), bytes);
+    return shared;
   }
   void share_with(const SimContent* content) { content_ = content; }
   void drop() { requests_.drop(); }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <vector>
 
 namespace drover::job {
 namespace {
@@ -25,7 +26,9 @@ class World {
     const double rate = !copying ? 0 : rate_ == Length() ? fastest : std::min(limit, fastest);
     last_ = rate;
     now_ += milliseconds(100);
-    owed_ += operations_per_second_ / 10;
+    // Requests that take longer than the time between them come as fast as they are answered.
+    const double most = 1e9 / static_cast<double>(latency_(rate).count()) * at_once_;
+    owed_ += std::min(operations_per_second_, most) / 10;
     const auto done = static_cast<std::uint64_t>(owed_);
     owed_ -= static_cast<double>(done);
     io_.operations += done;
@@ -48,10 +51,12 @@ class World {
   [[nodiscard]] Length rate() const { return rate_; }
   [[nodiscard]] const CopyPace& pace() const { return pace_; }
   void set(Latency latency) { latency_ = std::move(latency); }
+  void one_request_at_a_time() { at_once_ = 1; }
 
  private:
   static constexpr double kMiB = 1 << 20;
   double operations_per_second_;
+  double at_once_ = 1e9;
   Latency latency_;
   CopyPace pace_;
   Instant now_{};
@@ -76,18 +81,39 @@ TEST(CopyPaceTest, GuestWhoseLatencyRisesIsGivenWay) {
 }
 
 TEST(CopyPaceTest, RateDoesNotSwingWhereTheDiskIsAtItsLimit) {
-  World world(1000, [](double rate) { return microseconds(rate < 300 ? 500 : 5000); });
-  world.steps(5, false);
-  world.steps(30, true);
-  double slowest = 1e9;
-  double fastest = 0;
-  for (int i = 0; i < 100; ++i) {
-    const double rate = world.mean_rate(1);
-    slowest = std::min(slowest, rate);
-    fastest = std::max(fastest, rate);
+  for (const double operations : {1000.0, 200.0, 50.0}) {
+    World world(operations, [](double rate) { return microseconds(rate < 300 ? 500 : 5000); });
+    world.steps(5, false);
+    world.steps(100, true);
+    std::vector<double> rates;
+    for (int i = 0; i < 1000; ++i) rates.push_back(world.mean_rate(1));
+    std::ranges::sort(rates);
+    EXPECT_GT(rates[30], 70) << operations;  // those that are spent looking at the guest alone
+    EXPECT_LT(rates.back(), 600) << operations;
   }
-  EXPECT_GT(slowest, 100);
-  EXPECT_LT(fastest, 400);
+}
+
+// A disk that reads 180 MiB/s, and a guest that waits for each of its requests.
+TEST(CopyPaceTest, GuestThatAsksLittleBecauseItWaitsIsNotTakenForIdle) {
+  World world(60, [](double rate) {
+    return rate < 90 ? milliseconds(12) : rate < 150 ? milliseconds(20) : milliseconds(40);
+  });
+  world.one_request_at_a_time();
+  world.steps(20, false);
+  for (int i = 0; i < 100; ++i) world.step(true, 180);
+  EXPECT_GT(world.rate(), Length());
+  EXPECT_LT(world.mean_rate(50), 150);
+}
+
+TEST(CopyPaceTest, AfterABurstTheGuestIsGivenWayAgain) {
+  World world(1000, rising(200));
+  world.steps(5, false);
+  world.steps(20, true);
+  world.set([](double rate) { return microseconds(5000 + static_cast<int>(5000 * rate / 200)); });
+  world.steps(60, true);
+  world.set(rising(200));
+  world.steps(100, true);
+  EXPECT_NEAR(world.mean_rate(50), 220, 30);
 }
 
 TEST(CopyPaceTest, GuestThatAsksRarelyDoesNotHoldTheCopyUp) {
@@ -108,13 +134,13 @@ TEST(CopyPaceTest, DiskThatHangsNowAndThenIsNoReasonToSlowDown) {
   World world(1000, [](double) { return microseconds(500); });
   world.steps(5, false);
   world.steps(40, true);
-  double slowest = 1e9;
-  for (int i = 0; i < 40; ++i) {
+  int slow = 0;
+  for (int i = 0; i < 400; ++i) {
     const int hang = i % 8 == 0 ? 20 : 1;
     world.set([hang](double) { return hang * microseconds(500); });
-    slowest = std::min(slowest, world.mean_rate(1));
+    if (world.mean_rate(1) < 1500) ++slow;
   }
-  EXPECT_GT(slowest, 1500);
+  EXPECT_LE(slow, 8) << "those that are spent looking at the guest alone";
 }
 
 TEST(CopyPaceTest, HandoverGoesOnAsTheCopyDidButNotSlowly) {
@@ -146,7 +172,7 @@ TEST(CopyPaceTest, GuestThatWakesUpIsGivenWay) {
   EXPECT_EQ(idle.rate(), Length());
   World world(1000, rising(200));  // never seen alone
   world.steps(60, true);
-  EXPECT_LT(world.mean_rate(20), 700);
+  EXPECT_NEAR(world.mean_rate(20), 220, 80);
 }
 
 TEST(CopyPaceTest, CopyNeverStopsAltogether) {
@@ -162,7 +188,7 @@ TEST(CopyPaceTest, WhatIsNotTheCopysDoingBecomesTheMeasure) {
   world.steps(20, true);
   // The guest begins something heavy: ten times the latency, whatever the copy does.
   world.set([](double rate) { return microseconds(5000 + static_cast<int>(5000 * rate / 200)); });
-  world.steps(50, true);
+  world.steps(120, true);
   EXPECT_GE(world.pace().baseline(), microseconds(4000));
   EXPECT_GT(world.mean_rate(30), 50);
 }

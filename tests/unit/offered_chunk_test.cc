@@ -68,17 +68,22 @@ class FakeContent final : public KnownContent {
   std::vector<std::function<void()>> waiting;
   unsigned lookups = 0;
   unsigned reads = 0;
+  unsigned spoiled = 0;  // pieces
   bool shares = false;
+  blockcopy::Sharing sharing = blockcopy::Sharing::Shared;
 };
 
 // A target that shares blocks if it may, and what is in it.
 class FakeTarget final : public OfferedChunk::Place {
  public:
   explicit FakeTarget(FakeContent* content, std::size_t size) : bytes(size), content_(content) {}
-  bool share(int fd, Offset from, std::size_t at, Length length) override {
+  blockcopy::Sharing share(int fd, Offset from, std::size_t at, Length length) override {
+    if (content_->sharing == blockcopy::Sharing::Refused) return content_->sharing;
+    const bool fails = content_->sharing == blockcopy::Sharing::Failed;
+    const std::size_t size = fails ? length.bytes() / 2 : length.bytes();
     const Bytes& image = content_->images[static_cast<std::size_t>(fd)];
-    std::memcpy(bytes.data() + at, image.data() + from.bytes(), length.bytes());
-    return true;
+    std::memcpy(bytes.data() + at, image.data() + from.bytes(), size);
+    return content_->sharing;
   }
   void read(std::size_t at, std::span<std::byte> buffer, blockcopy::Done done) override {
     content_->waiting.push_back([this, at, buffer, done = std::move(done)] {
@@ -116,7 +121,9 @@ std::vector<bool> gather(FakeContent* content, const std::vector<int>& values) {
     const auto in_place = std::span(target.bytes).subspan(i * kSmall.bytes(), kSmall.bytes());
     if (chunk.shared(i)) {
       EXPECT_TRUE(chunk.found(i) && std::ranges::equal(in_place, piece(values[i])));
-    } else if (!chunk.spoiled(i)) {
+    }
+    if (content != nullptr && chunk.spoiled(i)) ++content->spoiled;
+    if (!chunk.shared(i) && !chunk.spoiled(i)) {
       EXPECT_TRUE(std::ranges::equal(in_place, piece(0))) << "nothing was done to it";
     }
   }
@@ -188,6 +195,19 @@ TEST(OfferedChunk, WhatIsSharedIsReadBackAndNotTaken) {
   EXPECT_EQ(gather(&content, {1, 2}), std::vector<bool>({false, true}));
   content.add(join({7, 1}));  // what was spoiled is found elsewhere
   EXPECT_EQ(gather(&content, {1, 2}), std::vector<bool>({true, true}));
+}
+
+TEST(OfferedChunk, WhatCanNotBeSharedIsReadAndNothingIsSpoiled) {
+  FakeContent content;
+  content.shares = true;
+  content.sharing = blockcopy::Sharing::Refused;
+  content.add(join({1, 2}));
+  EXPECT_EQ(gather(&content, {1, 2}), std::vector<bool>({true, true}));
+  EXPECT_EQ(content.reads, 1U);
+  EXPECT_EQ(content.spoiled, 0U);
+  content.sharing = blockcopy::Sharing::Failed;
+  EXPECT_EQ(gather(&content, {1, 2}), std::vector<bool>({true, true}));
+  EXPECT_EQ(content.spoiled, 2U);
 }
 
 TEST(OfferedChunk, WithoutAnIndexNothingIsFound) {
