@@ -75,7 +75,8 @@ def ends_well(lab: Lab, guest: Guest, seen: Seen, outcome: Outcome, how: str = "
     """Whatever became of the move: nothing is lost, nothing is left, and the next move works."""
     seen.ended(guest, outcome, how)
     assert_unharmed(guest)
-    assert lab.leftovers() == []
+    left = lab.leftovers()
+    assert not left, left
     move_ok(lab, guest)
     assert_unharmed(guest)
 
