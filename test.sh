@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Installs what is needed, builds, and runs all tests: unit, contract, fuzz and simulation with ctest, then
-# the two-host lab with pytest. Ends with both runners' own summaries; fails if a test fails.
+# Installs what is needed, builds, and runs the tests: unit, contract, fuzz and simulation with ctest, then
+# the two-host lab with pytest (DROVER_LAB_LONG=1: with those that take long). Ends with both runners' own
+# summaries; fails if a test fails.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")"
 

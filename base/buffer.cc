@@ -13,7 +13,6 @@ namespace drover {
 namespace {
 constexpr std::size_t kAlignment = 4096;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;  // x86-64's, arm64's with 4 KiB pages
-
 constexpr std::size_t kSlab = 8 * kHugePage;
 // Smaller ones are used rarely or for little, and take a page at a time.
 constexpr std::size_t kWorthHugePages = std::size_t{1} << 20;

@@ -54,14 +54,15 @@ Length CopyPace::look(Instant now, const memmig::GuestIo& io, Length read) {
   fastest_ = std::max(fastest_, measured);
   // Few requests, and they did not take long: not one that asks little because it waits.
   const bool quiet = operations < kEnough && busy < span / kIdleShare;
-  if (quiet && !(awake_ && !std::exchange(quiet_, true))) {
+  const bool idle = quiet && (quiet_ || !awake_);
+  quiet_ = quiet;
+  if (idle) {
     awake_ = false;
     least_since_.reset();
     then_.reset();
     latency_ = Duration::zero();
     rate_ = Length();
   } else if (!quiet) {
-    quiet_ = false;
     const bool woke = !std::exchange(awake_, true);
     if (woke && copying_ && baseline_ == Duration::zero()) {
       look_alone(kStart);
@@ -138,9 +139,8 @@ void CopyPace::adjust(Instant now, Length measured, Duration span) {
   } else if (!least_since_) {
     least_since_ = now;
   } else if (now - *least_since_ >= kNotOurDoing) {
-    // Perhaps it is not the copy that makes the guest so slow.
     least_since_.reset();
-    windows_ = kAloneEvery;
+    windows_ = kAloneEvery;  // the next window is without the copy
   }
 }
 

@@ -10,8 +10,9 @@
 //
 // The rate begins at kStart and follows the mean latency of the guest's requests: it grows while
 // that is below kTolerated times what it is without the copy, and kSlack more, and shrinks above. A
-// guest that asks nothing of its disks holds up nobody: no limit. What is still slow after the copy
-// has been at its least for a while is not the copy's doing: it becomes the new measure.
+// guest that asks nothing of its disks holds up nobody: no limit. What the guest feels without the
+// copy changes: now and then, and when the rate has been at its least for a while and the guest is
+// slow still, a window is spent looking at that, with the copy at kLeast.
 //
 // Threads: none; use from one.
 #pragma once
@@ -34,11 +35,13 @@ class CopyPace {
   // A mean of fewer requests says little; so many are waited for, at most so long.
   static constexpr std::uint64_t kEnough = 40;
   static constexpr Duration kPatience = std::chrono::seconds(1);
-  static constexpr Length kStart = Length(std::uint64_t{256} << 20);  // per second
+  // Rates, per second: the first, and what none is below.
+  static constexpr Length kStart = Length(std::uint64_t{256} << 20);
   static constexpr Length kLeastInHandover = Length(std::uint64_t{128} << 20);
   static constexpr Length kLeast = Length(std::uint64_t{8} << 20);
   static constexpr std::uint64_t kLeastShare =
       8;  // of the fastest so far: never below one part in 8
+  // So long at the least rate, and the guest slow: perhaps it is not the copy's doing.
   static constexpr Duration kNotOurDoing = std::chrono::seconds(2);
   // One window of so many is without the copy.
   static constexpr unsigned kAloneEvery = 50;

@@ -24,7 +24,8 @@
 //    done). Events come late, twice, or not at all. libvirt restarts on either host: its
 //    connections break, a migration in its hands is taken back or left as docs/handover.md says.
 //    The last step of a migration may succeed on the target without the source's side hearing of
-//    it. The target's QEMU may refuse to resume.
+//    it. The target's QEMU may refuse to resume. In some runs that last step is lost with the
+//    network, libvirt lets the source go on, and then the source's host restarts.
 //  - Receiver, target host, runner and source host are killed at any step. The runner's fibers
 //    unwind, but nothing that they do on the way reaches anybody; what it held (locks, sockets,
 //    connections) is let go of. A source that has restarted may have its guest started again.

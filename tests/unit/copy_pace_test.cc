@@ -72,6 +72,17 @@ World::Latency rising(double knee) {
   return [knee](double rate) { return microseconds(500 + static_cast<int>(500 * rate / knee)); };
 }
 
+// A guest of which the copy goes on for 2 s, and then it begins something heavy for 12 s: ten times the
+// latency, whatever the copy does.
+World with_a_burst() {
+  World world(1000, rising(200));
+  world.steps(5, false);
+  world.steps(20, true);
+  world.set([](double rate) { return microseconds(5000 + static_cast<int>(5000 * rate / 200)); });
+  world.steps(120, true);
+  return world;
+}
+
 TEST(CopyPaceTest, GuestWhoseLatencyRisesIsGivenWay) {
   World world(1000, rising(200));
   world.steps(5, false);
@@ -106,11 +117,7 @@ TEST(CopyPaceTest, GuestThatAsksLittleBecauseItWaitsIsNotTakenForIdle) {
 }
 
 TEST(CopyPaceTest, AfterABurstTheGuestIsGivenWayAgain) {
-  World world(1000, rising(200));
-  world.steps(5, false);
-  world.steps(20, true);
-  world.set([](double rate) { return microseconds(5000 + static_cast<int>(5000 * rate / 200)); });
-  world.steps(60, true);
+  World world = with_a_burst();
   world.set(rising(200));
   world.steps(100, true);
   EXPECT_NEAR(world.mean_rate(50), 180, 30);
@@ -183,12 +190,7 @@ TEST(CopyPaceTest, CopyNeverStopsAltogether) {
 }
 
 TEST(CopyPaceTest, WhatIsNotTheCopysDoingBecomesTheMeasure) {
-  World world(1000, rising(200));
-  world.steps(5, false);
-  world.steps(20, true);
-  // The guest begins something heavy: ten times the latency, whatever the copy does.
-  world.set([](double rate) { return microseconds(5000 + static_cast<int>(5000 * rate / 200)); });
-  world.steps(120, true);
+  World world = with_a_burst();
   EXPECT_GE(world.pace().baseline(), microseconds(4000));
   EXPECT_GT(world.mean_rate(30), 50);
 }
