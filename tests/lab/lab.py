@@ -1356,7 +1356,9 @@ class Lab:
                 used = {other.target for other in disks}
                 d.target = next(t for t in (letters[d.bus] + c for c in "abcdefgh") if t not in used)
             d._create(host, name, entropy, unit)
-        words = ["console=ttyS0", "quiet", "panic=-1", "random.trust_cpu=on", f"w.disks={len(disks)}", f"w.rate={rate}",
+        # loglevel=3: a panic is printed, an I/O error (KERN_ERR) is not: the kernel would print it into the
+        # middle of a line of the witness, whose answer is then lost.
+        words = ["console=ttyS0", "loglevel=3", "panic=-1", "random.trust_cpu=on", f"w.disks={len(disks)}", f"w.rate={rate}",
                  f"w.unit={unit}", f"w.entropy={entropy}"]
         words += [f"w.{d.target}.fill={d.data}" for d in disks if d.data]
         if net:
