@@ -344,8 +344,10 @@ def test_leftovers_finds_a_paused_guest_and_a_definition(lab: Lab, guest: Guest)
 
 _CHILD = """
 import sys; sys.path.insert(0, {folder!r})
+import signal
 import time
 from lab import *
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
 with Lab(name={name!r}) as lab:
     lab.a.mount_fs("ext4", "64M", "/mnt/small")
     lab.b.loop_disk("64M")
