@@ -31,7 +31,7 @@ class CopyPace {
   // The guest's mean latency may become this much of what it is alone, and kSlack more (disks that
   // answer within microseconds need not be crept around).
   static constexpr double kTolerated = 1.5;
-  static constexpr Duration kSlack = std::chrono::microseconds(200);
+  static constexpr Duration kSlack = std::chrono::microseconds(300);
   // A mean of fewer requests says little; so many are waited for, at most so long.
   static constexpr std::uint64_t kEnough = 40;
   static constexpr Duration kPatience = std::chrono::seconds(1);
