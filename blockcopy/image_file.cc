@@ -11,11 +11,14 @@
 #include <sys/xattr.h>
 #include <unistd.h>
 
+#include <fmt/format.h>
+
 #include <array>
 #include <cerrno>
 #include <charconv>
 #include <chrono>
 #include <cstdio>
+#include <fstream>
 #include <optional>
 #include <string_view>
 #include <thread>
@@ -219,6 +222,64 @@ Result<UnlinkedFile> remove_file(const std::string& path, const ImageIdentity& i
   DROVER_ASSIGN(UnlinkedFile gone, unlink_open(path));
   DROVER_TRY(sync_directory(directory_of(path)));
   return gone;
+}
+
+namespace {
+
+struct Stamp {
+  std::string kind;  // "file", or "device" and the host's boot
+  std::uint64_t value = 0;
+};
+
+Result<std::string> boot_id() {
+  std::ifstream file("/proc/sys/kernel/random/boot_id");
+  std::string id;
+  if (!(file >> id)) return fail(Code::Io, "this host's boot has no id");
+  return id;
+}
+
+// Documentation/block/stat.rst: the seventh is the sectors written.
+Result<std::uint64_t> sectors_written(dev_t device) {
+  std::ifstream file(fmt::format("/sys/dev/block/{}:{}/stat", major(device), minor(device)));
+  std::uint64_t value = 0;
+  for (int i = 0; i < 7; ++i) file >> value;
+  if (!file) return fail(Code::Io, "what was written to the device is not known");
+  return value;
+}
+
+Result<Stamp> stamp_of(const std::string& path) {
+  struct stat status {};
+  if (::stat(path.c_str(), &status) != 0) return fail_errno(errno, "looking at " + path);
+  if (S_ISREG(status.st_mode)) {
+    return Stamp{"file", static_cast<std::uint64_t>(status.st_mtim.tv_sec) * 1'000'000'000U +
+                             static_cast<std::uint64_t>(status.st_mtim.tv_nsec)};
+  }
+  if (!S_ISBLK(status.st_mode)) return fail(Code::InvalidArgument, path + " is no image");
+  DROVER_ASSIGN(const std::string boot, boot_id());
+  DROVER_ASSIGN(const std::uint64_t sectors, sectors_written(status.st_rdev));
+  return Stamp{"device-" + boot, sectors};
+}
+
+}  // namespace
+
+Result<std::string> image_stamp(const std::string& path) {
+  DROVER_ASSIGN(const Stamp stamp, stamp_of(path));
+  return fmt::format("{}:{}", stamp.kind, stamp.value);
+}
+
+Result<bool> written_since(const std::string& path, const std::string& stamp) {
+  DROVER_ASSIGN(const Stamp now, stamp_of(path));
+  const std::size_t colon = stamp.rfind(':');
+  std::uint64_t then = 0;
+  const char* const begin = stamp.data() + (colon == std::string::npos ? 0 : colon + 1);
+  const char* const end = stamp.data() + stamp.size();
+  if (colon == std::string::npos || std::from_chars(begin, end, then).ptr != end || begin == end) {
+    return fail(Code::Protocol, "\"" + stamp + "\" is no stamp of an image");
+  }
+  if (stamp.substr(0, colon) != now.kind) {
+    return fail(Code::Incompatible, "whether " + path + " was written to is not known after a restart of the host");
+  }
+  return now.value > then;
 }
 
 }  // namespace drover::blockcopy

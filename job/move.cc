@@ -68,11 +68,14 @@ constexpr auto kBarrierPause = 100ms;     // before it is asked for again
 constexpr auto kFlushPatience = 5s;       // what is done after a handover waits for such a flush
 constexpr auto kLocateTimeout = 6s;       // of one look for the receiver while the link is down
 constexpr int kMostRejoins = 20;          // in a row without a handover that began
+constexpr auto kRejoinPatience = 120s;    // with what passes, and is no link
+constexpr auto kRejoinPause = 1s;
+constexpr int kGuardTries = 50;           // of a source that is off
 constexpr std::string_view kStateKey = "state";
-// Of the present handover: "passed", or kWentOn, if the source's guest has run again since it stopped for it: what waits
-// on the target is old then, whatever was passed.
+// Of the present handover. "passed":
 constexpr std::string_view kBarrierKey = "barrier";
-constexpr std::string_view kWentOn = "went-on";
+constexpr std::string_view kStampsKey = "stamps";  // when the barrier was passed, of the source's images (image_stamp())
+constexpr std::string_view kAutostartKey = "autostart";  // the source's guest had it, and has it no more
 constexpr std::string_view kQemuKey = "qemu";  // the process whose bitmaps these are
 
 // Of {"op":"map"}.
@@ -225,10 +228,11 @@ class Move {
     journal_ = std::move(*journal);
     DROVER_ASSIGN(const auto state, journal_->get(kStateKey));
     DROVER_ASSIGN(const auto barrier, journal_->get(kBarrierKey));
+    DROVER_ASSIGN(const auto autostart, journal_->get(kAutostartKey));
     if (state) journaled_state_ = *state;
     journal_is_new_ = !state;
-    if (barrier == kWentOn) source_went_on_.store(true);
-    barrier_journaled_ = barrier && !source_went_on_.load();
+    barrier_journaled_ = barrier.has_value();
+    autostart_held_ = autostart.has_value();
     may_have_resumed_ = journal_is_new_ || journaled_state_ == "resuming" ||
                         journaled_state_ == "committing" || journaled_state_ == "committed";
     DROVER_ASSIGN(const auto target, journal_->get(kTargetKey));
@@ -521,15 +525,20 @@ class Move {
     }
     // Whether it was passed may not be known; if so the target's images are released, and take nothing more.
     if (barrier_asked_) {
-      return fail(Code::Unreachable, "the handover failed when the target's images had been released",
+      return fail(Code::Io, "the handover failed when the target's images had been released",
                   "start the move again");
     }
     stop_checkpoints();
-    DROVER_TRY(libvirt_is_back(source()));
+    release_autostart();
     if (engine_) {
+      DROVER_TRY(count_handover());
       DROVER_TRY(join_again());
     } else {
-      DROVER_TRY(join_anew());
+      DROVER_TRY(libvirt_is_back(source()));
+      const Status joined = join_anew();
+      // What an earlier process has copied is not given up because something is out of reach for now.
+      if (!joined) joining_can_wait_ = passes(joined.error());
+      DROVER_TRY(joined);
     }
     queue_->push(Rejoined{});
     return {};
@@ -547,8 +556,8 @@ class Move {
     return {};
   }
 
-  // This process has copied: mirrors that QEMU let go of are attached again, and what they missed is in the bitmaps.
-  Status join_again() {
+  // A handover has failed: may there be another?
+  Status count_handover() {
     handover_not_before_ = platform_.now() + tries_.pause();
     engine_->leave_strict();
     if (link_was_down_.exchange(false)) tries_.link_was_down();
@@ -574,6 +583,22 @@ class Move {
       target_guest_left_ = true;
     }
     source_guard_.clear();
+    return {};
+  }
+
+  // This process has copied: mirrors that QEMU let go of are attached again, and what they missed is in the bitmaps.
+  Status join_again() {
+    const Instant deadline = platform_.now() + kRejoinPatience;
+    while (true) {
+      DROVER_TRY(libvirt_is_back(source()));
+      Status joined = attach_again();
+      if (joined || !passes(joined.error()) || cancel_.requested() || platform_.now() > deadline) return joined;
+      log_warning("attaching the mirrors again: {}", joined.error().to_string());
+      platform_.sleep(kRejoinPause);
+    }
+  }
+
+  Status attach_again() {
     mirrors_may_go_.store(true);  // those that are replaced
     Status attached = attach_mirrors();
     mirror_lost_.store(false);
@@ -611,6 +636,7 @@ class Move {
   // An earlier process has copied: what the target has is in the journal, what was written since in the bitmaps.
   Status join_anew() {
     DROVER_TRY(describe_again());
+    target_guest_left_ = true;  // perhaps
     DROVER_ASSIGN(const memmig::Attached left, source().attached(uuid()));
     DROVER_ASSIGN(const auto qemu, journal_->get(kQemuKey));
     bool bitmaps = qemu == left.process;
@@ -797,27 +823,6 @@ class Move {
     return files_.compression ? files_.compression->load() : options_.compression;
   }
 
-  // Whatever becomes of this process and of this host, what waits on the target must not run.
-  Status note_that_source_went_on() {
-    if (files_.mutation.forget_went_on) return {};
-    Status noted = journal_->put(kBarrierKey, kWentOn);
-    if (!noted) log_error("{}", noted.error().to_string());
-    return noted;
-  }
-
-  void wait_for_notes() {
-    std::vector<std::unique_ptr<Thread>> notes;
-    const std::lock_guard lock(went_on_mutex_);
-    notes.swap(went_on_notes_);
-  }
-
-  // On libvirt's event thread, which must not wait for a disk.
-  void source_goes_on() {
-    if (source_went_on_.exchange(true) || !stood_still_.load()) return;
-    const std::lock_guard lock(went_on_mutex_);
-    went_on_notes_.push_back(platform_.start_thread([this] { (void)note_that_source_went_on(); }));
-  }
-
   void on_source_event(const GuestEvent& event) {
     log_info("source event: {} {} {}", memmig::event_name(event.kind), event.detail, event.disk);
     const auto trouble = [&](Code code, std::string what) {
@@ -829,7 +834,6 @@ class Move {
         quiesced_at_.store(event.received);
         stop_flushing_.store(true);
         mirrors_may_go_.store(true);  // QEMU ends them when it goes
-        stood_still_.store(true);
         source_went_on_.store(false);
         queue_->push(SourceStopped{});
         break;
@@ -838,10 +842,10 @@ class Move {
         break;
       case GuestEvent::Kind::Resumed:
         if (event.detail == "unpaused") user_paused_.store(false);
-        source_goes_on();
+        source_went_on_.store(true);
         break;
       case GuestEvent::Kind::Stopped:
-        if (event.detail == "shutdown") source_goes_on();
+        if (event.detail == "shutdown") source_went_on_.store(true);
         if (event.detail != "migrated") {
           trouble(Code::Cancelled, "the guest stopped during the move (" + event.detail + ")");
         }
@@ -985,7 +989,30 @@ class Move {
     return {};
   }
 
+  // From the target's resume until the source is undefined, a source whose host restarts must not start the guest. libvirt
+  // takes no such wish in the middle of a migration.
+  Status hold_autostart() {
+    if (!prepared_.guest.autostart) return {};
+    DROVER_TRY(journal_->put(kAutostartKey, "held"));
+    autostart_held_ = true;
+    return source().set_autostart(uuid(), false);
+  }
+
+  void release_autostart() {
+    if (!autostart_held_) return;
+    if (const Status set = source().set_autostart(uuid(), true); !set) {
+      return note_if_failed("switching the guest's autostart on again", set);
+    }
+    autostart_held_ = false;
+    Journal::Batch none;
+    none.remove(kAutostartKey);
+    if (const Status removed = journal_->write(none, Journal::Sync::No); !removed) {
+      log_warning("{}", removed.error().to_string());
+    }
+  }
+
   Status begin_memory() {
+    DROVER_TRY(hold_autostart());
     const memmig::GuestInfo& guest = prepared_.guest;
     memmig::MigrateOptions migrate;
     migrate.guest = uuid();
@@ -1016,11 +1043,11 @@ class Move {
     memory_there_at_.store({});
     tries_.memory_moves();
     Journal::Batch none;
-    none.remove(kBarrierKey);
+    none.remove(kBarrierKey).remove(kStampsKey);
     barrier_failed_ = false;
-    stood_still_.store(false);
+    barrier_journaled_ = false;
+    guard_failures_ = 0;
     source_went_on_.store(false);
-    wait_for_notes();
     DROVER_TRY(journal_->write(none, Journal::Sync::Yes));
     stop_flushing_.store(false);
     migrating_ = platform_.start_thread([this, migrate] {
@@ -1114,27 +1141,38 @@ class Move {
         queue_->push(Settled{Whereabouts::TargetRuns});
         return {};
       }
-      if (source_state && settled_on_source(*source_state)) {
-        // The event that says so may be lost, or wait for a journal that can't be written.
-        if ((barrier_asked_ || barrier_journaled_) && !note_that_source_went_on()) {
-          known = "on this host: " + std::string(memmig::state_name(*source_state));
-          platform_.sleep(100ms);
-          continue;
-        }
+      // May have run there, that is; where it is off there by now, somebody has decided.
+      const bool may_have_run = resume_tried_ && !files_.mutation.forget_target_ran;
+      const bool here = source_state && settled_on_source(*source_state);
+      if (here && !may_have_run) {
         queue_->push(Settled{Whereabouts::Source});
         return {};
       }
       const Result<GuestState> target_state = state_on(prepared_.target);
+      if (here && target_state && *target_state == GuestState::ShutOff) {
+        queue_->push(Settled{Whereabouts::Source});
+        return {};
+      }
       const auto say = [](const Result<GuestState>& state) {
         return state ? std::string(memmig::state_name(*state)) : state.error().message;
       };
       known = "on this host: " + say(source_state) + "; on " + plan().host + ": " + say(target_state);
+      if (here && target_state) {
+        return fail(Code::Held, "the guest is on this host, and may have been resumed on the target (" + known + ")");
+      }
+      const bool went_on = source_went_on();
       if (target_state && *target_state == GuestState::Running) {
+        // By somebody's hand, if not behind the barrier.
+        if (!barrier_journaled_ || went_on) {
+          return fail(Code::Held, fmt::format("the guest runs on {}, and its disks there are {}", plan().host,
+                                              went_on ? "older than those here" : "not known to be complete"));
+        }
         queue_->push(Settled{Whereabouts::TargetRuns});
         return {};
       }
       // Behind the resume there is no way back: what stands still there may have run.
-      if (may_have_resumed_ && barrier_journaled_ && target_state && *target_state == GuestState::Paused) {
+      if (may_have_resumed_ && barrier_journaled_ && !went_on && target_state && *target_state == GuestState::Paused) {
+        DROVER_TRY(source_was_not_written());
         queue_->push(Settled{Whereabouts::Target});
         return {};
       }
@@ -1149,8 +1187,9 @@ class Move {
         const bool target_off = *target_state == GuestState::ShutOff;
         if (source_off && (target_off || *target_state == GuestState::Paused)) {
           // One that went on here before it was shut off has left what waits on the target behind.
-          const bool here = target_off || source_went_on();
-          queue_->push(Settled{here ? Whereabouts::Source : Whereabouts::Target});
+          const bool stayed = target_off || went_on;
+          if (!stayed && barrier_journaled_) DROVER_TRY(source_was_not_written());
+          queue_->push(Settled{stayed ? Whereabouts::Source : Whereabouts::Target});
           return {};
         }
       }
@@ -1159,6 +1198,36 @@ class Move {
       platform_.sleep(100ms);  // libvirt has no event for "this is how I leave it"
     }
     return fail(Code::Held, "the handover failed, and where the guest is now is not known (" + known + ")");
+  }
+
+  // Who passed the barrier may have died since, and the guest have run here while no process watched.
+  Status source_was_not_written() {
+    if (files_.mutation.ignore_stamps) return {};
+    const auto what = [&](const std::string& why) {
+      return fail(Code::Held, fmt::format("the guest stands still on {} as it was when it left this host, and {}: run it "
+                                          "where its disks are right, and end it on the other host", plan().host, why));
+    };
+    DROVER_ASSIGN(const auto text, journal_->get(kStampsKey));
+    const json stamps = json::parse(text.value_or(""), nullptr, false);
+    for (const DiskPlan& disk : plan().disks) {
+      const auto stamp = stamps.is_object() ? stamps.find(disk.disk) : stamps.end();
+      if (!stamps.is_object() || stamp == stamps.end() || !stamp->is_string()) {
+        return what("whether it ran here since is not known");
+      }
+      const Result<bool> written = platform_.written_since(disk.source_path, stamp->get<std::string>());
+      if (!written) return what("whether it ran here since is not known (" + written.error().message + ")");
+      if (*written) return what(disk.source_path + " was written to since");
+    }
+    return {};
+  }
+
+  Status stamp_source(Journal::Batch& batch) {
+    json stamps = json::object();
+    for (const DiskPlan& disk : plan().disks) {
+      DROVER_ASSIGN(stamps[disk.disk], platform_.image_stamp(disk.source_path));
+    }
+    batch.put(kStampsKey, stamps.dump());
+    return {};
   }
 
   // libvirt may have let it run when it took the migration for failed. Its events tell so, or writes since
@@ -1224,9 +1293,11 @@ class Move {
              std::chrono::duration_cast<std::chrono::microseconds>(drained - start).count(),
              std::chrono::duration_cast<std::chrono::microseconds>(marks_.barrier_passed - drained).count());
     barrier_failed_ = false;
-    DROVER_TRY(journal_->put_unsynced(kBarrierKey, "passed"));
-    // That was said between the two.
-    if (stood_still_.load() && source_went_on_.load()) (void)note_that_source_went_on();
+    Journal::Batch passed;
+    passed.put(kBarrierKey, "passed");
+    if (const Status stamped = stamp_source(passed); !stamped) log_warning("{}", stamped.error().to_string());
+    DROVER_TRY(journal_->write(passed, Journal::Sync::No));
+    barrier_journaled_ = true;
     if (!options_.hold_barrier_file.empty()) hold_barrier();
     queue_->push(BarrierPassed{});
     return {};
@@ -1260,6 +1331,11 @@ class Move {
   Status resume_target() {
     marks_.guard_began = platform_.now();
     if (const Status guarded = guard_source(); !guarded) {
+      // Who has the images is looked at, and it is tried again.
+      if (++guard_failures_ > kGuardTries) {
+        return fail(Code::Held, "the source's images can't be guarded: " + guarded.error().message);
+      }
+      if (guard_failures_ > 1) platform_.sleep(kBarrierPause);
       queue_->push(SourceNotGuarded{guarded.error()});
       return {};
     }
@@ -1296,6 +1372,9 @@ class Move {
 
   Status commit() {
     end_memory_threads();
+    if (!barrier_journaled_ && !target_ran_ && !files_.mutation.commit_unseen) {
+      return fail(Code::Held, "the target's disks are not known to be complete");
+    }
     if (!files_.mutation.commit_unseen) DROVER_TRY(source_is_gone());
     DROVER_ASSIGN(const GuestState state, patient_state_on(prepared_.target));
     // Invariant 4: it must have been seen running there, now or by its event.
@@ -1311,13 +1390,14 @@ class Move {
     if (!files_.mutation.delete_before_journal) DROVER_TRY(journal_->put(kStateKey, "committed"));
     read_counters();
     end_receiver();  // lets go of the source's images, too
-    if (prepared_.guest.autostart) {
+    if (prepared_.guest.autostart || autostart_held_) {
       note_if_failed("setting autostart on the target", target().set_autostart(uuid(), true));
     }
     if (options_.keep_source) {
       for (const DiskPlan& disk : plan().disks) summary_.kept.push_back(disk.source_path);
-      summary_.notes.push_back("the guest's definition and disks were kept on this host, as asked: "
-                               "do not start both");
+      summary_.notes.push_back(std::string("the guest's definition and disks were kept on this host, as asked: do not "
+                                           "start both") +
+                               (autostart_held_ ? " (its autostart is off here now)" : ""));
     } else {
       note_if_failed("removing the guest's definition here", undefine_source());
       source_guard_.clear();
@@ -1450,7 +1530,7 @@ class Move {
       left += (left.empty() ? "" : "; ") + doing + ": " + status.error().message;
       if (!status.error().hint.empty()) hint = status.error().hint;
     };
-    const bool partial = keep_partial();
+    const bool partial = keep_partial() || (joining_can_wait_ && !cancel_.requested());
     undoing_.store(true);
     stop_checkpoints();
     if (engine_) {
@@ -1472,17 +1552,19 @@ class Move {
       collect("removing what is left of it in the guest's QEMU", source().detach_all(uuid()));
     }
     if (exporting_) collect("ending QEMU's NBD export", source().stop_exports(uuid(), socket_path("export")));
-    if (memory_started_ || files_.resumed) {
-      collect("ending what is left of the guest on the target", end_target_guest());
+    bool runs_there = false;
+    if (memory_started_ || (files_.resumed && !partial)) {
+      const Status ended = end_target_guest();
+      runs_there = !ended && ended.error().code == Code::Held;
+      collect("ending what is left of the guest on the target", ended);
     }
+    release_autostart();
     target_events_.reset();
     source_events_.reset();
     source_guard_.clear();
-    bool removed = !receiver_started_ && !files_.resumed;
+    bool removed = partial || runs_there || (!receiver_started_ && !files_.resumed);
     if (engine_) {
-      if (partial) {
-        removed = true;
-      } else if (linked_ && !engine_->status().link_down) {
+      if (!removed && linked_ && !engine_->status().link_down) {
         // The source runs, so even images that were to be kept are nobody's disks.
         removed =
             engine_->link().call({{"op", "remove"}, {"force", true}}, kRemoveTimeout).has_value();
@@ -1518,6 +1600,10 @@ class Move {
   // clear away (docs/handover.md).
   Status end_target_guest() {
     DROVER_ASSIGN(const GuestState state, state_on(prepared_.target));
+    // By somebody's hand: we have not resumed it, or would not be here.
+    if (state == GuestState::Running) {
+      return fail(Code::Held, "it runs there; it and its images were left alone");
+    }
     if (state != GuestState::ShutOff) DROVER_TRY(target().destroy(uuid()));
     return target().undefine(uuid());
   }
@@ -1638,6 +1724,8 @@ class Move {
   bool journal_is_new_ = false;  // begun beside a damaged one
   bool barrier_journaled_ = false;
   bool target_ran_ = false;  // the guest, as the journal says or this process saw
+  bool autostart_held_ = false;     // the source's, which had it
+  bool joining_can_wait_ = false;   // for another process: something is out of reach
   bool may_have_resumed_ = false;  // an earlier process may have resumed the target
   bool partial_ = false;  // what was copied was left for a resume
   mirror::ReceiverRequest receiver_request_;
@@ -1680,10 +1768,8 @@ class Move {
   bool barrier_failed_ = false;  // the last time
   bool resume_tried_ = false;
   int refusals_ = 0;
+  int guard_failures_ = 0;  // in a row
   std::vector<std::unique_ptr<ImageGuard>> source_guard_;
-  std::atomic<bool> stood_still_{false};  // for the present handover
-  std::mutex went_on_mutex_;
-  std::vector<std::unique_ptr<Thread>> went_on_notes_;  // they write it down
   std::unique_ptr<Thread> migrating_;  // calls migrate()
   std::unique_ptr<Thread> flushing_;   // has the target flush meanwhile
   std::atomic<bool> stop_flushing_{false};

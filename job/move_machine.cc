@@ -31,9 +31,6 @@ Error link_down() {
   return Error{Code::Unreachable, "the link to the target was lost", "is the network between the hosts up?", true};
 }
 
-// An action that failed because something is out of reach for now.
-bool passes(const Error& error) { return error.retryable || error.code == Code::Unreachable; }
-
 // The reason to give the move up, if the event is one.
 const Error* trouble_in(const Event& event) {
   static const Error kCancelled = cancelled();
@@ -161,6 +158,11 @@ Step on(MovingMemory state, const Event& event) {
             return abort_memory(trouble.error, false, state.link_down);
           },
           [&](const CancelWished&) -> Step {
+            // The link may never come back, and a person may decide otherwise then.
+            if (state.barrier_failed) {
+              return stay(Held{{Code::Held, "the guest's memory is on the target, but not all of its disks: the link to "
+                                            "it was lost", "", false}});
+            }
             // Too late once the source has stopped: it is a matter of milliseconds now.
             if (state.source_stopped) return stay(state);
             return abort_memory(cancelled(), false, state.link_down);
@@ -276,6 +278,8 @@ Step on(const Undone& state, const Event&) { return stay(state); }
 Step on(const Held& state, const Event&) { return stay(state); }
 
 }  // namespace
+
+bool passes(const Error& error) { return error.retryable || error.code == Code::Unreachable; }
 
 Step step(State state, const Event& event) {
   return std::visit([&](auto& now) { return on(now, event); }, state);

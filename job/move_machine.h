@@ -18,8 +18,8 @@
 // What can no longer change from where on:
 //  - until MovingMemory everything can be undone, and is, on any error and on the user's wish;
 //  - in MovingMemory, once the source has stopped for good, there is no way back: its images are
-//    complete and still, so whatever is missing can be sent from them. Where that needs a person or a
-//    later `drover resume`, the job is Held, with nothing deleted on either side;
+//    complete and still, and this process sends from them whatever is missing. Where a person has to
+//    decide, the job is Held, with nothing deleted on either side;
 //  - the target is resumed only after the barrier (invariant 5), the source is deleted only after the
 //    target was seen running and that was journaled (invariant 4).
 //
@@ -154,6 +154,8 @@ using State =
                  Resuming, Committing, Finished, Undoing, Undone, Held>;
 std::string_view state_name(const State& state);
 Phase phase_of(const State& state);
+// What an action failed for is out of reach only for now.
+bool passes(const Error& error);
 // Nothing more will happen.
 bool ended(const State& state);
 

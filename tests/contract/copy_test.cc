@@ -13,6 +13,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
+#include <chrono>
 #include <filesystem>
 #include <fstream>
 
@@ -198,6 +200,40 @@ TEST_F(ImageFiles, OnlyTheSameFileIsRemoved) {
   EXPECT_TRUE(remove_file(path("kept"), *identity).has_value());
   EXPECT_FALSE(std::filesystem::exists(path("kept")));
   EXPECT_TRUE(remove_file(path("kept"), *identity).has_value()) << "gone already";
+}
+
+// Sets the time of its last change, relative to now.
+void change_at(const std::string& path, std::chrono::seconds when) {
+  const auto since = std::chrono::system_clock::now().time_since_epoch() + when;
+  const timespec at{std::chrono::duration_cast<std::chrono::seconds>(since).count(), 0};
+  const std::array<timespec, 2> times{at, at};
+  ASSERT_EQ(::utimensat(AT_FDCWD, path.c_str(), times.data(), 0), 0);
+}
+
+TEST_F(ImageFiles, AStampTellsWhetherAnImageWasWrittenTo) {
+  const std::string name = file("a");
+  change_at(name, std::chrono::seconds(-10));
+  const auto stamp = image_stamp(name);
+  ASSERT_TRUE(stamp.has_value());
+  EXPECT_FALSE(*written_since(name, *stamp));
+  ::chmod(name.c_str(), 0600);  // of its content only
+  EXPECT_FALSE(*written_since(name, *stamp));
+  const UniqueFd fd(::open(name.c_str(), O_WRONLY | O_CLOEXEC));
+  ASSERT_EQ(::pwrite(fd.get(), "D", 1, 0), 1);
+  EXPECT_TRUE(*written_since(name, *stamp));
+  change_at(name, std::chrono::seconds(-20));  // the host has lost what it had not stored
+  EXPECT_FALSE(*written_since(name, *stamp));
+}
+
+TEST_F(ImageFiles, AStampThatMakesNoSenseTellsNothing) {
+  const std::string name = file("a");
+  EXPECT_EQ(written_since(name, "device-of-another-boot:17").error().code, Code::Incompatible);
+  for (const char* const stamp : {"", "file", "file:", "file:x", "file:1x", ":"}) {
+    EXPECT_EQ(written_since(name, stamp).error().code, Code::Protocol) << stamp;
+  }
+  EXPECT_EQ(written_since(path("b"), "file:1").error().code, Code::NotFound);
+  EXPECT_EQ(image_stamp(path("b")).error().code, Code::NotFound);
+  EXPECT_EQ(image_stamp("/dev/null").error().code, Code::InvalidArgument);
 }
 
 TEST_F(ImageFiles, WhatNobodyElseHasIsFreed) {

@@ -27,7 +27,6 @@ from moves import HOLD, Running  # noqa: E402
 from outages import Seen  # noqa: E402
 
 
-
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "leaves(*patterns): what the test may leave on the hosts")
 
@@ -154,9 +153,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line("| " + " | ".join(line) + " |")
 
 
-# Of the outages, resumes, relocations and evacuations these stand for the others in an ordinary run; all of them take 20 minutes
-# more.
-_QUICK = {"test_link_down_5_s[copy]", "test_receiver_killed[copy]", "test_runner_killed[copy]",
+# Of the outages, resumes, relocations and evacuations these stand for the others in an ordinary run; all of them take
+# 30 minutes more.
+_QUICK = {"test_link_down_5_s[copy]", "test_source_is_off_and_ran_or_not_while_nobody_watched[True]", "test_receiver_killed[copy]", "test_runner_killed[copy]",
           "test_a_second_move_of_the_same_guest_is_refused",
           "test_a_running_guests_raw_and_qcow2_disks_there_and_back[unmap]", "test_the_guest_starts_from_its_new_disks",
           "test_a_guest_that_is_off[False]",
@@ -173,7 +172,10 @@ _SLOW = {"test_a_link_that_is_lost_for_too_long_ends_the_move_cleanly[memory]",
          "test_mirror_of_every_kind_of_disk",
          "test_a_qcow2_disk_whose_guest_discards_all_the_time", "test_somebody_cancels_the_mirror[memory]",
          "test_command_is_answered_though_the_guest_moves_meanwhile",
-         "test_block_device_scsi_iothread_and_sequential_writes"}
+         "test_block_device_scsi_iothread_and_sequential_writes", "test_memory_is_compressed_on_a_slow_link",
+         "test_two_addresses_of_which_one_goes", "test_guest_moves[tcp-1]", "test_guest_moves[tcp-3]",
+         "test_memory_over_several_connections[1]", "test_memory_over_several_connections[2]",
+         "test_ctrl_c_undoes_everything[attach]", "test_ctrl_c_undoes_everything[synchronised]"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -359,7 +359,8 @@ def test_no_write_is_missed_by_alternating_bitmaps(lab: Lab, tool: Tool) -> None
     """A guest that writes all the time, with an iothread, throttled, on qcow2; ten changes of generation."""
     throttled = "<iotune><total_bytes_sec>200000000</total_bytes_sec></iotune>"
     guest = lab.guest("writes", [Disk("96M", data="64M", driver={"iothread": "1"}),
-                                 Disk("96M", "qcow2", data="64M", xml=throttled)], memory="256M", rate=1500)
+                                 Disk("96M", "qcow2", data="64M", xml=throttled)], memory="256M", rate=1500,
+                      options="w.report=250")
     guest.command("stop")
     info = tool.call("describe", guest="writes")
     uuid, nodes = info["uuid"], {n: d["node"] for n, d in info["disks"].items()}

@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from lab import IMAGES, Disk, Guest, Lab, wait_for
+from lab import IMAGES, Disk, Guest, Host, Lab, wait_for
 from moves import HOLD, Move, assert_unharmed, kill_all, move, move_comparing_at_barrier, move_ok
 
 pytestmark = pytest.mark.usefixtures("drover")
@@ -30,7 +30,7 @@ def test_there_and_back_with_raw_and_qcow2(lab: Lab, guest: Guest) -> None:
 
 
 def test_writes_into_the_very_region_being_copied(lab: Lab) -> None:
-    guest = lab.guest("hot", [Disk("512M", data="384M")], memory="256M", rate="max",
+    guest = lab.guest("hot", [Disk("256M", data="192M")], memory="256M", rate="max",
                       options="w.size=4096-65536 w.mode=seq w.zero=5 w.discard=5 w.fsync=50")
     move_comparing_at_barrier(lab, guest)
     assert_unharmed(guest)
@@ -94,10 +94,17 @@ def test_block_devices(lab: Lab) -> None:
     assert_unharmed(guest)
 
 
+def autostarts(host: Host, guest: Guest) -> bool:
+    return "Autostart:      enable" in host.virsh("dominfo", guest.name)
+
+
 def test_keep_source_keeps_files_and_definition(lab: Lab, guest: Guest) -> None:
     source, paths = guest.host, guest.disks()
+    source.virsh("autostart", guest.name)
     outcome = move(lab, guest, "--keep-source")
     assert outcome.exit_code == 0, outcome.text()
+    assert autostarts(guest.host, guest)
+    assert not autostarts(source, guest), "the next boot would start it a second time"
     for path in paths.values():
         assert source.path(path).exists()
     assert guest.name in source.virsh("list", "--all", "--inactive", "--name").split()
@@ -110,7 +117,7 @@ def test_keep_source_keeps_files_and_definition(lab: Lab, guest: Guest) -> None:
 def test_the_guest_keeps_autostart_and_its_place_in_the_world(lab: Lab, guest: Guest) -> None:
     guest.host.virsh("autostart", guest.name)
     move_ok(lab, guest)
-    assert "Autostart:      enable" in guest.host.virsh("dominfo", guest.name)
+    assert autostarts(guest.host, guest)
     move_ok(lab, guest)
 
 
@@ -126,6 +133,7 @@ def test_dry_run_changes_nothing(lab: Lab, guest: Guest) -> None:
 def test_ctrl_c_undoes_everything(lab: Lab, phase: str) -> None:
     guest = lab.guest("web1", [Disk("512M", data="384M"), Disk("128M", "qcow2", data="32M")],
                       memory="256M", rate=200)
+    lab.a.virsh("autostart", guest.name)
     running = Move(lab, guest, "--bandwidth", "200M")
     running.wait_for_phase(phase)
     running.interrupt(signal.SIGINT)
@@ -139,6 +147,7 @@ def test_ctrl_c_undoes_everything(lab: Lab, phase: str) -> None:
         for path in guest.disks().values():
             assert not lab.b.path(path).exists(), f"{path} was left on the target"
         assert lab.leftovers() == []
+    assert autostarts(guest.host, guest)
     assert_unharmed(guest)
     move_ok(lab, guest)
     assert_unharmed(guest)

@@ -9,8 +9,9 @@ from typing import Iterator
 import pytest
 
 from lab import Disk, Guest, Lab, wait_for
-from moves import HOLD, Move, Outcome, Running, assert_unharmed, disk_formats, jobs, only_job
-from outages import (MIB, PHASES, SLOW, Seen, begin, is_dead, long, moved, resume, undone, wait_gone)
+from moves import (HOLD, Move, Outcome, Running, assert_unharmed, disk_formats, jobs, move_comparing_at_barrier,
+                   only_job)
+from outages import (HELD, MIB, PHASES, SLOW, Seen, begin, is_dead, long, moved, resume, undone, wait_gone)
 
 pytestmark = pytest.mark.usefixtures("drover")
 
@@ -166,6 +167,41 @@ def test_runner_killed_at_the_barrier(lab: Lab, small: Guest, seen: Seen) -> Non
         moved(lab, small, seen, outcome, "resumed")
     else:  # libvirt has resumed the source when its client was gone: the move begins anew
         undone(lab, small, seen, outcome, outcome.exit_code)
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_source_is_off_and_ran_or_not_while_nobody_watched(lab: Lab, small: Guest, seen: Seen, ran: bool) -> None:
+    """The target waits with all of the guest, as it was when it left the source."""
+    running = Move(lab, small, "--hold-barrier", HOLD)
+    job = running.job
+    held = lab.a.path(HOLD)
+    wait_for("the barrier", held.exists, 120)
+    log = lab.a.path(f"/var/log/drover/{job}.log")
+    wait_for("the source's end", lambda: "source event: stopped migrated" in log.read_text(), 60)
+    kill_runner(running)
+    held.unlink()
+    if not ran:
+        moved(lab, small, seen, resume(lab.a, job), "resumed")
+        return
+    image = lab.a.path(small.disks()["vda"])
+    passed = image.stat().st_mtime_ns
+    lab.a.virsh("start", small.name)
+    wait_for("a write", lambda: image.stat().st_mtime_ns > passed)
+    lab.a.virsh("destroy", small.name)
+    outcome = resume(lab.a, job)
+    assert outcome.exit_code == HELD, outcome.text()
+    assert "was written to since" in outcome.text(), outcome.text()
+    for host in lab.hosts:
+        for path in small.disks().values():
+            assert host.path(path).exists(), f"{path} is gone from {host.name}"
+    # Its owner decides.
+    lab.a.virsh("start", small.name)
+    lab.b.virsh("destroy", small.name)
+    asked = cancel(lab, job)
+    assert asked.exit_code == 0, asked.text()
+    assert lab.leftovers() == []
+    seen.row["outcome"] = "held; cancelled when its owner had chosen"
+    move_comparing_at_barrier(lab, small)
 
 
 def test_runner_killed_once_the_target_runs(lab: Lab, small: Guest, seen: Seen) -> None:

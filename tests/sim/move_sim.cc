@@ -110,6 +110,7 @@ class MoveSim final : public job::Observer {
   void go_on();
   job::Prepared prepare();
   void unpause();
+  void nobody_watches();
   void kill_runner();
   void heal();
   void check_end();
@@ -159,6 +160,7 @@ class MoveSim final : public job::Observer {
   FilePtr strangers_;  // a file on the target that is not the job's
   Bytes strangers_content_;
   job::Phase phase_ = job::Phase::Plan;
+  Random user_;  // of what the guest's user does while no runner is there
 };
 
 EngineSetup MoveSim::draw_engine(World& world, const MoveSimOptions& options) {
@@ -222,7 +224,8 @@ MoveSim::MoveSim(std::uint64_t seed, const MoveSimOptions& options)
               .journal_fails = false,
               .may_remove = {},
               .strict = {},
-              .link = nullptr} {
+              .link = nullptr},
+      user_(seed + 2) {
   the_world = &world_;
   machines_.may_run_on_target = [this] { return may_run_on_target(); };
   machines_.writes_may_wait = [this] {
@@ -451,6 +454,40 @@ void MoveSim::unpause() {
   event.kind = GuestEvent::Kind::Resumed;
   event.detail = "unpaused";
   machines_.emit(Side::Source, event);
+}
+
+// The guest stands still or is off on the source, and its user, or the host's autostart, has it run. Later it may be
+// shut down.
+void MoveSim::nobody_watches() {
+  if (!user_.one_in(4)) return;
+  world_.after(std::chrono::milliseconds(100 + user_.below(800)), [this] {
+    Machines::Domain& here = machines_.domain(Side::Source);
+    const auto& migration = machines_.migration;
+    const bool migrates = migration && migration->phase != Migration::Phase::Over;
+    const bool watched = runner_->alive && !outcome_;
+    if (watched || machines_.ever_ran(Side::Target) || migrates || !machines_.guards.empty()) return;
+    if (here.qemu && here.state == GuestState::Paused && here.has_images && !user_paused_) {
+      machines_.start_vcpus(Side::Source);
+      GuestEvent event;
+      event.kind = GuestEvent::Kind::Resumed;
+      event.detail = "unpaused";
+      machines_.emit(Side::Source, event);
+    } else if (!here.qemu && here.defined) {
+      source_restarted_ = false;
+      machines_.boot(Side::Source);
+    } else {
+      return;
+    }
+    ++faults_hit_;
+    world_.trace("its user has the guest run");
+    if (!user_.one_in(2)) return;
+    world_.after(std::chrono::milliseconds(20 + user_.below(3000)), [this] {
+      if (!machines_.runs(Side::Source)) return;
+      world_.trace("its user shuts the guest down");
+      user_stopped_ = true;
+      machines_.end_qemu(Side::Source, "shutdown");
+    });
+  });
 }
 
 void MoveSim::kill_runner() {
@@ -730,6 +767,7 @@ std::optional<std::string> MoveSim::run(MoveSimStats* stats) {
       if (resting) heal();
       next =
           std::max(healed_at_, world_.now()) + (resting ? Duration(2min) : world_.between(1s, 40s));
+      if (!resting) nobody_watches();
       // Nothing else may be left to happen.
       world_.at(next, [] {});
     }

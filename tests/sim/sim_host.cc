@@ -25,6 +25,7 @@ bool File::all_synced() const {
 
 void File::write(std::size_t at, std::span<const std::byte> bytes) {
   if (bytes.empty()) return;
+  ++changes;
   std::memcpy(content.data() + at, bytes.data(), bytes.size());
   for (std::size_t b = at / kLooseBlock; b <= (at + bytes.size() - 1) / kLooseBlock; ++b)
     loose[b] = true;
@@ -32,6 +33,7 @@ void File::write(std::size_t at, std::span<const std::byte> bytes) {
 
 void File::zero(std::size_t at, std::size_t length) {
   if (length == 0) return;
+  ++changes;
   std::memset(content.data() + at, 0, length);
   for (std::size_t b = at / kLooseBlock; b <= (at + length - 1) / kLooseBlock; ++b) loose[b] = true;
 }

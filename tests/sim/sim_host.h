@@ -24,6 +24,7 @@ struct File {
   std::vector<bool> loose;   // blocks of 4 KiB that were written since
   bool of_the_job = false;   // made by a receiver
   std::uint64_t number = 0;  // then none has another's
+  std::uint64_t changes = 0;
   [[nodiscard]] bool all_synced() const;
   void write(std::size_t at, std::span<const std::byte> bytes);
   void zero(std::size_t at, std::size_t length);

@@ -823,6 +823,17 @@ Result<std::unique_ptr<job::ImageGuard>> SimPlatform::guard_image(const std::str
   return std::make_unique<SimGuard>(around_.machines, path);
 }
 
+Result<std::string> SimPlatform::image_stamp(const std::string& path) {
+  const auto file = around_.source.files.find(path);
+  if (file == around_.source.files.end()) return fail(Code::NotFound, path + " is not there");
+  return std::to_string(file->second->changes);
+}
+
+Result<bool> SimPlatform::written_since(const std::string& path, const std::string& stamp) {
+  DROVER_ASSIGN(const std::string now, image_stamp(path));
+  return now != stamp;
+}
+
 Status SimPlatform::remove_image(const std::string& path) {
   if (world_.dead()) return fail(Code::Io, "dead");
   if (around_.may_remove) {
