@@ -226,60 +226,37 @@ Result<UnlinkedFile> remove_file(const std::string& path, const ImageIdentity& i
 
 namespace {
 
-struct Stamp {
-  std::string kind;  // "file", or "device" and the host's boot
-  std::uint64_t value = 0;
-};
-
-Result<std::string> boot_id() {
-  std::ifstream file("/proc/sys/kernel/random/boot_id");
-  std::string id;
-  if (!(file >> id)) return fail(Code::Io, "this host's boot has no id");
-  return id;
+Result<std::string> word_of(const std::string& path, int which) {
+  std::ifstream file(path);
+  std::string word;
+  for (int i = 0; i < which; ++i) file >> word;
+  if (!file || word.empty()) return fail(Code::Io, "reading " + path);
+  return word;
 }
 
-// Documentation/block/stat.rst: the seventh is the sectors written.
-Result<std::uint64_t> sectors_written(dev_t device) {
-  std::ifstream file(fmt::format("/sys/dev/block/{}:{}/stat", major(device), minor(device)));
-  std::uint64_t value = 0;
-  for (int i = 0; i < 7; ++i) file >> value;
-  if (!file) return fail(Code::Io, "what was written to the device is not known");
-  return value;
-}
-
-Result<Stamp> stamp_of(const std::string& path) {
-  struct stat status {};
-  if (::stat(path.c_str(), &status) != 0) return fail_errno(errno, "looking at " + path);
-  if (S_ISREG(status.st_mode)) {
-    return Stamp{"file", static_cast<std::uint64_t>(status.st_mtim.tv_sec) * 1'000'000'000U +
-                             static_cast<std::uint64_t>(status.st_mtim.tv_nsec)};
-  }
-  if (!S_ISBLK(status.st_mode)) return fail(Code::InvalidArgument, path + " is no image");
-  DROVER_ASSIGN(const std::string boot, boot_id());
-  DROVER_ASSIGN(const std::uint64_t sectors, sectors_written(status.st_rdev));
-  return Stamp{"device-" + boot, sectors};
+// Documentation/ABI/stable/sysfs-block: the seventh of `stat` is the sectors written; a device that is
+// made anew gets another sequence number; its queue tells whether it counts, a partition's is its disk's.
+Result<std::string> device_stamp(const std::string& path, dev_t device) {
+  const std::string folder = fmt::format("/sys/dev/block/{}:{}/", major(device), minor(device));
+  auto counts = word_of(folder + "queue/iostats", 1);
+  if (!counts) counts = word_of(folder + "../queue/iostats", 1);
+  if (!counts || *counts == "0") return fail(Code::Incompatible, path + " does not count what is written to it");
+  DROVER_ASSIGN(const std::string written, word_of(folder + "stat", 7));
+  return fmt::format("device {} {}", word_of(folder + "diskseq", 1).value_or("0"), written);
 }
 
 }  // namespace
 
 Result<std::string> image_stamp(const std::string& path) {
-  DROVER_ASSIGN(const Stamp stamp, stamp_of(path));
-  return fmt::format("{}:{}", stamp.kind, stamp.value);
-}
-
-Result<bool> written_since(const std::string& path, const std::string& stamp) {
-  DROVER_ASSIGN(const Stamp now, stamp_of(path));
-  const std::size_t colon = stamp.rfind(':');
-  std::uint64_t then = 0;
-  const char* const begin = stamp.data() + (colon == std::string::npos ? 0 : colon + 1);
-  const char* const end = stamp.data() + stamp.size();
-  if (colon == std::string::npos || std::from_chars(begin, end, then).ptr != end || begin == end) {
-    return fail(Code::Protocol, "\"" + stamp + "\" is no stamp of an image");
+  struct stat status {};
+  if (::stat(path.c_str(), &status) != 0) return fail_errno(errno, "looking at " + path);
+  DROVER_ASSIGN(const std::string boot, word_of("/proc/sys/kernel/random/boot_id", 1));
+  if (S_ISREG(status.st_mode)) {
+    return fmt::format("{} file {}.{:09}", boot, status.st_mtim.tv_sec, status.st_mtim.tv_nsec);
   }
-  if (stamp.substr(0, colon) != now.kind) {
-    return fail(Code::Incompatible, "whether " + path + " was written to is not known after a restart of the host");
-  }
-  return now.value > then;
+  if (!S_ISBLK(status.st_mode)) return fail(Code::InvalidArgument, path + " is no image");
+  DROVER_ASSIGN(const std::string device, device_stamp(path, status.st_rdev));
+  return fmt::format("{} {}", boot, device);
 }
 
 }  // namespace drover::blockcopy

@@ -34,12 +34,11 @@ bool same_file(const std::string& a, const std::string& b);
 // The bytes that it takes on its filesystem.
 Result<Length> allocated(const std::string& path);
 
-// When an image was written to last, as it can be compared later, also after a restart of the host.
+// The same as an earlier one only if the image was not written to since: of a file the time of its
+// last change of content, of a block device the sectors written; and for either this boot of the
+// host, since a crash may take such a time back, and counts begin anew. Incompatible for a device
+// that does not count.
 Result<std::string> image_stamp(const std::string& path);
-// Since that stamp was taken. Of a file the time of its last change of content counts (so an older
-// one, as after a crash, does not); of a block device what was written to it, which nobody knows
-// after a restart: Incompatible.
-Result<bool> written_since(const std::string& path, const std::string& stamp);
 
 // Owner, group and mode as the other file has them, or had them before libvirt gave it to QEMU
 // (which it notes in an extended attribute while a guest uses it).

@@ -72,8 +72,10 @@ constexpr auto kRejoinPatience = 120s;    // with what passes, and is no link
 constexpr auto kRejoinPause = 1s;
 constexpr int kGuardTries = 50;           // of a source that is off
 constexpr std::string_view kStateKey = "state";
-// Of the present handover. "passed":
+// Of the present handover: "passed", or kVoid, if the source is known to have gone on since: what waits on the target
+// is old then.
 constexpr std::string_view kBarrierKey = "barrier";
+constexpr std::string_view kVoid = "void";
 constexpr std::string_view kStampsKey = "stamps";  // when the barrier was passed, of the source's images (image_stamp())
 constexpr std::string_view kAutostartKey = "autostart";  // the source's guest had it, and has it no more
 constexpr std::string_view kQemuKey = "qemu";  // the process whose bitmaps these are
@@ -121,7 +123,7 @@ class Move {
       const bool undo = reason.has_value();
       const Error broken_off{Code::Cancelled, "the handover was broken off after the target had let go of its images",
                              "start the move again", true};
-      state_ = Settling{undo ? *reason : broken_off, barrier_journaled_, !undo};
+      state_ = Settling{undo ? *reason : broken_off, released_, !undo};
     }
     if (prepared_.io_at != Instant()) (void)pace_.look(prepared_.io_at, prepared_.io, Length());
     queue_->push(Begin{});
@@ -231,7 +233,9 @@ class Move {
     DROVER_ASSIGN(const auto autostart, journal_->get(kAutostartKey));
     if (state) journaled_state_ = *state;
     journal_is_new_ = !state;
-    barrier_journaled_ = barrier.has_value();
+    source_went_on_.store(barrier == kVoid);
+    barrier_journaled_ = barrier && barrier != kVoid;
+    released_ = barrier.has_value();
     autostart_held_ = autostart.has_value();
     may_have_resumed_ = journal_is_new_ || journaled_state_ == "resuming" ||
                         journaled_state_ == "committing" || journaled_state_ == "committed";
@@ -529,17 +533,17 @@ class Move {
                   "start the move again");
     }
     stop_checkpoints();
-    release_autostart();
     if (engine_) {
       DROVER_TRY(count_handover());
       DROVER_TRY(join_again());
     } else {
-      DROVER_TRY(libvirt_is_back(source()));
-      const Status joined = join_anew();
+      Status joined = libvirt_is_back(source());
+      if (joined) joined = join_anew();
       // What an earlier process has copied is not given up because something is out of reach for now.
       if (!joined) joining_can_wait_ = passes(joined.error());
       DROVER_TRY(joined);
     }
+    if (const Status set = release_autostart(); !set) log_warning("{}", set.error().to_string());
     queue_->push(Rejoined{});
     return {};
   }
@@ -995,20 +999,21 @@ class Move {
     if (!prepared_.guest.autostart) return {};
     DROVER_TRY(journal_->put(kAutostartKey, "held"));
     autostart_held_ = true;
-    return source().set_autostart(uuid(), false);
+    // Not what a move fails for.
+    if (const Status set = source().set_autostart(uuid(), false); !set) {
+      log_warning("switching the guest's autostart off: {}", set.error().to_string());
+    }
+    return {};
   }
 
-  void release_autostart() {
-    if (!autostart_held_) return;
-    if (const Status set = source().set_autostart(uuid(), true); !set) {
-      return note_if_failed("switching the guest's autostart on again", set);
-    }
+  Status release_autostart() {
+    if (!autostart_held_ || files_.mutation.forget_autostart) return {};
+    (void)state_on(prepared_.source);  // connects again if need be
+    DROVER_TRY(source().set_autostart(uuid(), true));
     autostart_held_ = false;
     Journal::Batch none;
     none.remove(kAutostartKey);
-    if (const Status removed = journal_->write(none, Journal::Sync::No); !removed) {
-      log_warning("{}", removed.error().to_string());
-    }
+    return journal_->write(none, Journal::Sync::No);
   }
 
   Status begin_memory() {
@@ -1045,7 +1050,7 @@ class Move {
     Journal::Batch none;
     none.remove(kBarrierKey).remove(kStampsKey);
     barrier_failed_ = false;
-    barrier_journaled_ = false;
+    barrier_journaled_ = released_ = false;
     guard_failures_ = 0;
     source_went_on_.store(false);
     DROVER_TRY(journal_->write(none, Journal::Sync::Yes));
@@ -1145,19 +1150,18 @@ class Move {
       const bool may_have_run = resume_tried_ && !files_.mutation.forget_target_ran;
       const bool here = source_state && settled_on_source(*source_state);
       if (here && !may_have_run) {
-        queue_->push(Settled{Whereabouts::Source});
-        return {};
+        if (settle_on_source()) return {};
+        known = "on this host: " + std::string(memmig::state_name(*source_state));
+        platform_.sleep(100ms);
+        continue;
       }
       const Result<GuestState> target_state = state_on(prepared_.target);
-      if (here && target_state && *target_state == GuestState::ShutOff) {
-        queue_->push(Settled{Whereabouts::Source});
-        return {};
-      }
+      if (here && target_state && *target_state == GuestState::ShutOff && settle_on_source()) return {};
       const auto say = [](const Result<GuestState>& state) {
         return state ? std::string(memmig::state_name(*state)) : state.error().message;
       };
       known = "on this host: " + say(source_state) + "; on " + plan().host + ": " + say(target_state);
-      if (here && target_state) {
+      if (here && target_state && *target_state != GuestState::ShutOff) {
         return fail(Code::Held, "the guest is on this host, and may have been resumed on the target (" + known + ")");
       }
       const bool went_on = source_went_on();
@@ -1165,7 +1169,9 @@ class Move {
         // By somebody's hand, if not behind the barrier.
         if (!barrier_journaled_ || went_on) {
           return fail(Code::Held, fmt::format("the guest runs on {}, and its disks there are {}", plan().host,
-                                              went_on ? "older than those here" : "not known to be complete"));
+                                              went_on ? "older than those here"
+                                                      : "not known to be complete; if it shall stay there, remove it "
+                                                        "and its images here by hand"));
         }
         queue_->push(Settled{Whereabouts::TargetRuns});
         return {};
@@ -1187,10 +1193,13 @@ class Move {
         const bool target_off = *target_state == GuestState::ShutOff;
         if (source_off && (target_off || *target_state == GuestState::Paused)) {
           // One that went on here before it was shut off has left what waits on the target behind.
-          const bool stayed = target_off || went_on;
-          if (!stayed && barrier_journaled_) DROVER_TRY(source_was_not_written());
-          queue_->push(Settled{stayed ? Whereabouts::Source : Whereabouts::Target});
-          return {};
+          if (target_off || went_on) {
+            if (settle_on_source()) return {};
+          } else {
+            if (barrier_journaled_) DROVER_TRY(source_was_not_written());
+            queue_->push(Settled{Whereabouts::Target});
+            return {};
+          }
         }
       }
       const bool may_take_back = !may_have_resumed_ || (target_state && *target_state == GuestState::ShutOff);
@@ -1198,6 +1207,18 @@ class Move {
       platform_.sleep(100ms);  // libvirt has no event for "this is how I leave it"
     }
     return fail(Code::Held, "the handover failed, and where the guest is now is not known (" + known + ")");
+  }
+
+  // Behind the barrier that is journaled first: who resumes the job must not go forward, whatever is here by then.
+  bool settle_on_source() {
+    if (barrier_asked_ || released_) {
+      if (const Status noted = journal_->put(kBarrierKey, kVoid); !noted) {
+        log_error("{}", noted.error().to_string());
+        return false;
+      }
+    }
+    queue_->push(Settled{Whereabouts::Source});
+    return true;
   }
 
   // Who passed the barrier may have died since, and the guest have run here while no process watched.
@@ -1214,9 +1235,9 @@ class Move {
       if (!stamps.is_object() || stamp == stamps.end() || !stamp->is_string()) {
         return what("whether it ran here since is not known");
       }
-      const Result<bool> written = platform_.written_since(disk.source_path, stamp->get<std::string>());
-      if (!written) return what("whether it ran here since is not known (" + written.error().message + ")");
-      if (*written) return what(disk.source_path + " was written to since");
+      const Result<std::string> now = platform_.image_stamp(disk.source_path);
+      if (!now) return what("whether it ran here since is not known (" + now.error().message + ")");
+      if (*now != *stamp) return what(disk.source_path + " was written to since, or this host restarted");
     }
     return {};
   }
@@ -1257,6 +1278,9 @@ class Move {
         return;
       }
     }
+    if (barrier_asked_ || released_) {
+      if (const Status noted = journal_->put(kBarrierKey, kVoid); !noted) return log_error("{}", noted.error().to_string());
+    }
     if (const Status runs = source().resume(uuid()); !runs) {
       log_warning("resuming the source: {}", runs.error().to_string());
     }
@@ -1274,6 +1298,9 @@ class Move {
     if (barrier_failed_) platform_.sleep(kBarrierPause);
     barrier_failed_ = true;  // until it is passed
     const Instant start = platform_.now();
+    Journal::Batch passed;
+    // Now, that is, not when it has been passed: libvirt may let the source go on meanwhile.
+    if (const Status stamped = stamp_source(passed); !stamped) log_warning("{}", stamped.error().to_string());
     if (!files_.mutation.skip_drain && !files_.mutation.skip_barrier) {
       Status drained = engine_->drain(kDrainTimeout);
       // A disk that can't be read or written won't be by asking again.
@@ -1293,11 +1320,9 @@ class Move {
              std::chrono::duration_cast<std::chrono::microseconds>(drained - start).count(),
              std::chrono::duration_cast<std::chrono::microseconds>(marks_.barrier_passed - drained).count());
     barrier_failed_ = false;
-    Journal::Batch passed;
     passed.put(kBarrierKey, "passed");
-    if (const Status stamped = stamp_source(passed); !stamped) log_warning("{}", stamped.error().to_string());
     DROVER_TRY(journal_->write(passed, Journal::Sync::No));
-    barrier_journaled_ = true;
+    barrier_journaled_ = released_ = true;
     if (!options_.hold_barrier_file.empty()) hold_barrier();
     queue_->push(BarrierPassed{});
     return {};
@@ -1558,7 +1583,12 @@ class Move {
       runs_there = !ended && ended.error().code == Code::Held;
       collect("ending what is left of the guest on the target", ended);
     }
-    release_autostart();
+    const bool had_autostart = autostart_held_;
+    collect("switching the guest's autostart on again", release_autostart());
+    if (had_autostart && files_.resumed && state_on(prepared_.source).value_or(GuestState::Unknown) == GuestState::ShutOff) {
+      observer_.note("the guest is off, and if this host has restarted, it was not started: its autostart was off while "
+                     "its memory moved");
+    }
     target_events_.reset();
     source_events_.reset();
     source_guard_.clear();
@@ -1574,7 +1604,7 @@ class Move {
     }
     // Without its endpoint a mirror ends by itself; what is left of it can be removed then.
     for (const std::string& disk : stuck) {
-      collect("detaching the mirror of " + disk, source().detach_mirror(uuid(), disk));
+      collect("detaching the mirror of " + disk, source().detach_mirror(uuid(), disk, partial));
     }
     // The receiver removes its images by itself when the link is gone; this is for one that was killed.
     if (!removed) collect("cleaning up on the target", clean_up_target("--force"));
@@ -1584,8 +1614,8 @@ class Move {
         log_warning("ending the receiver: {}", ended.error().to_string());
       }
     }
-    if (!left.empty()) return fail(Code::Io, left, hint);
     partial_ = partial;
+    if (!left.empty()) return fail(Code::Io, left, hint);
     queue_->push(Undone_{});
     return {};
   }
@@ -1722,7 +1752,8 @@ class Move {
   bool memory_started_ = false;
   std::string journaled_state_;
   bool journal_is_new_ = false;  // begun beside a damaged one
-  bool barrier_journaled_ = false;
+  bool barrier_journaled_ = false;  // as passed
+  bool released_ = false;           // by the target, its images: whatever became of the handover since
   bool target_ran_ = false;  // the guest, as the journal says or this process saw
   bool autostart_held_ = false;     // the source's, which had it
   bool joining_can_wait_ = false;   // for another process: something is out of reach

@@ -158,11 +158,6 @@ Step on(MovingMemory state, const Event& event) {
             return abort_memory(trouble.error, false, state.link_down);
           },
           [&](const CancelWished&) -> Step {
-            // The link may never come back, and a person may decide otherwise then.
-            if (state.barrier_failed) {
-              return stay(Held{{Code::Held, "the guest's memory is on the target, but not all of its disks: the link to "
-                                            "it was lost", "", false}});
-            }
             // Too late once the source has stopped: it is a matter of milliseconds now.
             if (state.source_stopped) return stay(state);
             return abort_memory(cancelled(), false, state.link_down);

@@ -60,9 +60,6 @@ class RealPlatform final : public Platform {
   Result<std::string> image_stamp(const std::string& path) override {
     return blockcopy::image_stamp(path);
   }
-  Result<bool> written_since(const std::string& path, const std::string& stamp) override {
-    return blockcopy::written_since(path, stamp);
-  }
 
   Status remove_image(const std::string& path) override {
     return blockcopy::unlink_file(path);

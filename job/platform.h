@@ -69,9 +69,8 @@ class Platform {
   virtual Result<std::unique_ptr<mirror::MirrorEngine>> create_engine(
       const mirror::MirrorEngine::Options& options, mirror::MirrorEngine::Events events) = 0;
   virtual Result<std::unique_ptr<ImageGuard>> guard_image(const std::string& path) = 0;
-  // What tells later whether the image was written to (blockcopy/image_file.h).
+  // Another one, once the image was written to (blockcopy/image_file.h).
   virtual Result<std::string> image_stamp(const std::string& path) = 0;
-  virtual Result<bool> written_since(const std::string& path, const std::string& stamp) = 0;
   // One that is not there is removed already.
   virtual Status remove_image(const std::string& path) = 0;
   // Resident, of this process.

@@ -24,6 +24,7 @@ struct MoveMutation {
   bool forget_lost_mirror = false; // a mirror that ended early does not matter
   bool no_guard = false;           // the source's images are not guarded
   bool forget_target_ran = false;  // a resumed job asks only where the guest runs now
+  bool forget_autostart = false;   // it stays off on the source
   bool ignore_stamps = false;      // whether the source's images were written to since is not looked at
   bool blind_settle = false;       // after a failed migration the guest is taken to be here
   bool resume_once = false;        // a resume whose answer was lost is taken for refused

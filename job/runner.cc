@@ -180,6 +180,8 @@ Status cancel(const std::string& id, Observer& observer, Cancel& cancel) {
   const auto ended = take_up(id, observer, cancel, wish);
   if (ended) return fail(Code::Held, "it was too late to cancel: the job is finished");
   if (ended.error().code != Code::Cancelled) return fail(ended.error());
+  // Not everything could be undone, then.
+  if (JobStore().open(id)) return fail(Code::Held, ended.error().message, ended.error().hint);
   return {};
 }
 

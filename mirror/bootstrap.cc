@@ -240,7 +240,7 @@ Result<ProcessResult> run_on_target(const Ssh& ssh, const std::vector<std::strin
     command.insert(command.end(), {"-o", "BatchMode=yes"});
   }
   if (!ssh.control_path.empty()) {
-    command.insert(command.end(), {"-o", "ControlMaster=auto", "-o", "ControlPersist=10", "-o",
+    command.insert(command.end(), {"-o", "ControlMaster=auto", "-o", "ControlPersist=2", "-o",
                                    "ControlPath=" + ssh.control_path, "-o", "ServerAliveInterval=5",
                                    "-o", "ServerAliveCountMax=2"});
   }

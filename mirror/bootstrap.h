@@ -37,7 +37,7 @@ struct Ssh {
 };
 
 // Several commands over one SSH connection (ssh's ControlMaster): the first opens it, the others
-// save the handshake. It is closed when this object goes, or by ssh itself 10 s after its last use:
+// save the handshake. It is closed when this object goes, or by ssh itself 2 s after its last use:
 // of one that is open when the network goes away for minutes, sshd hears nothing any more, and
 // keeps its session. One whose process was killed is ended by the next SharedSsh on this host.
 class SharedSsh {

@@ -160,6 +160,8 @@ class MoveSim final : public job::Observer {
   FilePtr strangers_;  // a file on the target that is not the job's
   Bytes strangers_content_;
   job::Phase phase_ = job::Phase::Plan;
+  bool journal_damaged_ = false;
+  bool autostart_ = false;
   Random user_;  // of what the guest's user does while no runner is there
 };
 
@@ -251,6 +253,7 @@ MoveSim::MoveSim(std::uint64_t seed, const MoveSimOptions& options)
     move_options_.use_index = !world_.random.one_in(8);
     change_other_images(world_.random.below(10));
   }
+  machines_.domain(Side::Source).autostart = autostart_ = user_.one_in(2);
   draw_faults();
 }
 
@@ -497,6 +500,7 @@ void MoveSim::kill_runner() {
   machines_.client_died();
   if (world_.random.one_in(8)) {
     world_.trace("the job's journal is damaged");
+    journal_damaged_ = true;
     for (auto& [directory, journal] : around_.journals) journal.damaged = true;
   }
 }
@@ -666,6 +670,12 @@ void MoveSim::check_moved() {
       world_.violate("moved, but " + disk.path + " is still there");
   }
   const auto& notes = (*outcome_)->notes;
+  const bool autostart_failed = std::ranges::any_of(notes, [](const std::string& note) {
+    return note.find("autostart on the target") != std::string::npos;
+  });
+  if (machines_.domain(Side::Target).autostart != autostart_ && !autostart_failed && !journal_damaged_) {
+    world_.violate("moved, but the guest's autostart is not what it was");
+  }
   const bool said_so = std::ranges::any_of(notes, [](const std::string& note) {
     return note.find("clearing up after the receiver") != std::string::npos;
   });
@@ -684,6 +694,9 @@ void MoveSim::check_undone() {
   const bool said_so =
       outcome_->error().message.find("not everything could be undone") != std::string::npos;
   if (said_so) return;
+  if (machines_.domain(Side::Source).autostart != autostart_ && !journal_damaged_) {
+    world_.violate("undone, but the guest's autostart is not what it was");
+  }
   const Machines::Domain& there = machines_.domain(Side::Target);
   if (there.qemu || there.defined)
     world_.violate("undone, but the guest is still there on the target");

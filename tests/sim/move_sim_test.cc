@@ -82,6 +82,8 @@ INSTANTIATE_TEST_SUITE_P(
                          [](MoveSimOptions& o) { o.job.blind_settle = true; }},
                     Rule{"WhatRanOnTheTargetIsNeverUndone",
                          [](MoveSimOptions& o) { o.job.forget_target_ran = true; }},
+                    Rule{"AnUndoneMoveLeavesTheGuestsAutostart",
+                         [](MoveSimOptions& o) { o.job.forget_autostart = true; }},
                     Rule{"WhatTheSourceWroteWhileNobodyWatchedIsNotForgotten",
                          [](MoveSimOptions& o) { o.job.ignore_stamps = true; }},
                     Rule{"AResumeThatGotNoAnswerMayHaveHappened",

@@ -203,8 +203,10 @@ void Machines::end_qemu(Side side, const std::string& how) {
   for (const std::string& name : names) drop_mirror(name);
   const bool defined = here.defined;
   const std::uint64_t process = here.process;
+  const bool autostart = here.autostart;
   here = {};
   here.defined = defined;
+  here.autostart = autostart;
   here.process = process + 1;
   GuestEvent event;
   event.kind = GuestEvent::Kind::Stopped;
@@ -340,6 +342,7 @@ void Machines::restart_libvirt(Side side, Duration away) {
 
 void Machines::host_restarts(Side side) {
   world_.trace("the {} restarts", host(side).name);
+  ++boots_.at(index_of(side));
   for (SimHypervisor* connection : std::vector(connections_)) {
     if (connection->side() == side) connection->break_connection("the host is gone");
   }
@@ -912,8 +915,11 @@ Status SimHypervisor::undefine(const std::string&) {
   });
 }
 
-Status SimHypervisor::set_autostart(const std::string&, bool) {
-  return call([]() -> Status { return {}; });
+Status SimHypervisor::set_autostart(const std::string&, bool autostart) {
+  return call([&]() -> Status {
+    machines_.domain(side_).autostart = autostart;
+    return {};
+  });
 }
 
 Result<std::unique_ptr<memmig::Subscription>> SimHypervisor::subscribe(
@@ -929,6 +935,7 @@ memmig::GuestInfo describe_guest(Machines& machines) {
   info.id = 1;
   info.state = machines.domain(Side::Source).state;
   info.persistent = true;
+  info.autostart = machines.domain(Side::Source).autostart;
   info.memory = 64_MiB;
   info.private_directory = "/run/guest";
   std::string disks;

@@ -96,6 +96,7 @@ class Machines {
     std::map<std::string, Mirror> mirrors;
     std::map<std::string, std::vector<Bitmap>> bitmaps;  // by disk, oldest first
     std::uint64_t process = 0;                           // counts this host's QEMUs
+    bool autostart = false;
   };
   [[nodiscard]] Domain& domain(Side side) { return domains_.at(index_of(side)); }
   [[nodiscard]] Host& host(Side side) { return side == Side::Source ? source_ : target_; }
@@ -107,6 +108,8 @@ class Machines {
   // What the disk must hold wherever the guest runs.
   [[nodiscard]] const Bytes& expected(std::size_t disk) const { return expected_.at(disk); }
   [[nodiscard]] bool ever_ran(Side side) const { return ever_ran_.at(index_of(side)); }
+  // Of the host, so far.
+  [[nodiscard]] std::uint64_t boots(Side side) const { return boots_.at(index_of(side)); }
 
   // --- what happens to it ---
   void begin(const GuestPlan& plan);
@@ -195,6 +198,7 @@ class Machines {
   std::array<Domain, 2> domains_;
   std::array<bool, 2> libvirt_up_{true, true};
   std::array<bool, 2> ever_ran_{};
+  std::array<std::uint64_t, 2> boots_{};
   std::vector<Bytes> expected_;
   std::map<std::uint64_t, Op> ops_;
   std::uint64_t next_op_ = 1;

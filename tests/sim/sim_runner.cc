@@ -826,12 +826,7 @@ Result<std::unique_ptr<job::ImageGuard>> SimPlatform::guard_image(const std::str
 Result<std::string> SimPlatform::image_stamp(const std::string& path) {
   const auto file = around_.source.files.find(path);
   if (file == around_.source.files.end()) return fail(Code::NotFound, path + " is not there");
-  return std::to_string(file->second->changes);
-}
-
-Result<bool> SimPlatform::written_since(const std::string& path, const std::string& stamp) {
-  DROVER_ASSIGN(const std::string now, image_stamp(path));
-  return now != stamp;
+  return fmt::format("boot {}, {} changes", around_.machines.boots(Side::Source), file->second->changes);
 }
 
 Status SimPlatform::remove_image(const std::string& path) {

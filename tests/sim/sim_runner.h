@@ -74,7 +74,6 @@ class SimPlatform final : public job::Platform {
       const mirror::MirrorEngine::Options& options, mirror::MirrorEngine::Events events) override;
   Result<std::unique_ptr<job::ImageGuard>> guard_image(const std::string& path) override;
   Result<std::string> image_stamp(const std::string& path) override;
-  Result<bool> written_since(const std::string& path, const std::string& stamp) override;
   Status remove_image(const std::string& path) override;
   Length peak_memory() override { return {}; }
   Result<std::unique_ptr<memmig::Hypervisor>> connect_libvirt(const std::string& uri) override;

@@ -264,17 +264,6 @@ TEST(MoveMachine, ATargetThatDoesNotResumeHoldsTheJob) {
 }
 
 // Whatever comes in whatever order, doubled or late: the rules hold.
-TEST(MoveMachine, AGuestThatIsDownForWantOfTheLinkIsLeftToAPerson) {
-  Walk run;
-  run.feed_all(kToMemory);
-  run.feed_all({SourceStopped{}, migrated(), LinkDown{}, ActionFailed{Error{Code::Unreachable, "the link is down", "", true}}});
-  ASSERT_TRUE(std::holds_alternative<MovingMemory>(run.state)) << "it waits";
-  run.feed(CancelWished{});
-  ASSERT_TRUE(std::holds_alternative<Held>(run.state)) << state_name(run.state);
-  EXPECT_FALSE(run.did(Do::Undo));
-  EXPECT_FALSE(run.did(Do::ResumeTarget));
-}
-
 TEST(MoveMachine, NoOrderOfEventsBreaksTheInvariants) {
   for (std::uint64_t seed = 1; seed <= 200000; ++seed) {
     Random random(seed);
