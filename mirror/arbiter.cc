@@ -19,7 +19,7 @@ Arbiter::Arbiter(const Options& options)
       sent_(chunks_),
       compare_(chunks_),
       verify_cursor_(chunks_),
-      touched_((chunks_ + options.touch_span - 1) / options.touch_span),
+      touched_(chunks_),
       changed_((chunks_ + kGroupChunks - 1) / kGroupChunks),
       unflushed_({chunks_, options.chunk_size / kBlock, options.max_masks / 8, false}),
       flushing_({chunks_, options.chunk_size / kBlock, options.max_masks / 8, false}),
@@ -88,8 +88,19 @@ void Arbiter::put_off(ChunkIndex chunk) {
 
 // Something is about to be sent. True: its group's record must say so first.
 bool Arbiter::touch(ChunkIndex chunk) {
-  if (touched_.contains(chunk / options_.touch_span)) return false;
-  touched_.insert(chunk / options_.touch_span);
+  if (touched_.contains(chunk)) return false;
+  // The others of its span, too: their turn is next. Those that are put off come much later, and until then the record can
+  // say that nothing was sent for them.
+  const ChunkIndex first = chunk / options_.touch_span * options_.touch_span;
+  const ChunkIndex end = std::min(chunks_, first + options_.touch_span);
+  if (strict_ || hot_.count() == pending_.count()) {
+    touched_.insert_range(first, end);
+  } else {
+    for (ChunkIndex other = first; other < end; ++other) {
+      if (!hot_.contains(other)) touched_.insert(other);
+    }
+    touched_.insert(chunk);
+  }
   changed(chunk);
   return !options_.mutation.touch_late;
 }
@@ -737,7 +748,7 @@ std::string Arbiter::record(GroupIndex group,
   std::vector<ChunkRecord> chunks(std::min(kGroupChunks, chunks_ - first));
   for (std::uint64_t i = 0; i < chunks.size(); ++i) {
     const ChunkIndex chunk = first + i;
-    if (!touched_.contains(chunk / options_.touch_span)) continue;
+    if (!touched_.contains(chunk)) continue;
     ChunkRecord& out = chunks[i];
     out.touched = true;
     // It was a hole, or was not sent yet; when this record is read it may have been.
@@ -768,8 +779,7 @@ Arbiter::Records Arbiter::take_records(GroupIndex first, std::size_t most) {
   Records taken;
   std::optional<std::unordered_map<ChunkIndex, BlockMask>> on_the_way;
   for (auto group = changed_.next(first); group; group = changed_.next(*group + 1)) {
-    const std::uint64_t spans = kGroupChunks / options_.touch_span;
-    if (!touched_.next(*group * spans, (*group + 1) * spans)) continue;
+    if (!touched_.next(*group * kGroupChunks, std::min(chunks_, (*group + 1) * kGroupChunks))) continue;
     if (taken.records.size() == most) {
       taken.next = *group;
       break;
@@ -793,7 +803,7 @@ Status Arbiter::restore(GroupIndex group, std::string_view bytes, bool unflushed
   for (std::uint64_t i = 0; i < chunks->size(); ++i) {
     ChunkRecord& chunk = (*chunks)[i];
     if (!chunk.touched) continue;
-    touched_.insert((first + i) / options_.touch_span);
+    touched_.insert(first + i);
     if (!options_.mutation.restore_as_fresh) mark_sent(first + i);
     pending_.erase(first + i);
     if (unflushed_lost && !chunk.unflushed.empty()) {
@@ -834,7 +844,7 @@ void Arbiter::know_nothing(ChunkIndex first, ChunkIndex end) {
   sent_.insert_range(first, end);
   passed_ = sent_.count();
   compare_.insert_range(first, end);
-  touched_.insert_range(first / options_.touch_span, (end + options_.touch_span - 1) / options_.touch_span);
+  touched_.insert_range(first, end);
   changed(first);
 }
 

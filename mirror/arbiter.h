@@ -195,8 +195,8 @@ class Arbiter {
     // Chunks of which single blocks are Pending, at most (40 bytes each, in a table at most 4 times
     // as large); further ones are copied whole. A quarter of it again for what is not flushed.
     std::size_t max_masks = std::size_t{64} << 10;
-    // A record is stored before anything is sent into each span of so many chunks: of the others it
-    // can say then that nothing was sent. (64 MiB of 1 MiB chunks: at 1 GB/s some 15 records a
+    // A record is stored before anything is sent into each span of so many chunks, and once more
+    // before those of it that are put off: of the others it can say then that nothing was sent. (64 MiB of 1 MiB chunks: at 1 GB/s some 15 records a
     // second.) Divides a group's.
     std::uint64_t touch_span = 64;
     // Before a chunk that differs is looked at again: a write that is on the source has arrived by then.
@@ -472,7 +472,7 @@ class Arbiter {
   bool verified_last_ = false;                  // the latest ticket was one of those
   std::uint64_t damaged_ = 0;
   std::uint64_t unverified_ = 0;
-  // By spans of touch_span chunks: something may have been sent, and a record says so.
+  // Something may have been sent, and a record says so. Comes in spans of touch_span chunks.
   ChunkSet touched_;
   ChunkSet changed_;    // groups that are not as their records say, or have none
   BlockSet unflushed_;  // acknowledged since the last flush began

@@ -297,6 +297,31 @@ TEST(ArbiterRecords, ASpanIsTouchedBeforeTheFirstFrameAndOnce) {
   EXPECT_EQ(arbiter.start_copy(Instant())->touches, GroupIndex{0});
 }
 
+TEST(ArbiterRecords, WhatIsPutOffIsNotTouchedWithItsSpan) {
+  Arbiter arbiter(disk_of(128));
+  Actions actions;
+  arbiter.guest_write(1, WriteKind::Data, block(3, 0), Instant(), actions);
+  std::vector<CopyTicket> tickets;
+  for (int i = 0; i < 63; ++i) {
+    tickets.push_back(*arbiter.start_copy(Instant()));
+    EXPECT_EQ(tickets.back().touches.has_value(), i == 0);
+    EXPECT_NE(tickets.back().chunk, 3U);
+    ASSERT_TRUE(arbiter.copy_read(tickets.back().id, actions));
+    arbiter.copy_acked(tickets.back().id);
+  }
+  Arbiter restored(disk_of(128));
+  ASSERT_TRUE(restored.restore(0, arbiter.take_record(0).bytes, false));
+  const auto first = restored.start_copy(Instant());
+  EXPECT_EQ(first->chunk, 3U);
+  EXPECT_TRUE(first->fresh) << "it can't have been sent";
+  EXPECT_TRUE(first->touches) << "from now on it can";
+  // In its own turn it is touched by itself.
+  for (int i = 0; i < 64; ++i) (void)arbiter.start_copy(Instant());
+  const auto last = arbiter.start_copy(Instant());
+  EXPECT_EQ(last->chunk, 3U);
+  EXPECT_TRUE(last->touches);
+}
+
 TEST(ArbiterRecords, AWriteToAHoleTouchesToo) {
   Arbiter arbiter(disk_of(2 * kGroupChunks));
   Actions actions;
