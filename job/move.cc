@@ -70,7 +70,7 @@ constexpr auto kLocateTimeout = 6s;       // of one look for the receiver while 
 constexpr int kMostRejoins = 20;          // in a row without a handover that began
 constexpr auto kRejoinPatience = 120s;    // with what passes, and is no link
 constexpr auto kRejoinPause = 1s;
-constexpr int kGuardTries = 50;           // of a source that is off
+constexpr int kGuardTries = 50;           // in a row
 constexpr std::string_view kStateKey = "state";
 // Of the present handover: "passed", or kVoid, if the source is known to have gone on since: what waits on the target
 // is old then.

@@ -196,8 +196,8 @@ class Arbiter {
     // as large); further ones are copied whole. A quarter of it again for what is not flushed.
     std::size_t max_masks = std::size_t{64} << 10;
     // A record is stored before anything is sent into each span of so many chunks, and once more
-    // before those of it that are put off: of the others it can say then that nothing was sent. (64 MiB of 1 MiB chunks: at 1 GB/s some 15 records a
-    // second.) Divides a group's.
+    // before those of it that are put off: of the others it can say then that nothing was sent.
+    // (64 MiB of 1 MiB chunks: at 1 GB/s some 15 records a second.) Divides a group's.
     std::uint64_t touch_span = 64;
     // Before a chunk that differs is looked at again: a write that is on the source has arrived by then.
     Duration verify_pause = std::chrono::seconds(2);

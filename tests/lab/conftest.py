@@ -154,7 +154,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 # Of the outages, resumes, relocations and evacuations these stand for the others in an ordinary run; all of them take
-# 30 minutes more.
+# an hour more.
 _QUICK = {"test_link_down_5_s[copy]", "test_source_is_off_and_ran_or_not_while_nobody_watched[True]",
           "test_receiver_killed[copy]", "test_runner_killed[copy]",
           "test_a_second_move_of_the_same_guest_is_refused",
