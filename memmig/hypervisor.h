@@ -369,11 +369,13 @@ class Hypervisor {
   Hypervisor& operator=(const Hypervisor&) = delete;
 
   [[nodiscard]] virtual const std::string& uri() const = 0;
-  // False once the connection broke; every method then answers Unreachable.
+  // False once a connection broke, but for one that a migrate() has; methods may then answer
+  // Unreachable.
   [[nodiscard]] virtual bool alive() const = 0;
-  // Connects again if the connection broke (libvirtd was restarted): one try, Unreachable if it is
+  // Connects again if a connection broke (libvirtd was restarted): one try, Unreachable if it is
   // not back yet. Subscriptions go on. What happened meanwhile was missed: ask state() and
-  // attached(). A migrate() that was under way has failed with the old connection.
+  // attached(). A migrate() that is under way has its own connections and says itself what became
+  // of it.
   virtual Status reconnect() = 0;
 
   virtual Result<HostFacts> facts(const HostQuestion& question) = 0;

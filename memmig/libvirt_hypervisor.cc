@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <future>
 #include <iterator>
 #include <map>
 #include <mutex>
@@ -383,24 +384,24 @@ class Connected {
   Connected(const Connected&) = delete;
   Connected& operator=(const Connected&) = delete;
 
-  [[nodiscard]] virConnectPtr get() const { return connection_; }
+  [[nodiscard]] virConnectPtr get() const { return connection_.get(); }
   [[nodiscard]] Hub::Epoch epoch() const { return epoch_; }
 
  private:
-  Connected(virConnectPtr connection, Hub::Epoch epoch) : connection_(connection), epoch_(epoch) {}
+  Connected(Connection connection, Hub::Epoch epoch)
+      : connection_(std::move(connection)), epoch_(epoch) {}
   Status watch(const ConnectOptions& options, const HubHandle& hub);
 
-  virConnectPtr connection_;
+  Connection connection_;
   const Hub::Epoch epoch_;
   std::vector<int> callbacks_;
   int qemu_callback_ = -1;
   bool close_callback_ = false;
 };
 
-Result<std::shared_ptr<Connected>> Connected::open(const ConnectOptions& options,
-                                                   const HubHandle& hub) {
-  virConnectPtr connection = virConnectOpen(options.uri.c_str());
-  if (connection == nullptr) {
+Result<Connection> open_connection(const ConnectOptions& options) {
+  Connection connection(virConnectOpen(options.uri.c_str()));
+  if (!connection) {
     Error error = libvirt_error("connecting to libvirt at " + options.uri);
     if (contains(error.message, "Permission denied") ||
         contains(error.message, "Host key verification failed")) {
@@ -413,7 +414,63 @@ Result<std::shared_ptr<Connected>> Connected::open(const ConnectOptions& options
     }
     return fail(std::move(error));
   }
-  std::shared_ptr<Connected> connected(new Connected(connection, hub->opening()));
+  // 1: the other side has no keepalive; a local socket does not need it.
+  if (virConnectSetKeepAlive(connection.get(), static_cast<int>(options.keepalive_interval.count()),
+                             options.keepalive_count) < 0) {
+    return libvirt_fail("watching " + options.uri);
+  }
+  return connection;
+}
+
+// A connection to a target by SSH that waits for a migration, which then has it to itself: SSH takes
+// a while, or minutes where the link is down, and nobody can take that back.
+class WaitingConnection {
+ public:
+  explicit WaitingConnection(ConnectOptions options) : options_(std::move(options)) {}
+
+  Status make() {
+    auto opened = open_connection(options_);
+    const std::lock_guard lock(mutex_);
+    waiting_ = opened ? std::move(*opened) : nullptr;
+    if (!opened) return fail(std::move(opened).error());
+    return {};
+  }
+  // There is none that works, and no migration has it.
+  [[nodiscard]] bool missing() const {
+    const std::lock_guard lock(mutex_);
+    return !taken_ && !works();
+  }
+  [[nodiscard]] bool taken() const {
+    const std::lock_guard lock(mutex_);
+    return taken_;
+  }
+  Result<Connection> take() {
+    const std::lock_guard lock(mutex_);
+    if (!works()) {
+      return fail(Error{Code::Unreachable, "the connection to " + options_.uri + " is gone", "", true});
+    }
+    taken_ = true;
+    return std::move(waiting_);
+  }
+  void put_back(Connection connection) {
+    const std::lock_guard lock(mutex_);
+    taken_ = false;
+    std::swap(waiting_, connection);
+  }
+
+ private:
+  bool works() const { return waiting_ && virConnectIsAlive(waiting_.get()) == 1; }
+
+  const ConnectOptions options_;
+  mutable std::mutex mutex_;
+  Connection waiting_;
+  bool taken_ = false;
+};
+
+Result<std::shared_ptr<Connected>> Connected::open(const ConnectOptions& options,
+                                                   const HubHandle& hub) {
+  DROVER_ASSIGN(Connection connection, open_connection(options));
+  std::shared_ptr<Connected> connected(new Connected(std::move(connection), hub->opening()));
   DROVER_TRY(connected->watch(options, hub));
   if (!hub->opened()) {
     return fail(Code::Unreachable, "the connection to " + options.uri + " broke at once");
@@ -422,10 +479,9 @@ Result<std::shared_ptr<Connected>> Connected::open(const ConnectOptions& options
 }
 
 Connected::~Connected() {
-  if (close_callback_) virConnectUnregisterCloseCallback(connection_, on_close);
-  for (const int id : callbacks_) virConnectDomainEventDeregisterAny(connection_, id);
-  if (qemu_callback_ >= 0) virConnectDomainQemuMonitorEventDeregister(connection_, qemu_callback_);
-  virConnectClose(connection_);
+  if (close_callback_) virConnectUnregisterCloseCallback(get(), on_close);
+  for (const int id : callbacks_) virConnectDomainEventDeregisterAny(get(), id);
+  if (qemu_callback_ >= 0) virConnectDomainQemuMonitorEventDeregister(get(), qemu_callback_);
 }
 
 Status Connected::watch(const ConnectOptions& options, const HubHandle& hub) {
@@ -433,7 +489,7 @@ Status Connected::watch(const ConnectOptions& options, const HubHandle& hub) {
   const auto opaque = [&] { return new Registration{hub, epoch_}; };
   const auto add = [&](int event, auto callback) {
     Registration* handle = opaque();
-    const int id = virConnectDomainEventRegisterAny(connection_, nullptr, event,
+    const int id = virConnectDomainEventRegisterAny(get(), nullptr, event,
                                                     VIR_DOMAIN_EVENT_CALLBACK(callback), handle,
                                                     free_registration);
     if (id < 0) {
@@ -453,23 +509,18 @@ Status Connected::watch(const ConnectOptions& options, const HubHandle& hub) {
   }
   Registration* handle = opaque();
   qemu_callback_ = virConnectDomainQemuMonitorEventRegister(
-      connection_, nullptr, kQemuEvents, on_qemu_event, handle, free_registration,
+      get(), nullptr, kQemuEvents, on_qemu_event, handle, free_registration,
       VIR_CONNECT_DOMAIN_QEMU_MONITOR_EVENT_REGISTER_REGEX);
   if (qemu_callback_ < 0) {
     delete handle;
     return libvirt_fail(doing);
   }
   handle = opaque();
-  if (virConnectRegisterCloseCallback(connection_, on_close, handle, free_registration) < 0) {
+  if (virConnectRegisterCloseCallback(get(), on_close, handle, free_registration) < 0) {
     delete handle;
     return libvirt_fail(doing);
   }
   close_callback_ = true;
-  // 1: the other side has no keepalive; a local socket does not need it.
-  if (virConnectSetKeepAlive(connection_, static_cast<int>(options.keepalive_interval.count()),
-                             options.keepalive_count) < 0) {
-    return libvirt_fail(doing);
-  }
   return {};
 }
 
@@ -487,9 +538,12 @@ class LibvirtHypervisor final : public DiskHost {
         connection_(std::move(connection)) {}
   ~LibvirtHypervisor() override;
 
+  // migrate() to this host takes it.
+  void set_waiting(std::unique_ptr<WaitingConnection> waiting) { waiting_ = std::move(waiting); }
+
   const std::string& uri() const override { return uri_; }
   bool alive() const override {
-    return !hub_->is_lost() && virConnectIsAlive(connection()->get()) == 1;
+    return connected() && !(waiting_ && waiting_->missing());
   }
   Status reconnect() override;
 
@@ -543,10 +597,13 @@ class LibvirtHypervisor final : public DiskHost {
     bool finished = false;
     bool abort = false;
     std::string gave_up;
+    milliseconds downtime{};  // the limit in force
   };
 
   Result<Domain> find(const std::string& guest) const;
   Result<Domain> find_running(const std::string& guest) const;
+  Result<Domain> find_over(virConnectPtr connection, const std::string& guest) const;
+  Result<Domain> find_running_over(virConnectPtr connection, const std::string& guest) const;
   Status wait_for(std::chrono::seconds limit, const std::string& what,
                   const std::function<Result<bool>()>& done) const;
   void resolve_volumes(GuestInfo& info) const;
@@ -569,8 +626,18 @@ class LibvirtHypervisor final : public DiskHost {
   Status end_reading(virDomainPtr domain, const std::string& disk) const;
   Result<Length> node_size(virDomainPtr domain, const std::string& node,
                            const std::string& doing) const;
+  [[nodiscard]] bool connected() const {
+    return !hub_->is_lost() && virConnectIsAlive(connection()->get()) == 1;
+  }
   std::optional<MigrationProgress> statistics(virDomainPtr domain, bool completed) const;
-  void watch(virDomainPtr domain, const MigrateOptions& options, const ProgressHandler& progress,
+  Status migrate_with(Migration& migration, LibvirtHypervisor& target,
+                      const MigrateOptions& options, const ProgressHandler& progress);
+  Status migrate_over(virConnectPtr source, virConnectPtr target, const std::string& target_uri,
+                      Migration& migration, const MigrateOptions& options,
+                      const ProgressHandler& progress);
+  void watch(const MigrateOptions& options, const ProgressHandler& progress,
+             Migration& migration) const;
+  void steer(virDomainPtr domain, Convergence& convergence, const ProgressHandler& progress,
              Migration& migration) const;
 
   [[nodiscard]] std::shared_ptr<Connected> connection() const {
@@ -585,6 +652,7 @@ class LibvirtHypervisor final : public DiskHost {
   HubHandle hub_;
   mutable std::mutex connection_mutex_;
   std::shared_ptr<Connected> connection_;
+  std::unique_ptr<WaitingConnection> waiting_;  // null: not by SSH
   std::mutex reconnecting_;
   std::mutex bitmaps_mutex_;  // one read_bitmaps() at a time: it uses QEMU's only NBD server
   std::mutex migrations_mutex_;
@@ -598,18 +666,35 @@ LibvirtHypervisor::~LibvirtHypervisor() {
 Status LibvirtHypervisor::reconnect() {
   const std::lock_guard one_at_a_time(reconnecting_);
   if (alive()) return {};
-  // Who was not told yet.
-  hub_->lost(connection()->epoch(), "the connection is dead");
-  DROVER_ASSIGN(auto connected, Connected::open(options_, hub_));
-  const std::lock_guard lock(connection_mutex_);
-  connection_ = std::move(connected);
-  return {};
+  const bool lost = !connected();
+  // What broke the one will have broken the other.
+  std::future<Status> second;
+  if (waiting_ && !waiting_->taken() && (lost || waiting_->missing())) {
+    second = std::async(std::launch::async, [this] { return waiting_->make(); });
+  }
+  if (lost) {
+    // Who was not told yet.
+    hub_->lost(connection()->epoch(), "the connection is dead");
+    DROVER_ASSIGN(auto opened, Connected::open(options_, hub_));
+    const std::lock_guard lock(connection_mutex_);
+    connection_ = std::move(opened);
+  }
+  return second.valid() ? second.get() : Status();
 }
 
 Result<Domain> LibvirtHypervisor::find(const std::string& guest) const {
+  return find_over(connection()->get(), guest);
+}
+
+Result<Domain> LibvirtHypervisor::find_running(const std::string& guest) const {
+  return find_running_over(connection()->get(), guest);
+}
+
+Result<Domain> LibvirtHypervisor::find_over(virConnectPtr connection,
+                                            const std::string& guest) const {
   virResetLastError();
-  Domain domain(virDomainLookupByUUIDString(connection()->get(), guest.c_str()));
-  if (!domain) domain.reset(virDomainLookupByName(connection()->get(), guest.c_str()));
+  Domain domain(virDomainLookupByUUIDString(connection, guest.c_str()));
+  if (!domain) domain.reset(virDomainLookupByName(connection, guest.c_str()));
   if (domain) return domain;
   Error error = libvirt_error(fmt::format("looking for guest {} on {}", guest, uri_));
   if (error.code == Code::NotFound) {
@@ -619,8 +704,9 @@ Result<Domain> LibvirtHypervisor::find(const std::string& guest) const {
   return fail(std::move(error));
 }
 
-Result<Domain> LibvirtHypervisor::find_running(const std::string& guest) const {
-  DROVER_ASSIGN(Domain domain, find(guest));
+Result<Domain> LibvirtHypervisor::find_running_over(virConnectPtr connection,
+                                                    const std::string& guest) const {
+  DROVER_ASSIGN(Domain domain, find_over(connection, guest));
   if (virDomainIsActive(domain.get()) != 1) {
     return fail(Code::NotFound, fmt::format("guest {} is not running on {}", guest, uri_));
   }
@@ -740,7 +826,7 @@ Result<HostFacts> LibvirtHypervisor::facts(const HostQuestion& question) {
       facts.networks_inactive.push_back(name);
     }
   }
-  if (!alive()) return fail(Code::Unreachable, "the connection to " + uri_ + " is gone");
+  if (!connected()) return fail(Code::Unreachable, "the connection to " + uri_ + " is gone");
   return facts;
 }
 
@@ -1601,43 +1687,65 @@ std::optional<MigrationProgress> LibvirtHypervisor::statistics(virDomainPtr doma
   return progress;
 }
 
-// Reads the statistics, reports them and does what the convergence policy says, until the
-// migration has ended.
-void LibvirtHypervisor::watch(virDomainPtr domain, const MigrateOptions& options,
-                              const ProgressHandler& progress, Migration& migration) const {
+// Until the migration has ended. Over a connection of this thread's own, which may break without
+// breaking the migration.
+void LibvirtHypervisor::watch(const MigrateOptions& options, const ProgressHandler& progress,
+                              Migration& migration) const {
   Convergence convergence(options.convergence);
-  const std::string doing = "steering the migration";
+  Connection connection;
+  Domain domain;
   std::unique_lock lock(migration.mutex);
   while (!migration.finished) {
-    migration.changed.wait_for(lock, kStatisticsInterval);
-    if (migration.finished) break;
-    const bool abort = migration.abort;
     lock.unlock();
-    if (abort) virDomainAbortJob(domain);  // again: the first may have come before the job
-    if (auto statistic = statistics(domain, false); statistic && statistic->memory_total.bytes()) {
-      for (const ConvergenceAction& action : convergence.step(now(), *statistic)) {
-        if (const auto* downtime = std::get_if<SetDowntime>(&action)) {
-          log_info("memory does not converge: downtime of {} ms allowed", downtime->value.count());
-          virDomainMigrateSetMaxDowntime(
-              domain, static_cast<unsigned long long>(downtime->value.count()), 0);
-        } else if (const auto* throttle = std::get_if<SetThrottle>(&action)) {
-          log_info("memory does not converge: guest may be slowed by {} %", throttle->max_percent);
-          if (auto set = qmp(domain, "migrate-set-parameters",
-                             {{"max-cpu-throttle", throttle->max_percent}}, doing);
-              !set) {
-            log_warning("{}", set.error().message);
-          }
-        } else if (const auto* give_up = std::get_if<GiveUp>(&action)) {
-          const std::lock_guard again(migration.mutex);
-          migration.gave_up = give_up->why;
-          migration.abort = true;
-        }
-      }
-      statistic->downtime_limit = convergence.downtime();
-      if (progress) progress(*statistic);
+    if (!connection || virConnectIsAlive(connection.get()) != 1) {
+      domain.reset();
+      auto opened = open_connection(options_);
+      if (!opened) log_warning("watching the migration: {}", opened.error().to_string());
+      connection = opened ? std::move(*opened) : nullptr;
+      if (connection) domain.reset(virDomainLookupByUUIDString(connection.get(), options.guest.c_str()));
     }
+    if (domain) steer(domain.get(), convergence, progress, migration);
     lock.lock();
+    if (!migration.finished) migration.changed.wait_for(lock, kStatisticsInterval);
   }
+}
+
+// Reads the statistics, reports them and does what the convergence policy says.
+void LibvirtHypervisor::steer(virDomainPtr domain, Convergence& convergence,
+                              const ProgressHandler& progress, Migration& migration) const {
+  const std::string doing = "steering the migration";
+  bool abort = false;
+  {
+    const std::lock_guard lock(migration.mutex);
+    abort = migration.abort;
+  }
+  if (abort) virDomainAbortJob(domain);  // again: the first may have come before the job
+  auto statistic = statistics(domain, false);
+  if (!statistic || statistic->memory_total.bytes() == 0) return;
+  for (const ConvergenceAction& action : convergence.step(now(), *statistic)) {
+    if (const auto* downtime = std::get_if<SetDowntime>(&action)) {
+      log_info("memory does not converge: downtime of {} ms allowed", downtime->value.count());
+      virDomainMigrateSetMaxDowntime(
+          domain, static_cast<unsigned long long>(downtime->value.count()), 0);
+    } else if (const auto* throttle = std::get_if<SetThrottle>(&action)) {
+      log_info("memory does not converge: guest may be slowed by {} %", throttle->max_percent);
+      if (auto set = qmp(domain, "migrate-set-parameters",
+                         {{"max-cpu-throttle", throttle->max_percent}}, doing);
+          !set) {
+        log_warning("{}", set.error().message);
+      }
+    } else if (const auto* give_up = std::get_if<GiveUp>(&action)) {
+      const std::lock_guard lock(migration.mutex);
+      migration.gave_up = give_up->why;
+      migration.abort = true;
+    }
+  }
+  {
+    const std::lock_guard lock(migration.mutex);
+    migration.downtime = convergence.downtime();
+  }
+  statistic->downtime_limit = convergence.downtime();
+  if (progress) progress(*statistic);
 }
 
 class Parameters {
@@ -1667,9 +1775,42 @@ class Parameters {
 Status LibvirtHypervisor::migrate(const MigrateOptions& options, ProgressHandler progress) {
   auto* target = dynamic_cast<LibvirtHypervisor*>(options.target);
   CHECK(target != nullptr, "both hypervisors are of one implementation");
-  DROVER_ASSIGN(const Domain domain, find_running(options.guest));
+  // From here on it can be aborted.
+  auto migration = std::make_shared<Migration>();
+  {
+    const std::lock_guard lock(migrations_mutex_);
+    if (!migrations_.emplace(options.guest, migration).second) {
+      return fail(Code::Busy, "guest " + options.guest + " is being moved already");
+    }
+  }
+  const Status migrated = migrate_with(*migration, *target, options, progress);
+  const std::lock_guard lock(migrations_mutex_);
+  migrations_.erase(options.guest);
+  return migrated;
+}
+
+Status LibvirtHypervisor::migrate_with(Migration& migration, LibvirtHypervisor& target,
+                                       const MigrateOptions& options,
+                                       const ProgressHandler& progress) {
+  // Nobody else calls over these: libvirt's client (9.0) can crash where the keepalive of a
+  // connection fails while two threads wait for answers over it (CVE-2024-4418), and a migration
+  // waits long.
+  DROVER_ASSIGN(const Connection here, open_connection(options_));
+  DROVER_ASSIGN(Connection there,
+                target.waiting_ ? target.waiting_->take() : open_connection(target.options_));
+  const Status migrated =
+      migrate_over(here.get(), there.get(), target.uri_, migration, options, progress);
+  if (target.waiting_) target.waiting_->put_back(std::move(there));
+  return migrated;
+}
+
+Status LibvirtHypervisor::migrate_over(virConnectPtr source, virConnectPtr target,
+                                       const std::string& target_uri, Migration& migration,
+                                       const MigrateOptions& options,
+                                       const ProgressHandler& progress) {
+  DROVER_ASSIGN(const Domain domain, find_running_over(source, options.guest));
   const std::string doing = fmt::format("moving the memory of guest {} to {}",
-                                        virDomainGetName(domain.get()), target->uri_);
+                                        virDomainGetName(domain.get()), target_uri);
 
   // UNSAFE: libvirt wants cache=none where disks are shared; here nothing is shared, and QEMU reads
   // the target's images anew before the guest runs.
@@ -1695,25 +1836,9 @@ Status LibvirtHypervisor::migrate(const MigrateOptions& options, ProgressHandler
   }
   if (options.convergence.auto_converge) flags |= VIR_MIGRATE_AUTO_CONVERGE;
 
-  auto migration = std::make_shared<Migration>();
-  const std::string uuid = uuid_of(domain.get());
-  {
-    const std::lock_guard lock(migrations_mutex_);
-    if (!migrations_.emplace(uuid, migration).second) {
-      return fail(Code::Busy, doing + ": it is being moved already");
-    }
-  }
-  const auto unregister = [&] {
-    const std::lock_guard lock(migrations_mutex_);
-    migrations_.erase(uuid);
-  };
-
   // QEMU keeps its migration parameters after a migration that failed.
   auto saved = qmp(domain.get(), "query-migrate-parameters", doing);
-  if (!saved) {
-    unregister();
-    return fail(std::move(saved).error());
-  }
+  if (!saved) return fail(std::move(saved).error());
   const Convergence initial(options.convergence);
   json prepared = {{"downtime-limit", initial.downtime().count()}};
   json restored = {{"downtime-limit", number_of(*saved, "downtime-limit")}};
@@ -1726,49 +1851,46 @@ Status LibvirtHypervisor::migrate(const MigrateOptions& options, ProgressHandler
       restored[name] = number_of(*saved, name);
     }
   }
-  if (auto set = qmp(domain.get(), "migrate-set-parameters", prepared, doing); !set) {
-    unregister();
-    return fail(std::move(set).error());
-  }
+  DROVER_TRY(qmp(domain.get(), "migrate-set-parameters", prepared, doing));
 
-  std::thread watcher([&] { watch(domain.get(), options, progress, *migration); });
+  migration.downtime = initial.downtime();
+  std::thread watcher([&] { watch(options, progress, migration); });
   bool aborted = false;
   {
-    const std::lock_guard lock(migration->mutex);
-    aborted = migration->abort;
+    const std::lock_guard lock(migration.mutex);
+    aborted = migration.abort;
   }
   Status result;
   if (aborted) {
     result = fail(Code::Cancelled, doing + ": cancelled before it began");
   } else {
-    const Domain moved(virDomainMigrate3(domain.get(), target->connection()->get(),
-                                         parameters.list(), parameters.count(), flags));
+    const Domain moved(virDomainMigrate3(domain.get(), target, parameters.list(),
+                                         parameters.count(), flags));
     if (!moved) result = libvirt_fail(doing);
   }
   {
-    const std::lock_guard lock(migration->mutex);
-    migration->finished = true;
+    const std::lock_guard lock(migration.mutex);
+    migration.finished = true;
   }
-  migration->changed.notify_all();
+  migration.changed.notify_all();
   watcher.join();
-  unregister();
 
   if (result) {
     if (progress) {
       if (auto statistic = statistics(domain.get(), true)) {
-        statistic->downtime_limit = initial.downtime();
+        statistic->downtime_limit = migration.downtime;
         progress(*statistic);
       }
     }
     return {};
   }
   Error error = std::move(result).error();
-  if (!alive() || !target->alive()) {
+  if (virConnectIsAlive(source) != 1 || virConnectIsAlive(target) != 1) {
     error.code = Code::Unreachable;
     error.retryable = true;
   }
-  if (!migration->gave_up.empty()) {
-    error = Error{Code::Cancelled, doing + ": " + migration->gave_up,
+  if (!migration.gave_up.empty()) {
+    error = Error{Code::Cancelled, doing + ": " + migration.gave_up,
                   "a longer --max-downtime, or a quieter time", true};
   }
   if (virDomainIsActive(domain.get()) == 1) {
@@ -1780,22 +1902,18 @@ Status LibvirtHypervisor::migrate(const MigrateOptions& options, ProgressHandler
 }
 
 Status LibvirtHypervisor::abort_migration(const std::string& guest) {
+  {
+    const std::lock_guard lock(migrations_mutex_);
+    const auto migration = migrations_.find(guest);
+    if (migration == migrations_.end()) return {};
+    const std::lock_guard inner(migration->second->mutex);
+    migration->second->abort = true;
+  }
   auto found = find(guest);
   if (!found) {
     if (found.error().code == Code::NotFound) return {};
     return fail(std::move(found).error());
   }
-  bool ours = false;
-  {
-    const std::lock_guard lock(migrations_mutex_);
-    if (const auto migration = migrations_.find(uuid_of(found->get()));
-        migration != migrations_.end()) {
-      const std::lock_guard inner(migration->second->mutex);
-      migration->second->abort = true;
-      ours = true;
-    }
-  }
-  if (!ours) return {};
   if (virDomainAbortJob(found->get()) < 0) {
     Error error = libvirt_error("cancelling the migration of guest " + guest);
     // Not begun yet, or over already: the watcher repeats it until migrate() returns.
@@ -1866,7 +1984,7 @@ Status LibvirtHypervisor::set_autostart(const std::string& guest, bool autostart
 
 Result<std::unique_ptr<Subscription>> LibvirtHypervisor::subscribe(const std::string& guest,
                                                                    EventHandler handler) {
-  if (!alive()) return fail(Code::Unreachable, "the connection to " + uri_ + " is gone");
+  if (!connected()) return fail(Code::Unreachable, "the connection to " + uri_ + " is gone");
   auto entry = std::make_shared<Hub::Entry>();
   entry->guest = guest;
   entry->handler = std::move(handler);
@@ -1983,9 +2101,7 @@ void LibvirtHypervisor::refresh_pools(const std::vector<std::string>& paths) {
   refresh_pools_with(connection()->get(), paths);
 }
 
-}  // namespace
-
-Result<std::unique_ptr<DiskHost>> connect_disk_host(const ConnectOptions& options) {
+Result<std::unique_ptr<LibvirtHypervisor>> connect(const ConnectOptions& options) {
   DROVER_ASSIGN(auto loop, EventLoop::get());
   auto hub = std::make_shared<Hub>();
   DROVER_ASSIGN(auto connected, Connected::open(options, hub));
@@ -1993,8 +2109,24 @@ Result<std::unique_ptr<DiskHost>> connect_disk_host(const ConnectOptions& option
                                              options);
 }
 
+}  // namespace
+
+Result<std::unique_ptr<DiskHost>> connect_disk_host(const ConnectOptions& options) {
+  return connect(options);
+}
+
 Result<std::unique_ptr<Hypervisor>> connect_libvirt(const ConnectOptions& options) {
-  return connect_disk_host(options);
+  DROVER_ASSIGN(const auto loop, EventLoop::get());
+  if (options.uri.find("+ssh:") == std::string::npos) return connect(options);
+  auto waiting = std::make_unique<WaitingConnection>(options);
+  auto second = std::async(std::launch::async, [&waiting] { return waiting->make(); });
+  auto hypervisor = connect(options);
+  const Status made = second.get();
+  if (!hypervisor) return fail(std::move(hypervisor).error());
+  // reconnect() tries again; a migration wants it.
+  if (!made) log_info("a second connection: {}", made.error().to_string());
+  (*hypervisor)->set_waiting(std::move(waiting));
+  return std::move(*hypervisor);
 }
 
 }  // namespace drover::memmig

@@ -22,11 +22,14 @@ namespace drover::memmig {
 struct ConnectOptions {
   std::string uri = "qemu:///system";
   // A connection that has said nothing for interval * count is given up: every call under way ends
-  // with Unreachable, subscriptions get ConnectionLost.
+  // with Unreachable, subscriptions get ConnectionLost (not for one that only a migrate() has).
   std::chrono::seconds keepalive_interval{2};
   unsigned keepalive_count = 5;
 };
 
+// connect_libvirt(): to move guests. By SSH it makes two connections at the same time, the second for
+// migrate() to that host, which then need not wait for SSH. If only the second fails alive() is
+// false; reconnect() tries again.
 // Unreachable, Denied (libvirt's or SSH's refusal), Incompatible (libvirt or QEMU too old).
 Result<std::unique_ptr<Hypervisor>> connect_libvirt(const ConnectOptions& options);
 Result<std::unique_ptr<DiskHost>> connect_disk_host(const ConnectOptions& options);

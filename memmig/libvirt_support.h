@@ -28,6 +28,7 @@ struct Freer {
     static_cast<void>(Free(object));
   }
 };
+using Connection = std::unique_ptr<virConnect, Freer<virConnectClose>>;
 using Domain = std::unique_ptr<virDomain, Freer<virDomainFree>>;
 using Network = std::unique_ptr<virNetwork, Freer<virNetworkFree>>;
 using Pool = std::unique_ptr<virStoragePool, Freer<virStoragePoolFree>>;

@@ -438,7 +438,7 @@ void SimHypervisor::break_connection(const std::string& why) {
   if (!alive_) return;
   alive_ = false;
   world_.trace("connection to libvirt on the {} is lost: {}", machines_.host(side_).name, why);
-  machines_.client_gone(side_);
+  if (migrates_) machines_.client_gone(side_);
   world_.after(world_.between(50us, 500us), [this, here = here_, why] {
     if (!*here || !client_->alive || std::exchange(told_, true)) return;
     GuestEvent event;
@@ -699,8 +699,16 @@ Status SimHypervisor::stop_exports(const std::string&, const std::string&) {
 
 Status SimHypervisor::migrate(const memmig::MigrateOptions& options,
                               memmig::ProgressHandler progress) {
+  const auto& to = dynamic_cast<const SimHypervisor&>(*options.target);
+  // As the real one: over connections that break for themselves.
+  SimHypervisor source(world_, network_, machines_, side_, client_);
+  SimHypervisor target(world_, network_, machines_, to.side_, client_);
+  source.migrates_ = target.migrates_ = true;
+  return source.migrate_to(target, progress);
+}
+
+Status SimHypervisor::migrate_to(SimHypervisor& target, const memmig::ProgressHandler& progress) {
   DROVER_TRY(enter());
-  auto& target = dynamic_cast<SimHypervisor&>(*options.target);
   const auto migration = std::make_shared<Migration>();
   machines_.migration = migration;
   const auto over = [&](Status status) {

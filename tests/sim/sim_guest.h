@@ -257,6 +257,7 @@ class SimHypervisor final : public memmig::Hypervisor {
   Status enter();
   Status leave();
   Status call(const std::function<Status()>& act);
+  Status migrate_to(SimHypervisor& target, const memmig::ProgressHandler& progress);
   Status perform(Migration& migration);
   Status finish(SimHypervisor& target, Migration& migration);
   void confirm(Migration& migration, bool success);
@@ -269,6 +270,7 @@ class SimHypervisor final : public memmig::Hypervisor {
   const ProcessPtr client_;
   const std::string uri_;
   bool alive_ = true;
+  bool migrates_ = false;  // a migration has it to itself
   bool told_ = false;
   Instant last_event_{};
   std::vector<SimSubscription*> subscriptions_;
