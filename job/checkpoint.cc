@@ -70,7 +70,7 @@ FlushPlan plan_flushes(Length data) {
 
 Checkpointer::Checkpointer(Platform& platform, Job job)
     : platform_(platform), job_(std::move(job)), generation_(job_.generation) {
-  flushed_ = rotated_ = platform_.now();
+  flushed_ = rotated_ = looked_ = platform_.now();
   thread_ = platform_.start_thread([this] { run(); });
 }
 
@@ -85,15 +85,31 @@ void Checkpointer::stop() {
 }
 
 void Checkpointer::run() {
+  std::chrono::milliseconds pause = kLook;
   while (!stop_.load()) {
-    platform_.sleep(kLook);
-    if (!stop_.load()) look();
+    platform_.sleep(pause);
+    if (!stop_.load()) pause = look();
   }
 }
 
-void Checkpointer::look() {
+// When the next flush will be due if what is to be flushed grows as it did in the last `span`: who comes late makes the
+// copy stand still (FlushPlan::most).
+std::chrono::milliseconds Checkpointer::pause_until_due(Length grown, Duration span) const {
+  if (grown == Length()) return kLook;
+  const Length left = job_.flush_every - std::min(unflushed_, job_.flush_every);
+  const double share = static_cast<double>(left.bytes()) / static_cast<double>(grown.bytes());
+  const std::chrono::duration<double, Duration::period> due = span * share;
+  if (due >= kLook) return kLook;
+  return std::max(std::chrono::duration_cast<std::chrono::milliseconds>(due), kLookSoon);
+}
+
+std::chrono::milliseconds Checkpointer::look() {
   const auto status = job_.engine.status();
   const Instant time = platform_.now();
+  const Length grown = status.unflushed - std::min(status.unflushed, unflushed_);
+  const Duration span = time - looked_;
+  looked_ = time;
+  unflushed_ = status.unflushed;
   Status done;
   if (!broken_ && !status.link_down && time >= rotated_ + kRotate) {
     done = rotate();
@@ -102,10 +118,15 @@ void Checkpointer::look() {
     const bool much = status.unflushed >= job_.flush_every;
     const bool old = status.unflushed > Length() && time >= flushed_ + kFlushInterval;
     if (!status.link_down && (much || old)) done = flush();
-    if (broken_) return;
+    if (done && (much || old)) unflushed_ = Length();
+    if (broken_) return kLook;
     if (const Status stored = store_records(Journal::Sync::No); !stored) done = stored;
   }
-  if (!done) log_warning("noting what the target has: {}", done.error().to_string());
+  if (!done) {
+    log_warning("noting what the target has: {}", done.error().to_string());
+    return kLook;
+  }
+  return pause_until_due(grown, span);
 }
 
 Status Checkpointer::flush() {

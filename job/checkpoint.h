@@ -56,7 +56,8 @@ FlushPlan plan_flushes(Length data);
 
 class Checkpointer {
  public:
-  static constexpr std::chrono::milliseconds kLook{100};
+  static constexpr std::chrono::milliseconds kLook{100};     // at what was acknowledged
+  static constexpr std::chrono::milliseconds kLookSoon{10};  // where the next flush is due before that
   static constexpr std::chrono::milliseconds kFlushInterval{2000};
   static constexpr std::chrono::milliseconds kRotate{5000};
   static constexpr std::chrono::seconds kFlushTimeout{30};
@@ -84,7 +85,8 @@ class Checkpointer {
 
  private:
   void run();
-  void look();
+  std::chrono::milliseconds look();
+  [[nodiscard]] std::chrono::milliseconds pause_until_due(Length grown, Duration span) const;
   Status flush();
   Status store_records(Journal::Sync sync);
   [[nodiscard]] Result<bool> mirrored();
@@ -98,6 +100,8 @@ class Checkpointer {
   std::optional<std::vector<mirror::TargetDisk>> targets_;
   Instant flushed_{};
   Instant rotated_{};
+  Instant looked_{};
+  Length unflushed_;  // then, or after the flush that it was followed by
   // A journal that could not be written is not written again: what it says stays right together with the bitmaps that
   // are kept from then on.
   bool broken_ = false;
