@@ -39,7 +39,9 @@ Length scaled(Length rate, double factor) {
 
 Length CopyPace::look(Instant now, const memmig::GuestIo& io, Length read) {
   const Duration span = now - since_;
-  if (!begun_ || span > kStale) {
+  // Counters fall when a disk is taken away.
+  const bool fell = io.operations < io_.operations || io.time < io_.time;
+  if (!begun_ || span > kStale || fell) {
     begun_ = true;
     start_window(now, io, read);
     return rate_;
@@ -54,7 +56,7 @@ Length CopyPace::look(Instant now, const memmig::GuestIo& io, Length read) {
   fastest_ = std::max(fastest_, measured);
   // Few requests, and they did not take long: not one that asks little because it waits.
   const bool quiet = operations < kEnough && busy < span / kIdleShare;
-  const bool idle = quiet && (quiet_ || !awake_);
+  const bool idle = quiet && (quiet_ || !awake_) && !(then_ && operations > 0);
   quiet_ = quiet;
   if (idle) {
     awake_ = false;
@@ -62,19 +64,26 @@ Length CopyPace::look(Instant now, const memmig::GuestIo& io, Length read) {
     then_.reset();
     latency_ = Duration::zero();
     rate_ = Length();
+  } else if (then_ && operations > 0) {
+    // However few: it is what they take without the copy.
+    note(busy / static_cast<Duration::rep>(operations));
+    rate_ = *std::exchange(then_, std::nullopt);
   } else if (!quiet) {
-    const bool woke = !std::exchange(awake_, true);
-    if (woke && copying_ && baseline_ == Duration::zero()) {
-      look_alone(kStart);
-    } else if (operations > 0) {
-      note(busy / static_cast<Duration::rep>(operations));
+    awake_ = true;
+    if (operations > 0) {
+      const auto count = static_cast<Duration::rep>(operations);
+      const Duration slack = std::max(kSlack, Duration(span / (kSlackShare * count)));
+      const bool asks_little = slack > kSlack;
+      const Duration mean = busy / count;
+      const bool known = baseline_ != Duration::zero();
+      note(mean);
       if (!copying_) {
-        rate_ = kStart;
-      } else if (then_) {
-        rate_ = *std::exchange(then_, std::nullopt);
+        rate_ = asks_little ? Length() : kStart;
+      } else if (!known && latency_ > slack) {
+        look_alone(asks_little ? Length() : kStart);
       } else {
-        adjust(now, std::max(measured, measured_), span);
-        if (++windows_ >= kAloneEvery) look_alone(rate_);
+        adjust(now, std::max(measured, measured_), span, slack);
+        if (++windows_ >= kAloneEvery && latency_ > slack) look_alone(rate_);
       }
     }
   }
@@ -105,7 +114,7 @@ void CopyPace::note(Duration mean) {
   latency_ = latency_ == Duration::zero()
                  ? mean
                  : towards(latency_, std::min(mean, kMostCounted * latency_), kNewest);
-  if (baseline_ == Duration::zero() || !copying_ || latency_ < baseline_) baseline_ = latency_;
+  if (!copying_ || latency_ < baseline_) baseline_ = latency_;
 }
 
 Length CopyPace::handover() const {
@@ -115,9 +124,9 @@ Length CopyPace::handover() const {
 
 Length CopyPace::least() const { return std::max(kLeast, Length(fastest_.bytes() / kLeastShare)); }
 
-void CopyPace::adjust(Instant now, Length measured, Duration span) {
+void CopyPace::adjust(Instant now, Length measured, Duration span, Duration slack) {
   const std::chrono::duration<double> limit =
-      kTolerated * std::chrono::duration<double>(baseline_) + kSlack;
+      kTolerated * std::chrono::duration<double>(baseline_) + slack;
   const double room = limit / std::chrono::duration<double>(latency_);
   const double steps = std::max(std::chrono::duration<double>(span) / kStep, 1.0);
   if (room < 1) {

@@ -10,9 +10,11 @@
 //
 // The rate begins at kStart and follows the mean latency of the guest's requests: it grows while
 // that is below kTolerated times what it is without the copy, and kSlack more, and shrinks above. A
-// guest that asks nothing of its disks holds up nobody: no limit. What the guest feels without the
-// copy changes: now and then, and when the rate has been at its least for a while and the guest is
-// slow still, a window is spent looking at that, with the copy at kLeast.
+// guest that asks little may wait longer for each request, until it waits for one part in kSlackShare
+// of its time more, and for it the rate begins without a limit; one that asks nothing holds up
+// nobody. What the guest feels without the copy changes: now and then, and when the rate has been at
+// its least for a while and the guest is slow still, a window is spent looking at that, with the copy
+// at kLeast; not while the guest waits for less than it may wait in any case.
 //
 // Threads: none; use from one.
 #pragma once
@@ -32,6 +34,7 @@ class CopyPace {
   // answer within microseconds need not be crept around).
   static constexpr double kTolerated = 1.5;
   static constexpr Duration kSlack = std::chrono::microseconds(300);
+  static constexpr int kSlackShare = 20;
   // A mean of fewer requests says little; so many are waited for, at most so long.
   static constexpr std::uint64_t kEnough = 40;
   static constexpr Duration kPatience = std::chrono::seconds(1);
@@ -43,7 +46,7 @@ class CopyPace {
       8;  // of the fastest so far: never below one part in 8
   // So long at the least rate, and the guest slow: perhaps it is not the copy's doing.
   static constexpr Duration kNotOurDoing = std::chrono::seconds(2);
-  // One window of so many is without the copy.
+  // One window of so many is without the copy, if the guest waits for more than it may in any case.
   static constexpr unsigned kAloneEvery = 50;
 
   // `io`: what the guest has had done since it started; `read`: what the copy has read since it
@@ -61,7 +64,7 @@ class CopyPace {
   void start_window(Instant now, const memmig::GuestIo& io, Length read);
   void look_alone(Length then);
   void note(Duration mean);
-  void adjust(Instant now, Length measured, Duration span);
+  void adjust(Instant now, Length measured, Duration span, Duration slack);
   [[nodiscard]] Length least() const;
 
   bool begun_ = false;

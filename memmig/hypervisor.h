@@ -259,7 +259,7 @@ struct Attached {
 };
 
 // What the guest has had its disks do since it was started here, all disks together: requests that are done
-// (reads, writes) and how long they took, as the guest felt it.
+// (reads, writes, flushes) and how long they took, as the guest felt it.
 struct GuestIo {
   std::uint64_t operations = 0;
   Duration time{};

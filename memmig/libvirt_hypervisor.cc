@@ -867,9 +867,11 @@ Result<GuestIo> LibvirtHypervisor::disk_io(const std::string& guest) {
   };
   GuestIo io;
   io.operations = static_cast<std::uint64_t>(field(VIR_DOMAIN_BLOCK_STATS_READ_REQ) +
-                                             field(VIR_DOMAIN_BLOCK_STATS_WRITE_REQ));
+                                             field(VIR_DOMAIN_BLOCK_STATS_WRITE_REQ) +
+                                             field(VIR_DOMAIN_BLOCK_STATS_FLUSH_REQ));
   io.time = std::chrono::nanoseconds(field(VIR_DOMAIN_BLOCK_STATS_READ_TOTAL_TIMES) +
-                                     field(VIR_DOMAIN_BLOCK_STATS_WRITE_TOTAL_TIMES));
+                                     field(VIR_DOMAIN_BLOCK_STATS_WRITE_TOTAL_TIMES) +
+                                     field(VIR_DOMAIN_BLOCK_STATS_FLUSH_TOTAL_TIMES));
   return io;
 }
 

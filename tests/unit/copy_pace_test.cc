@@ -51,6 +51,7 @@ class World {
   [[nodiscard]] Length rate() const { return rate_; }
   [[nodiscard]] const CopyPace& pace() const { return pace_; }
   void set(Latency latency) { latency_ = std::move(latency); }
+  void ask(double operations_per_second) { operations_per_second_ = operations_per_second; }
   void one_request_at_a_time() { at_once_ = 1; }
 
  private:
@@ -128,6 +129,48 @@ TEST(CopyPaceTest, GuestThatAsksRarelyDoesNotHoldTheCopyUp) {
   world.steps(5, false);
   world.steps(40, true);
   EXPECT_GT(world.mean_rate(10), 1000);
+}
+
+// 50 requests a second: 1 ms more for each makes it wait for a twentieth of its time.
+TEST(CopyPaceTest, GuestThatAsksRarelyMayWaitLonger) {
+  World seen(50, rising(1000));  // 1.5 ms at 2000 MiB/s; it may have 1.75
+  seen.steps(20, false);
+  int limited = 0;
+  for (int i = 0; i < 600; ++i) {
+    seen.step(true);
+    if (seen.rate() != Length()) ++limited;
+  }
+  EXPECT_LE(limited, 12) << "those that are spent looking at the guest alone";
+  World slower(50, rising(400));  // 1.75 ms at 1000 MiB/s
+  slower.steps(20, false);
+  slower.steps(100, true);
+  EXPECT_NEAR(slower.mean_rate(50), 1000, 100);
+}
+
+// Alone it keeps its disks busy for 8 % of the time, which is next to nothing, and beside the copy for 12.
+TEST(CopyPaceTest, GuestThatIsQuietOnlyWithoutTheCopyIsLookedAtOnce) {
+  World world(20, [](double rate) { return milliseconds(rate < 100 ? 4 : 6); });
+  world.steps(20, false);
+  world.steps(50, true);
+  EXPECT_GT(world.mean_rate(600), 1500);
+}
+
+TEST(CopyPaceTest, GuestThatBeginsToAskMuchIsGivenWay) {
+  World world(50, rising(200));
+  world.steps(20, false);
+  world.steps(50, true);
+  EXPECT_GT(world.mean_rate(50), 300);
+  world.ask(1000);
+  world.steps(50, true);
+  EXPECT_NEAR(world.mean_rate(50), 220, 30);
+}
+
+TEST(CopyPaceTest, GuestThatHardlyWaitsIsNotLookedAtAlone) {
+  World world(50, [](double rate) { return microseconds(rate > 0 ? 900 : 300); });  // never seen alone
+  for (int i = 0; i < 600; ++i) {
+    world.step(true);
+    ASSERT_EQ(world.rate(), Length()) << i;
+  }
 }
 
 TEST(CopyPaceTest, GuestThatIsNotDisturbedLetsTheCopyRun) {
