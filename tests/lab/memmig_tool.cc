@@ -310,7 +310,8 @@ class Tool {
       options.connections = line.value("connections", 1U);
       options.bandwidth = Length(line.value("bandwidth", std::uint64_t{0}));
       auto& limits = options.convergence;
-      limits.initial_downtime = std::chrono::milliseconds(line.value("initial_downtime", 100));
+      limits.initial_downtime = std::chrono::milliseconds(
+          line.value("initial_downtime", limits.initial_downtime.count()));
       limits.max_downtime = std::chrono::milliseconds(line.value("max_downtime", 500));
       limits.auto_converge = line.value("auto_converge", true);
       limits.max_throttle_percent = line.value("max_throttle", 90U);
