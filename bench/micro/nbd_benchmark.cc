@@ -4,6 +4,7 @@
 // memory, written to by the same libnbd client over a unix socket. Times are the wall clock's.
 #include <benchmark/benchmark.h>
 #include <libnbd.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,6 +12,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -130,8 +132,33 @@ class Connection {
 
 using Connect = bool (Connection::*)();
 
+// This thread, and with it the threads and processes that it starts, on one processor.
+class OneProcessor {
+ public:
+  OneProcessor() {
+    CHECK(::sched_getaffinity(0, sizeof before_, &before_) == 0, "a thread has an affinity");
+    const int here = ::sched_getcpu();
+    CHECK(here >= 0, "the kernel knows where a thread runs");
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(here, &one);
+    CHECK(::sched_setaffinity(0, sizeof one, &one) == 0, "a thread may stay where it is");
+  }
+  OneProcessor(const OneProcessor&) = delete;
+  OneProcessor& operator=(const OneProcessor&) = delete;
+  ~OneProcessor() { ::sched_setaffinity(0, sizeof before_, &before_); }
+
+ private:
+  cpu_set_t before_{};
+};
+
 // Writes of `size` bytes, `depth` in flight. One at a time: with the latencies' median and p99.
-void write_to(benchmark::State& state, Connect connect, std::size_t size, int depth) {
+// On one processor the servers' own cost shows; else also what it costs to wake a processor that
+// sleeps, and where the scheduler happened to put the two.
+void write_to(benchmark::State& state, Connect connect, std::size_t size, int depth,
+              bool one_processor) {
+  std::optional<OneProcessor> here;
+  if (one_processor) here.emplace();
   Connection connection;
   if (!(connection.*connect)() || !connection.fill()) {
     state.SkipWithError(nbd_get_error());
@@ -172,9 +199,10 @@ void write_to(benchmark::State& state, Connect connect, std::size_t size, int de
       ->UseRealTime()                                                             \
       ->Unit(benchmark::kMicrosecond)
 
-DROVER_NBD_BENCHMARK(write_4_KiB_round_trip, 4096, 1);
-DROVER_NBD_BENCHMARK(write_4_KiB_16_deep, 4096, 16);
-DROVER_NBD_BENCHMARK(write_1_MiB_4_deep, std::size_t{1} << 20, 4);
+DROVER_NBD_BENCHMARK(write_4_KiB_round_trip, 4096, 1, false);
+DROVER_NBD_BENCHMARK(write_4_KiB_on_one_processor, 4096, 1, true);
+DROVER_NBD_BENCHMARK(write_4_KiB_16_deep, 4096, 16, false);
+DROVER_NBD_BENCHMARK(write_1_MiB_4_deep, std::size_t{1} << 20, 4, false);
 
 }  // namespace
 }  // namespace drover::mirror
