@@ -118,7 +118,6 @@ std::chrono::milliseconds Checkpointer::look() {
     const bool much = status.unflushed >= job_.flush_every;
     const bool old = status.unflushed > Length() && time >= flushed_ + kFlushInterval;
     if (!status.link_down && (much || old)) done = flush();
-    if (done && (much || old)) unflushed_ = Length();
     if (broken_) return kLook;
     if (const Status stored = store_records(Journal::Sync::No); !stored) done = stored;
   }
@@ -133,7 +132,8 @@ Status Checkpointer::flush() {
   const std::vector<mirror::FlushId> ids = job_.engine.flush_begin();
   const auto flushed = job_.engine.link().call({{"op", "flush"}}, kFlushTimeout);
   job_.engine.flush_ended(ids, flushed.has_value());
-  flushed_ = platform_.now();
+  flushed_ = looked_ = platform_.now();
+  unflushed_ = job_.engine.status().unflushed;
   if (flushed) return {};
   const Error& error = flushed.error();
   const bool of_the_disk = error.code == Code::Io || error.code == Code::NoSpace;

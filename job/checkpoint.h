@@ -101,7 +101,7 @@ class Checkpointer {
   Instant flushed_{};
   Instant rotated_{};
   Instant looked_{};
-  Length unflushed_;  // then, or after the flush that it was followed by
+  Length unflushed_;  // then
   // A journal that could not be written is not written again: what it says stays right together with the bitmaps that
   // are kept from then on.
   bool broken_ = false;

@@ -56,18 +56,17 @@ Length CopyPace::look(Instant now, const memmig::GuestIo& io, Length read) {
   fastest_ = std::max(fastest_, measured);
   // Few requests, and they did not take long: not one that asks little because it waits.
   const bool quiet = operations < kEnough && busy < span / kIdleShare;
-  const bool idle = quiet && (quiet_ || !awake_) && !(then_ && operations > 0);
+  const bool idle = quiet && (quiet_ || !awake_);
   quiet_ = quiet;
-  if (idle) {
+  if (then_) {
+    // However few they were: it is what they take without the copy. None says nothing.
+    if (operations > 0) note(busy / static_cast<Duration::rep>(operations));
+    rate_ = *std::exchange(then_, std::nullopt);
+  } else if (idle) {
     awake_ = false;
     least_since_.reset();
-    then_.reset();
     latency_ = Duration::zero();
     rate_ = Length();
-  } else if (then_ && operations > 0) {
-    // However few: it is what they take without the copy.
-    note(busy / static_cast<Duration::rep>(operations));
-    rate_ = *std::exchange(then_, std::nullopt);
   } else if (!quiet) {
     awake_ = true;
     if (operations > 0) {
@@ -79,7 +78,7 @@ Length CopyPace::look(Instant now, const memmig::GuestIo& io, Length read) {
       note(mean);
       if (!copying_) {
         rate_ = asks_little ? Length() : kStart;
-      } else if (!known && latency_ > slack) {
+      } else if (!known && latency_ > slack && !std::exchange(looked_, true)) {
         look_alone(asks_little ? Length() : kStart);
       } else {
         adjust(now, std::max(measured, measured_), span, slack);

@@ -81,6 +81,7 @@ class CopyPace {
   Length fastest_;
   std::optional<Instant> least_since_;  // the rate is at its least, and the guest still slow
   std::optional<Length> then_;          // this window is without the copy; the rate afterwards
+  bool looked_ = false;                 // there was such a window though nothing was known
   unsigned windows_ = 0;                // since the last such one
 };
 

@@ -1105,7 +1105,7 @@ class Move {
 
   // libvirt's own ssh waits for as long as TCP does, two minutes and more: ours is asked first.
   Status target_in_reach() {
-    if (target().uri().find("+ssh:") == std::string::npos) return {};
+    if (!memmig::goes_by_ssh(target().uri())) return {};
     DROVER_TRY(platform_.run_on_target(plan().host, {.argv = {"true"}}));
     return {};
   }
@@ -1117,10 +1117,12 @@ class Move {
     if (!state && state.error().code == Code::NotFound) return GuestState::ShutOff;
     if (state || host->alive()) return state;
     if (host == prepared_.target) DROVER_TRY(target_in_reach());
-    DROVER_TRY(host->reconnect());
-    log_info("connected to {} again", host->uri());
+    const Status back = host->reconnect();
+    if (back) log_info("connected to {} again", host->uri());
+    // If only what a migration needs is not back this is answered all the same.
     state = host->state(uuid());
     if (!state && state.error().code == Code::NotFound) return GuestState::ShutOff;
+    if (!state && !back) return fail(back.error());
     return state;
   }
 

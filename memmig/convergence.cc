@@ -48,7 +48,7 @@ std::vector<ConvergenceAction> Convergence::step(Instant now, const MigrationPro
     if (downtime_ < limits_.max_downtime) {
       const auto raised = std::chrono::duration_cast<std::chrono::milliseconds>(
           downtime_ * kDowntimeFactor + std::chrono::milliseconds(1));
-      downtime_ = std::min(limits_.max_downtime, raised);
+      downtime_ = std::min(limits_.max_downtime, std::max(raised, kLeastRaised));
       actions.emplace_back(SetDowntime{downtime_});
     } else {
       throttle_ = std::min(limits_.max_throttle_percent, throttle_ + kThrottleStep);

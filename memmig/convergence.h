@@ -49,6 +49,7 @@ class Convergence {
   static constexpr double kProgress = 0.9;
   static constexpr unsigned kStalled = 2;
   static constexpr double kDowntimeFactor = 1.5;
+  static constexpr std::chrono::milliseconds kLeastRaised{100};  // the first time
   static constexpr unsigned kThrottleStep = 20;  // percent
 
   explicit Convergence(const ConvergenceLimits& limits);

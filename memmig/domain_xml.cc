@@ -418,4 +418,9 @@ Result<std::string> libvirt_uri_of(const std::string& ssh_destination) {
   return "qemu+ssh://" + user + rest + port + "/system?no_tty=1";
 }
 
+bool goes_by_ssh(std::string_view libvirt_uri) {
+  const std::string_view scheme = libvirt_uri.substr(0, libvirt_uri.find("://"));
+  return scheme.ends_with("+ssh") || scheme.find("+libssh") != std::string_view::npos;
+}
+
 }  // namespace drover::memmig

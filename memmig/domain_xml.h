@@ -78,5 +78,7 @@ Result<std::string> rewrite_definition(const std::string& xml, const Rewrite& re
 // The libvirt URI for an SSH destination: "hostb", "root@hostb", "ssh://root@hostb:2222",
 // "[fd00::2]", "fd00::2" -> "qemu+ssh://.../system?no_tty=1" (libvirt's ssh never asks anything).
 Result<std::string> libvirt_uri_of(const std::string& ssh_destination);
+// "qemu+ssh://...", "qemu+libssh2://...".
+bool goes_by_ssh(std::string_view libvirt_uri);
 
 }  // namespace drover::memmig

@@ -424,16 +424,39 @@ Result<Connection> open_connection(const ConnectOptions& options) {
 
 // A connection to a target by SSH that waits for a migration, which then has it to itself: SSH takes
 // a while, or minutes where the link is down, and nobody can take that back.
-class WaitingConnection {
+class WaitingConnection : public std::enable_shared_from_this<WaitingConnection> {
  public:
-  explicit WaitingConnection(ConnectOptions options) : options_(std::move(options)) {}
+  WaitingConnection(ConnectOptions options, std::shared_ptr<EventLoop> loop)
+      : options_(std::move(options)), loop_(std::move(loop)) {}
 
-  Status make() {
-    auto opened = open_connection(options_);
-    const std::lock_guard lock(mutex_);
-    waiting_ = opened ? std::move(*opened) : nullptr;
-    if (!opened) return fail(std::move(opened).error());
-    return {};
+  // Makes it, on a thread that nobody has to wait for. Not if that is under way already.
+  std::future<Status> make() {
+    auto made = std::make_shared<std::promise<Status>>();
+    {
+      const std::lock_guard lock(mutex_);
+      if (std::exchange(making_, true)) {
+        made->set_value(fail(slow()));
+        return made->get_future();
+      }
+    }
+    std::thread([self = shared_from_this(), loop = loop_, made]() mutable {
+      auto opened = open_connection(self->options_);
+      Status status;
+      if (!opened) status = fail(opened.error());
+      {
+        const std::lock_guard lock(self->mutex_);
+        self->making_ = false;
+        if (opened || !self->works()) self->waiting_ = opened ? std::move(*opened) : nullptr;
+      }
+      self.reset();  // and a connection that nobody wants, while there is an event loop
+      made->set_value(std::move(status));
+    }).detach();
+    return made->get_future();
+  }
+  // What became of it. Not much longer than the first connection took.
+  Status made(std::future<Status> making) const {
+    if (making.wait_for(kPatience) == std::future_status::ready) return making.get();
+    return fail(slow());
   }
   // There is none that works, and no migration has it.
   [[nodiscard]] bool missing() const {
@@ -459,12 +482,19 @@ class WaitingConnection {
   }
 
  private:
+  static constexpr std::chrono::seconds kPatience{10};
   bool works() const { return waiting_ && virConnectIsAlive(waiting_.get()) == 1; }
+  Error slow() const {
+    return {Code::Unreachable, "the second connection to " + options_.uri + " takes much longer than the first",
+            "a move needs two: does something there limit SSH logins (MaxStartups, a firewall)?", true};
+  }
 
   const ConnectOptions options_;
+  const std::shared_ptr<EventLoop> loop_;
   mutable std::mutex mutex_;
-  Connection waiting_;
+  bool making_ = false;
   bool taken_ = false;
+  Connection waiting_;  // goes first
 };
 
 Result<std::shared_ptr<Connected>> Connected::open(const ConnectOptions& options,
@@ -539,7 +569,7 @@ class LibvirtHypervisor final : public DiskHost {
   ~LibvirtHypervisor() override;
 
   // migrate() to this host takes it.
-  void set_waiting(std::unique_ptr<WaitingConnection> waiting) { waiting_ = std::move(waiting); }
+  void set_waiting(std::shared_ptr<WaitingConnection> waiting) { waiting_ = std::move(waiting); }
 
   const std::string& uri() const override { return uri_; }
   bool alive() const override {
@@ -652,7 +682,7 @@ class LibvirtHypervisor final : public DiskHost {
   HubHandle hub_;
   mutable std::mutex connection_mutex_;
   std::shared_ptr<Connected> connection_;
-  std::unique_ptr<WaitingConnection> waiting_;  // null: not by SSH
+  std::shared_ptr<WaitingConnection> waiting_;  // null: not by SSH
   std::mutex reconnecting_;
   std::mutex bitmaps_mutex_;  // one read_bitmaps() at a time: it uses QEMU's only NBD server
   std::mutex migrations_mutex_;
@@ -670,7 +700,7 @@ Status LibvirtHypervisor::reconnect() {
   // What broke the one will have broken the other.
   std::future<Status> second;
   if (waiting_ && !waiting_->taken() && (lost || waiting_->missing())) {
-    second = std::async(std::launch::async, [this] { return waiting_->make(); });
+    second = waiting_->make();
   }
   if (lost) {
     // Who was not told yet.
@@ -679,7 +709,7 @@ Status LibvirtHypervisor::reconnect() {
     const std::lock_guard lock(connection_mutex_);
     connection_ = std::move(opened);
   }
-  return second.valid() ? second.get() : Status();
+  return second.valid() ? waiting_->made(std::move(second)) : Status();
 }
 
 Result<Domain> LibvirtHypervisor::find(const std::string& guest) const {
@@ -1699,12 +1729,14 @@ void LibvirtHypervisor::watch(const MigrateOptions& options, const ProgressHandl
   std::unique_lock lock(migration.mutex);
   while (!migration.finished) {
     lock.unlock();
-    if (!connection || virConnectIsAlive(connection.get()) != 1) {
+    if (!domain || virConnectIsAlive(connection.get()) != 1) {
       domain.reset();
       auto opened = open_connection(options_);
-      if (!opened) log_warning("watching the migration: {}", opened.error().to_string());
+      if (!opened) log_info("watching the migration: {}", opened.error().to_string());
       connection = opened ? std::move(*opened) : nullptr;
-      if (connection) domain.reset(virDomainLookupByUUIDString(connection.get(), options.guest.c_str()));
+      if (connection) {
+        domain.reset(virDomainLookupByUUIDString(connection.get(), options.guest.c_str()));
+      }
     }
     if (domain) steer(domain.get(), convergence, progress, migration);
     lock.lock();
@@ -2119,16 +2151,16 @@ Result<std::unique_ptr<DiskHost>> connect_disk_host(const ConnectOptions& option
 
 Result<std::unique_ptr<Hypervisor>> connect_libvirt(const ConnectOptions& options) {
   DROVER_ASSIGN(const auto loop, EventLoop::get());
-  if (options.uri.find("+ssh:") == std::string::npos) return connect(options);
-  auto waiting = std::make_unique<WaitingConnection>(options);
-  auto second = std::async(std::launch::async, [&waiting] { return waiting->make(); });
-  auto hypervisor = connect(options);
-  const Status made = second.get();
-  if (!hypervisor) return fail(std::move(hypervisor).error());
-  // reconnect() tries again; a migration wants it.
-  if (!made) log_info("a second connection: {}", made.error().to_string());
-  (*hypervisor)->set_waiting(std::move(waiting));
-  return std::move(*hypervisor);
+  if (!goes_by_ssh(options.uri)) return connect(options);
+  const auto waiting = std::make_shared<WaitingConnection>(options, loop);
+  auto second = waiting->make();
+  DROVER_ASSIGN(auto hypervisor, connect(options));
+  // Only a migration wants it; reconnect() tries again.
+  if (const Status made = waiting->made(std::move(second)); !made) {
+    log_info("{}", made.error().to_string());
+  }
+  hypervisor->set_waiting(waiting);
+  return hypervisor;
 }
 
 }  // namespace drover::memmig

@@ -54,6 +54,16 @@ TEST_F(ConvergenceTest, InitialDowntimeIsWithinTheLimit) {
   EXPECT_EQ(Convergence(tight).downtime(), milliseconds(40));
 }
 
+TEST_F(ConvergenceTest, ShortInitialDowntimeIsRaisedTo100MsAtOnce) {
+  ConvergenceLimits shorter = limits();
+  shorter.initial_downtime = milliseconds(30);
+  Convergence convergence(shorter);
+  for (int i = 0; i < 6 && convergence.downtime() == milliseconds(30); ++i) {
+    iteration(convergence, 100_MiB);
+  }
+  EXPECT_EQ(convergence.downtime(), milliseconds(100));
+}
+
 TEST_F(ConvergenceTest, FirstIterationSaysNothing) {
   // It sends all memory; the second one is smaller than it whatever the guest does.
   Convergence convergence(limits());

@@ -155,6 +155,20 @@ TEST(CopyPaceTest, GuestThatIsQuietOnlyWithoutTheCopyIsLookedAtOnce) {
   EXPECT_GT(world.mean_rate(600), 1500);
 }
 
+// Every 5 s 50 requests within a moment, so that a look at it alone shows nothing.
+TEST(CopyPaceTest, GuestOfBurstsIsNotLookedAtAloneAgainAndAgain) {
+  World world(0, [](double) { return milliseconds(2); });
+  world.steps(20, true);
+  double sum = 0;
+  for (int burst = 0; burst < 40; ++burst) {
+    world.ask(500);
+    sum += world.mean_rate(1);
+    world.ask(0);
+    sum += world.mean_rate(49) * 49;
+  }
+  EXPECT_GT(sum / 2000, 1350) << "given way to for a moment, not looked at for two of five seconds";
+}
+
 TEST(CopyPaceTest, GuestThatBeginsToAskMuchIsGivenWay) {
   World world(50, rising(200));
   world.steps(20, false);

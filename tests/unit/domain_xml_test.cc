@@ -334,6 +334,15 @@ TEST(DomainXml, PathsAreQuoted) {
   EXPECT_EQ(parsed(xml).disk("vda")->path, "/a\"'<&>/b");
 }
 
+TEST(LibvirtUri, GoesBySsh) {
+  for (const char* uri : {"qemu+ssh://hostb/system?no_tty=1", "qemu+libssh://h/system", "qemu+libssh2://h/system"}) {
+    EXPECT_TRUE(goes_by_ssh(uri)) << uri;
+  }
+  for (const char* uri : {"qemu:///system", "qemu+tls://ssh/system", "qemu+unix:///system?socket=/run/+ssh", ""}) {
+    EXPECT_FALSE(goes_by_ssh(uri)) << uri;
+  }
+}
+
 TEST(LibvirtUri, OfAnSshDestination) {
   const auto uri = [](const std::string& host) { return libvirt_uri_of(host).value_or("-"); };
   EXPECT_EQ(uri("hostb"), "qemu+ssh://hostb/system?no_tty=1");
