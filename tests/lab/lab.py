@@ -509,7 +509,8 @@ class Host:
         finally:
             os.close(folder)
         fs = self._filesystems[where]
-        self.run(["umount", where])
+        # The kernel lets go of a killed process's io_uring, and the files in it, after the process has gone.
+        wait_for(f"{where} to be free", lambda: self.run(["umount", where], check=False).returncode == 0)
         self._mount_image(fs, where)
 
     BOOT_ID = "/proc/sys/kernel/random/boot_id"
