@@ -232,7 +232,7 @@ def kill_libvirtd(host: Host) -> None:
     host.start_libvirtd()
 
 
-@pytest.mark.parametrize("phase", ["copy", "memory"])
+@pytest.mark.parametrize("phase", ["copy", pytest.param("synchronised", marks=long), "memory"])
 @pytest.mark.parametrize("side", ["source", "target"])
 def test_libvirtd_killed(lab: Lab, small: Guest, seen: Seen, side: str, phase: str) -> None:
     running = begin(lab, small, phase)
