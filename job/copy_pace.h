@@ -34,7 +34,7 @@ class CopyPace {
   // answer within microseconds need not be crept around).
   static constexpr double kTolerated = 1.5;
   static constexpr Duration kSlack = std::chrono::microseconds(300);
-  static constexpr int kSlackShare = 20;
+  static constexpr int kSlackShare = 20;  // of a guest that asks little: until it waits for 1/20 more
   // A mean of fewer requests says little; so many are waited for, at most so long.
   static constexpr std::uint64_t kEnough = 40;
   static constexpr Duration kPatience = std::chrono::seconds(1);

@@ -443,11 +443,13 @@ class WaitingConnection : public std::enable_shared_from_this<WaitingConnection>
       auto opened = open_connection(self->options_);
       Status status;
       if (!opened) status = fail(opened.error());
+      Connection connection = opened ? std::move(*opened) : nullptr;
       {
         const std::lock_guard lock(self->mutex_);
         self->making_ = false;
-        if (opened || !self->works()) self->waiting_ = opened ? std::move(*opened) : nullptr;
+        if (connection || !self->works()) std::swap(self->waiting_, connection);
       }
+      connection.reset();  // what it replaces: closing may take a while, and nobody waits for it
       self.reset();  // and a connection that nobody wants, while there is an event loop
       made->set_value(std::move(status));
     }).detach();
