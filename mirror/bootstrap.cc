@@ -202,8 +202,10 @@ void end_shared(const Ssh& ssh, const std::string& directory) {
     command.insert(command.end(),
                    {"-o", "ControlPath=" + entry.path().string(), "-O", "exit", "--", ssh.host});
     (void)run_process(command);  // it may have ended
+    // Or is ending now, and unlinks this itself: remove_all() would give up then.
+    ::unlink(entry.path().c_str());
   }
-  std::filesystem::remove_all(directory, ignored);
+  ::rmdir(directory.c_str());
 }
 
 // What processes left that were killed.
