@@ -64,6 +64,7 @@ constexpr auto kRemoveTimeout = 20s;
 constexpr auto kSshTimeout = 30s;
 constexpr auto kFlushInterval = 1s;  // while the memory moves
 constexpr auto kFlushPoll = 50ms;
+constexpr auto kTransitPatience = 1s;  // for the receiver's word on what the target's QEMU has taken
 constexpr auto kBarrierPause = 100ms;     // before it is asked for again
 constexpr auto kFlushPatience = 5s;       // what is done after a handover waits for such a flush
 constexpr auto kLocateTimeout = 6s;       // of one look for the receiver while the link is down
@@ -1055,6 +1056,7 @@ class Move {
     source_went_on_.store(false);
     DROVER_TRY(journal_->write(none, Journal::Sync::Yes));
     stop_flushing_.store(false);
+    migrate.transit = [this] { return memory_transit(); };
     migrating_ = platform_.start_thread([this, migrate] {
       MigrateEnded ended;
       ended.status = source().migrate(migrate, [this](const memmig::MigrationProgress& progress) {
@@ -1065,6 +1067,16 @@ class Move {
     });
     flushing_ = platform_.start_thread([this] { keep_flushing(); });
     return {};
+  }
+
+  // How far the target's QEMU is behind the source's.
+  std::optional<memmig::MemoryTransit> memory_transit() {
+    const auto stats = engine_->link().call({{"op", "stats"}}, kTransitPatience);
+    if (!stats) return std::nullopt;
+    const Length given(engine_->link().counters().memory_given);
+    const auto loaded = mirror::get_unsigned(*stats, "memory_loaded");
+    // An older receiver does not say: as if it were never behind.
+    return memmig::MemoryTransit{given, loaded ? Length(*loaded) : given};
   }
 
   // From when libvirt starts QEMU there until the guest stands still: then the barrier has little left to flush, however

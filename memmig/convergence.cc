@@ -7,8 +7,21 @@
 
 namespace drover::memmig {
 
-Convergence::Convergence(const ConvergenceLimits& limits)
-    : limits_(limits), downtime_(std::min(limits.initial_downtime, limits.max_downtime)) {}
+Convergence::Convergence(const ConvergenceLimits& limits, bool wait_for_target)
+    : limits_(limits),
+      waiting_(wait_for_target),
+      downtime_(std::min(wait_for_target ? kWhileBehind : limits.initial_downtime,
+                         limits.max_downtime)) {}
+
+bool Convergence::target_is_behind(Instant now, const MigrationProgress& progress) {
+  if (progress.iteration < 2) return true;  // the first sends everything
+  if (!all_sent_at_) all_sent_at_ = now;
+  if (now - *all_sent_at_ >= kTargetPatience) return false;
+  if (!progress.transit) return true;  // not known now
+  const auto [given, loaded] = *progress.transit;
+  if (!awaited_) awaited_ = given;
+  return loaded < *awaited_;
+}
 
 bool Convergence::exhausted() const {
   return downtime_ >= limits_.max_downtime &&
@@ -23,10 +36,16 @@ std::vector<ConvergenceAction> Convergence::step(Instant now, const MigrationPro
     start_ = now;
   }
 
+  if (waiting_ && !target_is_behind(now, progress)) {
+    waiting_ = false;
+    downtime_ = std::min(limits_.initial_downtime, limits_.max_downtime);
+    actions.emplace_back(SetDowntime{downtime_});
+    first_judged_ = progress.iteration + 1;  // the others' ends were not this downtime's
+  }
+
   if (progress.iteration != iteration_) {
-    // What the iteration before began with, judged now that it is over. The first one (numbered 1)
-    // sends everything and says nothing about the guest's writing.
-    if (iteration_ > 1) {
+    // What the iteration before began with, judged now that it is over.
+    if (iteration_ >= first_judged_ && !waiting_) {
       if (!have_best_ || static_cast<double>(largest_rest_.bytes()) <
                              kProgress * static_cast<double>(best_rest_.bytes())) {
         best_rest_ = largest_rest_;

@@ -14,10 +14,15 @@
 // not enough, the guest's CPUs are throttled, up to their limit. Then there is nothing left: the
 // caller gives up when its time is over, or goes on for ever.
 //
+// What has been sent is not yet at the target: buffers lie between. With `wait_for_target` hardly any
+// downtime (kWhileBehind) is allowed until the target's QEMU has taken what the source's had given when
+// everything had been sent once; for at most kTargetPatience.
+//
 // Threads: none; use from one.
 #pragma once
 
 #include <chrono>
+#include <optional>
 #include <string>
 #include <variant>
 #include <vector>
@@ -52,7 +57,12 @@ class Convergence {
   static constexpr std::chrono::milliseconds kLeastRaised{100};  // the first time
   static constexpr unsigned kThrottleStep = 20;  // percent
 
-  explicit Convergence(const ConvergenceLimits& limits);
+  // Not none at all: QEMU looks for what was written meanwhile only when less is left than it may take with the guest
+  // stopped, and stops it when nothing is left that it knows of (7.2, ram_save_pending()).
+  static constexpr std::chrono::milliseconds kWhileBehind{1};
+  static constexpr std::chrono::seconds kTargetPatience{30};
+
+  explicit Convergence(const ConvergenceLimits& limits, bool wait_for_target = false);
 
   // One look at the statistics; call it as often as they are read. Several looks at the same
   // iteration count once.
@@ -60,11 +70,19 @@ class Convergence {
 
   [[nodiscard]] std::chrono::milliseconds downtime() const { return downtime_; }
   [[nodiscard]] unsigned throttle() const { return throttle_; }
+  [[nodiscard]] bool waiting() const { return waiting_; }  // for the target
   // Everything has been tried.
   [[nodiscard]] bool exhausted() const;
 
  private:
+  [[nodiscard]] bool target_is_behind(Instant now, const MigrationProgress& progress);
+
   ConvergenceLimits limits_;
+  bool waiting_;
+  std::optional<Instant> all_sent_at_;  // once
+  std::optional<Length> awaited_;       // what had been given about then
+  // The first one (numbered 1) sends everything and says nothing about the guest's writing.
+  std::uint64_t first_judged_ = 2;
   std::chrono::milliseconds downtime_;
   unsigned throttle_ = 0;
   std::uint64_t iteration_ = 0;

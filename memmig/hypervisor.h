@@ -286,6 +286,14 @@ struct ConvergenceLimits {
   std::chrono::seconds give_up_after{0};  // 0: never
 };
 
+// Of what the source's QEMU has given so far, how much the target's has taken. Between the two are the
+// sockets' buffers and ours, some MiB: which is a long time for a target that has to make the memory
+// first (a page of zeroes takes nine bytes on the way, and a page fault at its end).
+struct MemoryTransit {
+  Length given;
+  Length loaded;
+};
+
 struct MigrateOptions {
   std::string guest;             // UUID
   Hypervisor* target = nullptr;  // of the same implementation
@@ -297,6 +305,9 @@ struct MigrateOptions {
   Length bandwidth;          // per second; zero: no limit
   unsigned connections = 1;  // more than one: multifd
   ConvergenceLimits convergence;
+  // None: not known now. Called on a thread of the migration's own, for whose end migrate() waits; may block for a
+  // second. Without it the guest is stopped as soon as the source has little left, however far the target is behind.
+  std::function<std::optional<MemoryTransit>()> transit;
 };
 
 struct MigrationProgress {
@@ -308,6 +319,7 @@ struct MigrationProgress {
   std::uint64_t dirty_pages_per_second = 0;
   Length page_size;
   std::uint64_t iteration = 0;
+  std::optional<MemoryTransit> transit;
   std::chrono::milliseconds downtime_limit{0};
   unsigned throttle_percent = 0;          // of the guest's CPUs, now
   std::chrono::milliseconds downtime{0};  // at the end: as QEMU counts it

@@ -47,6 +47,8 @@ constexpr std::chrono::seconds kExportEnd{10};
 // In case the event that is waited for is lost.
 constexpr milliseconds kRecheck{500};
 constexpr milliseconds kStatisticsInterval{200};
+constexpr milliseconds kSoon{50};
+constexpr int kDefaultDowntime = 300;  // ms, QEMU's
 constexpr const char* kPrivateParent = "/var/lib/libvirt/qemu";
 constexpr const char* kPidDirectory = "/run/libvirt/qemu";
 
@@ -669,8 +671,9 @@ class LibvirtHypervisor final : public DiskHost {
                       const ProgressHandler& progress);
   void watch(const MigrateOptions& options, const ProgressHandler& progress,
              Migration& migration) const;
-  void steer(virDomainPtr domain, Convergence& convergence, const ProgressHandler& progress,
-             Migration& migration) const;
+  std::chrono::milliseconds steer(virDomainPtr domain, Convergence& convergence, std::chrono::milliseconds& allowed,
+                                  const MigrateOptions& options, const ProgressHandler& progress,
+                                  Migration& migration) const;
 
   [[nodiscard]] std::shared_ptr<Connected> connection() const {
     const std::lock_guard lock(connection_mutex_);
@@ -1721,11 +1724,17 @@ std::optional<MigrationProgress> LibvirtHypervisor::statistics(virDomainPtr doma
   return progress;
 }
 
+// What QEMU is allowed when the migration begins.
+milliseconds first_downtime(const MigrateOptions& options) {
+  return Convergence(options.convergence, options.transit != nullptr).downtime();
+}
+
 // Until the migration has ended. Over a connection of this thread's own, which may break without
 // breaking the migration.
 void LibvirtHypervisor::watch(const MigrateOptions& options, const ProgressHandler& progress,
                               Migration& migration) const {
-  Convergence convergence(options.convergence);
+  Convergence convergence(options.convergence, options.transit != nullptr);
+  milliseconds allowed = first_downtime(options);  // QEMU knows of that
   Connection connection;
   Domain domain;
   std::unique_lock lock(migration.mutex);
@@ -1740,15 +1749,18 @@ void LibvirtHypervisor::watch(const MigrateOptions& options, const ProgressHandl
         domain.reset(virDomainLookupByUUIDString(connection.get(), options.guest.c_str()));
       }
     }
-    if (domain) steer(domain.get(), convergence, progress, migration);
+    const milliseconds pause =
+        domain ? steer(domain.get(), convergence, allowed, options, progress, migration)
+               : kStatisticsInterval;
     lock.lock();
-    if (!migration.finished) migration.changed.wait_for(lock, kStatisticsInterval);
+    if (!migration.finished) migration.changed.wait_for(lock, pause);
   }
 }
 
-// Reads the statistics, reports them and does what the convergence policy says.
-void LibvirtHypervisor::steer(virDomainPtr domain, Convergence& convergence,
-                              const ProgressHandler& progress, Migration& migration) const {
+// Reads the statistics, reports them and does what the convergence policy says. How long until the next time.
+milliseconds LibvirtHypervisor::steer(virDomainPtr domain, Convergence& convergence, milliseconds& allowed,
+                              const MigrateOptions& options, const ProgressHandler& progress,
+                              Migration& migration) const {
   const std::string doing = "steering the migration";
   bool abort = false;
   {
@@ -1757,12 +1769,20 @@ void LibvirtHypervisor::steer(virDomainPtr domain, Convergence& convergence,
   }
   if (abort) virDomainAbortJob(domain);  // again: the first may have come before the job
   auto statistic = statistics(domain, false);
-  if (!statistic || statistic->memory_total.bytes() == 0) return;
+  if (!statistic || statistic->memory_total.bytes() == 0) return kSoon;
+  const bool waited = convergence.waiting();
+  const bool all_sent = statistic->iteration > 1;  // once
+  if (waited && all_sent) statistic->transit = options.transit();
   for (const ConvergenceAction& action : convergence.step(now(), *statistic)) {
     if (const auto* downtime = std::get_if<SetDowntime>(&action)) {
-      log_info("memory does not converge: downtime of {} ms allowed", downtime->value.count());
-      virDomainMigrateSetMaxDowntime(
-          domain, static_cast<unsigned long long>(downtime->value.count()), 0);
+      if (!waited) {
+        log_info("memory does not converge: downtime of {} ms allowed", downtime->value.count());
+      } else if (const auto& transit = statistic->transit) {
+        log_info("the target has loaded {} of the {} that were sent: downtime of {} ms allowed",
+                 format_length(transit->loaded), format_length(transit->given), downtime->value.count());
+      } else {
+        log_info("the target does not say what it has loaded: downtime of {} ms allowed", downtime->value.count());
+      }
     } else if (const auto* throttle = std::get_if<SetThrottle>(&action)) {
       log_info("memory does not converge: guest may be slowed by {} %", throttle->max_percent);
       if (auto set = qmp(domain, "migrate-set-parameters",
@@ -1776,12 +1796,21 @@ void LibvirtHypervisor::steer(virDomainPtr domain, Convergence& convergence,
       migration.abort = true;
     }
   }
+  // Tried until it works: with as little as QEMU is allowed while the target is behind a migration may never end.
+  const milliseconds downtime = convergence.downtime();
+  if (downtime != allowed &&
+      virDomainMigrateSetMaxDowntime(domain, static_cast<unsigned long long>(downtime.count()), 0) == 0) {
+    allowed = downtime;
+  }
   {
     const std::lock_guard lock(migration.mutex);
     migration.downtime = convergence.downtime();
   }
   statistic->downtime_limit = convergence.downtime();
   if (progress) progress(*statistic);
+  const bool soon_sent = statistic->memory_remaining.bytes() < statistic->memory_total.bytes() / 8;
+  const bool hurry = downtime != allowed || (convergence.waiting() && (all_sent || soon_sent));
+  return hurry ? kSoon : kStatisticsInterval;
 }
 
 class Parameters {
@@ -1875,9 +1904,11 @@ Status LibvirtHypervisor::migrate_over(virConnectPtr source, virConnectPtr targe
   // QEMU keeps its migration parameters after a migration that failed.
   auto saved = qmp(domain.get(), "query-migrate-parameters", doing);
   if (!saved) return fail(std::move(saved).error());
-  const Convergence initial(options.convergence);
-  json prepared = {{"downtime-limit", initial.downtime().count()}};
+  json prepared = {{"downtime-limit", first_downtime(options).count()}};
   json restored = {{"downtime-limit", number_of(*saved, "downtime-limit")}};
+  if (restored["downtime-limit"] == Convergence::kWhileBehind.count()) {
+    restored["downtime-limit"] = kDefaultDowntime;  // left by a process that was killed
+  }
   if (options.convergence.auto_converge) {
     // Whether QEMU throttles can only be said before the start; how much at any time. So it may
     // from the start, by at most 1 %, until the policy lets it.
@@ -1889,7 +1920,7 @@ Status LibvirtHypervisor::migrate_over(virConnectPtr source, virConnectPtr targe
   }
   DROVER_TRY(qmp(domain.get(), "migrate-set-parameters", prepared, doing));
 
-  migration.downtime = initial.downtime();
+  migration.downtime = first_downtime(options);
   std::thread watcher([&] { watch(options, progress, migration); });
   bool aborted = false;
   {

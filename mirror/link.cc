@@ -55,7 +55,7 @@ struct Totals {
   std::atomic<std::uint64_t> bytes_sent{0};
   std::atomic<std::uint64_t> bytes_received{0};
   std::atomic<std::uint64_t> bytes_saved{0};
-  std::atomic<std::uint64_t> memory_bytes{0};
+  RelayTotals memory;
   std::atomic<std::uint64_t> frames_sent{0};
   std::atomic<Compression> compression;                         // what is wanted
   std::array<std::atomic<Compression>, kMaxLanes> compressing;  // what each lane is at
@@ -945,7 +945,7 @@ class MemoryRelay {
                        made = std::make_shared<TlsSocket>(std::move(*link))]() mutable {
             give_way();
             if (const Status status =
-                    relay(*made, plain.get(), stop_.fd(), totals_.memory_bytes, &gate_, coding);
+                    relay(*made, plain.get(), stop_.fd(), totals_.memory, &gate_, coding);
                 !status) {
               log_warning("memory connection: {}", status.error().to_string());
             }
@@ -1182,7 +1182,8 @@ class LinkImpl final : public Link {
     return {.bytes_sent = totals_.bytes_sent,
             .bytes_received = totals_.bytes_received,
             .bytes_saved = totals_.bytes_saved,
-            .memory_bytes = totals_.memory_bytes,
+            .memory_bytes = totals_.memory.passed,
+            .memory_given = static_cast<std::uint64_t>(totals_.memory.given),
             .frames_sent = totals_.frames_sent,
             .reconnects = reconnects_,
             .encoding = strongest(),

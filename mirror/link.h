@@ -106,6 +106,7 @@ struct LinkCounters {
   std::uint64_t bytes_received = 0;
   std::uint64_t bytes_saved = 0;   // by compression: the payloads' bytes that were not sent
   std::uint64_t memory_bytes = 0;  // relayed for QEMU's memory migration
+  std::uint64_t memory_given = 0;  // by the source's QEMU, on the memory connections that there are
   std::uint64_t frames_sent = 0;
   std::uint64_t reconnects = 0;
   EncodeOptions encoding;  // what compresses most of what the lanes are at now

@@ -890,7 +890,7 @@ class ReceiverImpl final : public Receiver {
         encode_message(plain ? welcome : nlohmann::json{{"error", error_to_json(plain.error())}}));
     DROVER_TRY(link.write_all(message, deadline));
     if (!plain) return fail(plain.error());
-    return relay(link, plain->get(), stop_fd, totals_.memory_bytes, nullptr, {.inward = blocks});
+    return relay(link, plain->get(), stop_fd, totals_.memory, nullptr, {.inward = blocks});
   }
 
   // They end soon, by themselves.
@@ -976,7 +976,8 @@ class ReceiverImpl final : public Receiver {
             {"bytes_zeroed", totals_.bytes_zeroed.load()},
             {"bytes_found", totals_.bytes_found.load()},
             {"frames_failed", totals_.failed.load()},
-            {"memory_bytes", totals_.memory_bytes.load()},
+            {"memory_bytes", totals_.memory.passed.load()},
+            {"memory_loaded", totals_.memory.loaded.load()},
             {"kept", store_->kept()}};
   }
 

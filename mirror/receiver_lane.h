@@ -29,6 +29,7 @@
 #include "mirror/apply.h"
 #include "mirror/content_index.h"
 #include "mirror/frame.h"
+#include "mirror/relay.h"
 #include "mirror/session.h"
 #include "mirror/tls.h"
 
@@ -44,7 +45,7 @@ struct ReceiverTotals {
   std::atomic<std::uint64_t> bytes_zeroed{0};
   std::atomic<std::uint64_t> bytes_found{0};     // of offers, in other images of this host
   std::atomic<std::uint64_t> failed{0};
-  std::atomic<std::uint64_t> memory_bytes{0};
+  RelayTotals memory;
 };
 
 class LaneReceiver {

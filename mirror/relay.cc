@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mirror/relay.h"
 
+#include <linux/sockios.h>
 #include <linux/tcp.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <time.h>
@@ -15,11 +17,13 @@
 #include <cstring>
 #include <memory>
 #include <span>
+#include <utility>
 
 namespace drover::mirror {
 
 namespace {
 
+constexpr int kAccountInterval = 20;  // ms
 
 struct Pieces {
   std::unique_ptr<std::byte[]> memory = std::make_unique_for_overwrite<std::byte[]>(kMemoryBlock);
@@ -45,7 +49,7 @@ class Outward {
   }
 
   // Does what can be done without blocking. True: something moved.
-  Result<bool> step(std::atomic<std::uint64_t>& bytes) {
+  Result<bool> step(RelayTotals& totals) {
     bool moved = false;
     if (can_read()) {
       DROVER_ASSIGN(moved, read());
@@ -54,7 +58,7 @@ class Outward {
     if (!left_.empty()) {
       DROVER_ASSIGN(const std::size_t taken, link_.tls().write(left_));
       left_ = left_.subspan(taken);
-      bytes.fetch_add(taken, std::memory_order_relaxed);
+      totals.passed.fetch_add(taken, std::memory_order_relaxed);
       moved = moved || taken > 0;
       if (left_.empty()) taken_by_link();
     }
@@ -74,6 +78,7 @@ class Outward {
   [[nodiscard]] bool can_read() const { return !ended_ && left_.empty(); }
   [[nodiscard]] bool wants_link() const { return !sent_; }
   [[nodiscard]] bool done() const { return closed_ && sent_; }
+  [[nodiscard]] std::int64_t taken() const { return plain_taken_; }  // from the plain socket
   // The link did not take what was at hand.
   [[nodiscard]] bool blocked() const { return !sent_ && !left_.empty(); }
   // In poll(), whatever for.
@@ -87,7 +92,8 @@ class Outward {
   Result<bool> read() {
     have_ = 0;
     while (have_ < kMemoryBlock) {
-      const ssize_t count = ::recv(plain_, memory_.get() + have_, kMemoryBlock - have_, MSG_DONTWAIT);
+      const ssize_t count =
+          ::recv(plain_, memory_.get() + have_, kMemoryBlock - have_, MSG_DONTWAIT);
       if (count < 0 && errno == EINTR) continue;
       if (count < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) break;
       if (count < 0) return fail_errno(errno, "reading from the memory migration's socket");
@@ -96,6 +102,7 @@ class Outward {
         return true;
       }
       have_ += static_cast<std::size_t>(count);
+      plain_taken_ += count;
       if (!choice_) break;
     }
     return have_ > 0;
@@ -146,6 +153,7 @@ class Outward {
   std::optional<MemoryEncoder> encoder_;
   std::unique_ptr<std::byte[]> memory_ = std::make_unique_for_overwrite<std::byte[]>(kMemoryBlock);
   std::size_t have_ = 0;
+  std::int64_t plain_taken_ = 0;
   std::span<const std::byte> left_;  // not taken by the link yet
   CompressionChoice::Waits waits_;
   Duration slept_{};
@@ -164,7 +172,7 @@ class Inward {
     if (blocks) decoder_.emplace();
   }
 
-  Result<bool> step(std::atomic<std::uint64_t>& bytes) {
+  Result<bool> step(RelayTotals& totals) {
     bool moved = false;
     while (!done_) {
       if (!left().empty()) {
@@ -174,7 +182,8 @@ class Inward {
         if (count < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return moved;
         if (count < 0) return fail_errno(errno, "writing to the memory migration's socket");
         drop(static_cast<std::size_t>(count));
-        bytes.fetch_add(static_cast<std::uint64_t>(count), std::memory_order_relaxed);
+        put_ += count;
+        totals.passed.fetch_add(static_cast<std::uint64_t>(count), std::memory_order_relaxed);
         moved = true;
         continue;
       }
@@ -194,6 +203,7 @@ class Inward {
 
   [[nodiscard]] bool can_receive() const { return !done_ && left().empty(); }
   [[nodiscard]] bool wants_plain() const { return !left().empty(); }
+  [[nodiscard]] std::int64_t put() const { return put_; }  // into the plain socket
   [[nodiscard]] bool done() const { return done_; }
 
  private:
@@ -226,7 +236,8 @@ class Inward {
   // Decrypts until the buffer is full or nothing more has come.
   Status fill(bool& moved) {
     while (buffer_.end < kMemoryBlock) {
-      const std::span<std::byte> room(buffer_.memory.get() + buffer_.end, kMemoryBlock - buffer_.end);
+      const std::span<std::byte> room(buffer_.memory.get() + buffer_.end,
+                                      kMemoryBlock - buffer_.end);
       DROVER_ASSIGN(const std::size_t count, link_.tls().read(room));
       buffer_.end += count;
       if (count == room.size() || link_.tls().closed()) return {};
@@ -241,7 +252,40 @@ class Inward {
   const int plain_;
   Pieces buffer_;
   std::optional<MemoryDecoder> decoder_;  // none: plain bytes
+  std::int64_t put_ = 0;
   bool done_ = false;
+};
+
+// Keeps the totals of what QEMU has given and loaded up to date: a socket's buffer lies between it
+// and us.
+class Account {
+ public:
+  Account(int plain, RelayTotals& totals) : plain_(plain), totals_(totals) {}
+  ~Account() {
+    totals_.given -= given_;
+    totals_.loaded -= loaded_;
+  }
+  Account(const Account&) = delete;
+  Account& operator=(const Account&) = delete;
+
+  // What we have taken from the plain socket and put into it. True: more is in its buffers.
+  bool look(std::int64_t taken, std::int64_t put) {
+    int waits = 0;
+    int unread = 0;  // of a unix socket this counts what the buffers take, which is somewhat more
+    if (::ioctl(plain_, SIOCINQ, &waits) != 0) waits = 0;
+    if (::ioctl(plain_, SIOCOUTQ, &unread) != 0) unread = 0;
+    const std::int64_t given = taken + waits;
+    const std::int64_t loaded = std::max<std::int64_t>(0, put - unread);
+    totals_.given += given - std::exchange(given_, given);
+    totals_.loaded += loaded - std::exchange(loaded_, loaded);
+    return waits > 0 || unread > 0;
+  }
+
+ private:
+  const int plain_;
+  RelayTotals& totals_;
+  std::int64_t given_ = 0;
+  std::int64_t loaded_ = 0;
 };
 
 }  // namespace
@@ -263,18 +307,20 @@ void Gate::set(bool open) {
   }
 }
 
-Status relay(TlsSocket& link, int plain, int stop_fd, std::atomic<std::uint64_t>& bytes,
-             const Gate* gate, const RelayCoding& coding) {
+Status relay(TlsSocket& link, int plain, int stop_fd, RelayTotals& totals, const Gate* gate,
+             const RelayCoding& coding) {
   link.tls().grow_buffers(kMemoryBlock, kMemoryBlock + kMemoryBlock / 4);
   Outward outward(link, plain, coding.outward);
   Inward inward(link, plain, coding.inward);
+  Account account(plain, totals);
   while (true) {
     const bool open = gate == nullptr || gate->is_open();
     bool out_moved = false;
     if (open) {
-      DROVER_ASSIGN(out_moved, outward.step(bytes));
+      DROVER_ASSIGN(out_moved, outward.step(totals));
     }
-    DROVER_ASSIGN(const bool in_moved, inward.step(bytes));
+    DROVER_ASSIGN(const bool in_moved, inward.step(totals));
+    const bool buffered = account.look(outward.taken(), inward.put());
     if (outward.done() && inward.done()) return {};
     if (out_moved || in_moved) continue;
     const auto events = [](bool in, bool out) {
@@ -287,7 +333,9 @@ Status relay(TlsSocket& link, int plain, int stop_fd, std::atomic<std::uint64_t>
                                     pollfd{stop_fd, POLLIN, 0},
                                     pollfd{open ? -1 : gate->fd(), POLLIN, 0}};
     const Instant asleep = now();
-    const int ready = ::poll(polled.data(), polled.size(), -1);
+    // Nothing wakes us when the buffers get emptier, or fuller while nothing is read.
+    const bool look = buffered || (plain_events & POLLIN) == 0;
+    const int ready = ::poll(polled.data(), polled.size(), look ? kAccountInterval : -1);
     outward.slept(now() - asleep, open && outward.blocked());
     if (ready < 0 && errno != EINTR) return fail_errno(errno, "waiting for the memory migration");
     if (ready > 0 && polled[2].revents != 0) {

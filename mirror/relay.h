@@ -36,14 +36,21 @@ struct RelayCoding {
   bool inward = false;                       // what comes from it
 };
 
+// Of all relays of one side, as it happens, or at most 20 ms old; `given` and `loaded` of those that run.
+struct RelayTotals {
+  std::atomic<std::uint64_t> passed{0};  // both directions together: blocks as they are on the wire where they go
+                                         // out, memory where it comes in
+  std::atomic<std::int64_t> given{0};    // by who is behind the plain sockets, also what waits there to be read
+  std::atomic<std::int64_t> loaded{0};   // by them: what they have read of what came from the link. Rather too
+                                         // little than too much, while they have not read all
+};
+
 // Blocks until both directions have ended (ok), one broke, or `stop_fd` became readable
 // (Cancelled). Protocol: what came in are no blocks. The end of one direction is passed on
 // (half-close) while the other goes on. Holds at most about 2 MiB; when one side does not take what
-// the other sends, the latter is no longer read. `bytes` counts what was passed on, both directions
-// together, as it happens: blocks as they are on the wire where they go out, memory where it comes
-// in.
-Status relay(TlsSocket& link, int plain, int stop_fd, std::atomic<std::uint64_t>& bytes,
-             const Gate* gate = nullptr, const RelayCoding& coding = {});
+// the other sends, the latter is no longer read.
+Status relay(TlsSocket& link, int plain, int stop_fd, RelayTotals& totals, const Gate* gate = nullptr,
+             const RelayCoding& coding = {});
 
 // Connects to a unix socket; NotFound, Denied, Unreachable with the path.
 Result<UniqueFd> connect_unix(const std::string& path);

@@ -849,6 +849,55 @@ TEST_F(LinkTest, MemoryTravelsBothWaysAtOnceAndEndsWithBoth) {
   EXPECT_TRUE(receive_all(third_incoming.get()).empty());
 }
 
+// Between what the source's QEMU has given and what the target's has taken lie the buffers.
+TEST_F(LinkTest, WhatTheTargetsQemuHasNotTakenOfTheMemoryIsKnown) {
+  add_disk(1_MiB);
+  start_receiver();
+  TestSource source;
+  set_up(source, link_options());
+  const std::string path = dir_ / "memory.sock";
+  ASSERT_TRUE(source.link().start_relay({.unix_path = path}).has_value());
+  const std::string relay_path = dir_ / "relay.sock";
+  ASSERT_EQ(::rename(path.c_str(), relay_path.c_str()), 0);
+  UnixServer server(path);
+  const UniqueFd qemu = connect_to(relay_path);
+  UniqueFd incoming = server.accept();
+  Random random(1);
+  const Bytes memory = random_bytes(random, 100'000);  // the target's socket takes that much unread
+  send_all(qemu.get(), memory);
+  std::uint64_t passed = 0;
+  std::uint64_t loaded = 0;
+  const auto asked_until = [&](const std::function<bool()>& reached) {
+    const Instant deadline = now() + kPatience;
+    do {
+      const auto stats = source.link().call({{"op", "stats"}}, kPatience);
+      if (!stats) return false;
+      passed = stats->at("memory_bytes").get<std::uint64_t>();
+      loaded = stats->at("memory_loaded").get<std::uint64_t>();
+    } while (!reached() && now() < deadline);
+    return reached();
+  };
+  EXPECT_TRUE(asked_until([&] { return passed == memory.size() && loaded == 0; })) << passed << " " << loaded;
+  EXPECT_EQ(source.link().counters().memory_given, memory.size());
+  Bytes taken(memory.size());
+  ASSERT_EQ(::recv(incoming.get(), taken.data(), taken.size(), MSG_WAITALL), static_cast<ssize_t>(taken.size()));
+  EXPECT_TRUE(taken == memory);
+  EXPECT_TRUE(asked_until([&] { return loaded == memory.size(); })) << loaded;
+
+  // What a gate holds back has been given all the same. Relays that have ended do not count.
+  incoming.reset();
+  ::unlink(path.c_str());
+  ASSERT_TRUE(source.link().start_relay({.unix_path = path, .gated = true}).has_value());
+  EXPECT_EQ(source.link().counters().memory_given, 0U);
+  ASSERT_EQ(::rename(path.c_str(), relay_path.c_str()), 0);
+  UnixServer again(path);
+  const UniqueFd second = connect_to(relay_path);
+  const UniqueFd second_incoming = again.accept();
+  send_all(second.get(), memory);
+  EXPECT_TRUE(asked_until([&] { return source.link().counters().memory_given == memory.size() && loaded == 0; }))
+      << source.link().counters().memory_given << " " << loaded;
+}
+
 class MemoryCompressionTest : public LinkTest,
                               public testing::WithParamInterface<const char*> {};
 INSTANTIATE_TEST_SUITE_P(Methods, MemoryCompressionTest,

@@ -4,6 +4,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <optional>
+
 namespace drover::memmig {
 namespace {
 
@@ -134,6 +136,63 @@ TEST_F(ConvergenceTest, GivesUpOnceWhenItsTimeIsOver) {
     }
   }
   EXPECT_EQ(gave_up, 1);
+}
+
+// The second iteration goes on, while the target has `loaded` of what was `given`.
+class WaitingConvergenceTest : public ConvergenceTest {
+ protected:
+  std::vector<ConvergenceAction> look(std::optional<MemoryTransit> transit,
+                                      std::uint64_t iteration = 2, Length rest = Length()) {
+    MigrationProgress progress;
+    progress.memory_remaining = rest;
+    progress.iteration = iteration;
+    progress.transit = transit;
+    when_ += milliseconds(50);
+    return convergence_.step(when_, progress);
+  }
+  Convergence convergence_{limits(), true};
+};
+
+TEST_F(WaitingConvergenceTest, HardlyAnyDowntimeUntilTheTargetHasWhatWasSentAtFirst) {
+  EXPECT_EQ(convergence_.downtime(), Convergence::kWhileBehind);
+  EXPECT_THAT(look(MemoryTransit{50_MiB, 50_MiB}, 1), IsEmpty()) << "not all has been sent";
+  EXPECT_THAT(look(MemoryTransit{100_MiB, 90_MiB}), IsEmpty());
+  EXPECT_THAT(look(MemoryTransit{200_MiB, 99_MiB}, 3), IsEmpty());
+  EXPECT_TRUE(convergence_.waiting());
+  EXPECT_THAT(look(MemoryTransit{200_MiB, 100_MiB}, 3),
+              ElementsAre(ConvergenceAction(SetDowntime{milliseconds(100)})));
+  EXPECT_FALSE(convergence_.waiting());
+  EXPECT_THAT(look(MemoryTransit{300_MiB, 100_MiB}, 4), IsEmpty()) << "waits no second time";
+  EXPECT_EQ(convergence_.downtime(), milliseconds(100));
+}
+
+TEST_F(WaitingConvergenceTest, WaitsOnWhenTheTargetIsNotHeardOf) {
+  EXPECT_THAT(look(std::nullopt), IsEmpty());
+  EXPECT_THAT(look(MemoryTransit{100_MiB, 90_MiB}), IsEmpty());
+  EXPECT_THAT(look(std::nullopt), IsEmpty());
+  EXPECT_EQ(look(MemoryTransit{200_MiB, 100_MiB}).size(), 1U);
+}
+
+TEST_F(WaitingConvergenceTest, DoesNotWaitForEver) {
+  for (const auto transit :
+       {std::optional(MemoryTransit{100_MiB, 90_MiB}), std::optional<MemoryTransit>()}) {
+    convergence_ = Convergence(limits(), true);
+    const Instant begin = when_;
+    while (look(transit).empty()) ASSERT_LT(when_, begin + seconds(31));
+    EXPECT_GE(when_, begin + Convergence::kTargetPatience);
+  }
+}
+
+// Their sizes are those of hardly any downtime: the ones that follow would never be smaller.
+TEST_F(WaitingConvergenceTest, IterationsMeanwhileAreNotJudged) {
+  const MemoryTransit behind{100_MiB, 90_MiB};
+  std::uint64_t at = 1;
+  while (at < 100) EXPECT_THAT(look(behind, at++, 1_MiB), IsEmpty());
+  EXPECT_EQ(look(MemoryTransit{100_MiB, 100_MiB}, at++, 1_MiB).size(), 1U);
+  EXPECT_THAT(look(behind, at++, 100_MiB), IsEmpty());
+  EXPECT_THAT(look(behind, at++, 80_MiB), IsEmpty());
+  EXPECT_THAT(look(behind, at++, 60_MiB), IsEmpty());
+  EXPECT_THAT(look(behind, at++, 40_MiB), IsEmpty());
 }
 
 TEST_F(ConvergenceTest, NeverGivesUpWithoutALimit) {
