@@ -319,7 +319,7 @@ struct MigrationProgress {
   std::uint64_t dirty_pages_per_second = 0;
   Length page_size;
   std::uint64_t iteration = 0;
-  std::optional<MemoryTransit> transit;
+  std::optional<MemoryTransit> transit;  // only while the target is waited for, and if it is known
   std::chrono::milliseconds downtime_limit{0};
   unsigned throttle_percent = 0;          // of the guest's CPUs, now
   std::chrono::milliseconds downtime{0};  // at the end: as QEMU counts it

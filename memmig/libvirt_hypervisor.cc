@@ -1759,8 +1759,8 @@ void LibvirtHypervisor::watch(const MigrateOptions& options, const ProgressHandl
 
 // Reads the statistics, reports them and does what the convergence policy says. How long until the next time.
 milliseconds LibvirtHypervisor::steer(virDomainPtr domain, Convergence& convergence, milliseconds& allowed,
-                              const MigrateOptions& options, const ProgressHandler& progress,
-                              Migration& migration) const {
+                                      const MigrateOptions& options, const ProgressHandler& progress,
+                                      Migration& migration) const {
   const std::string doing = "steering the migration";
   bool abort = false;
   {
