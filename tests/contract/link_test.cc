@@ -82,6 +82,13 @@ class LinkTest : public testing::Test {
     const auto reserved = source.link().call(reserve_request(), kPatience);
     ASSERT_TRUE(reserved.has_value()) << reserved.error().to_string();
   }
+  // The memory's, to be found at relay_path_. On one machine the two ends can't have the same path: the
+  // source's socket is given another name, and the target's server may listen at memory_path_.
+  void start_relay(TestSource& source, Link::RelayOptions options = {}) {
+    options.unix_path = memory_path_;
+    ASSERT_TRUE(source.link().start_relay(options).has_value());
+    ASSERT_EQ(::rename(memory_path_.c_str(), relay_path_.c_str()), 0);
+  }
   [[nodiscard]] Endpoint endpoint() const {
     return {.address = "127.0.0.1", .port = receiver_->port(), .key = key_};
   }
@@ -98,6 +105,8 @@ class LinkTest : public testing::Test {
   void expect_nothing_left() { EXPECT_FALSE(std::filesystem::exists(dir_ / "jobs/job-1")); }
 
   TempDir dir_;
+  const std::string memory_path_ = dir_ / "memory.sock";
+  const std::string relay_path_ = dir_ / "relay.sock";
   LinkKey key_{};
   Length chunk_ = 1_MiB;
   std::vector<std::unique_ptr<ModelDisk>> disks_;
@@ -794,27 +803,20 @@ Bytes receive_all(int fd) {
   }
 }
 
-// On one machine the two ends can't have the same path: the receiver sees the target's through a
-// link to another directory.
 TEST_F(LinkTest, MemoryTravelsBothWaysAtOnceAndEndsWithBoth) {
   add_disk(1_MiB);
   start_receiver();
   TestSource source;
   set_up(source, link_options());
-  // The source's path is a name that moves: the relay listens on it, then the target's server does.
-  const std::string path = dir_ / "memory.sock";
-  ASSERT_TRUE(
-      source.link().start_relay({.unix_path = path, .gated = true, .mode = 0660}).has_value());
+  start_relay(source, {.gated = true, .mode = 0660});
   struct stat info {};
-  ASSERT_EQ(::stat(path.c_str(), &info), 0);
+  ASSERT_EQ(::stat(relay_path_.c_str(), &info), 0);
   EXPECT_EQ(info.st_mode & 0777U, 0660U);
-  const std::string relay_path = dir_ / "relay.sock";
-  ASSERT_EQ(::rename(path.c_str(), relay_path.c_str()), 0);
-  UnixServer server(path);
+  UnixServer server(memory_path_);
   Random random(1);
   const Bytes there = random_bytes(random, 100U << 20);
   const Bytes back = random_bytes(random, 100U << 20);
-  const UniqueFd qemu = connect_to(relay_path);
+  const UniqueFd qemu = connect_to(relay_path_);
   const std::byte early{1};
   ASSERT_EQ(::send(qemu.get(), &early, 1, MSG_NOSIGNAL), 1);
   const UniqueFd incoming = server.accept();
@@ -834,7 +836,7 @@ TEST_F(LinkTest, MemoryTravelsBothWaysAtOnceAndEndsWithBoth) {
   EXPECT_GE(source.link().counters().memory_bytes, there.size() + back.size());
 
   // One direction ends, the other goes on.
-  const UniqueFd second = connect_to(relay_path);
+  const UniqueFd second = connect_to(relay_path_);
   const UniqueFd second_incoming = server.accept();
   send_all(second.get(), Bytes(1000, std::byte{7}));
   EXPECT_EQ(receive_all(second_incoming.get()).size(), 1000U);
@@ -842,7 +844,7 @@ TEST_F(LinkTest, MemoryTravelsBothWaysAtOnceAndEndsWithBoth) {
   EXPECT_EQ(receive_all(second.get()).size(), 2000U);
 
   // stop_relay() breaks what is left.
-  const UniqueFd third = connect_to(relay_path);
+  const UniqueFd third = connect_to(relay_path_);
   const UniqueFd third_incoming = server.accept();
   source.link().stop_relay();
   EXPECT_TRUE(receive_all(third.get()).empty());
@@ -855,12 +857,9 @@ TEST_F(LinkTest, WhatTheTargetsQemuHasNotTakenOfTheMemoryIsKnown) {
   start_receiver();
   TestSource source;
   set_up(source, link_options());
-  const std::string path = dir_ / "memory.sock";
-  ASSERT_TRUE(source.link().start_relay({.unix_path = path}).has_value());
-  const std::string relay_path = dir_ / "relay.sock";
-  ASSERT_EQ(::rename(path.c_str(), relay_path.c_str()), 0);
-  UnixServer server(path);
-  const UniqueFd qemu = connect_to(relay_path);
+  start_relay(source);
+  UnixServer server(memory_path_);
+  const UniqueFd qemu = connect_to(relay_path_);
   UniqueFd incoming = server.accept();
   Random random(1);
   const Bytes memory = random_bytes(random, 100'000);  // the target's socket takes that much unread
@@ -886,12 +885,11 @@ TEST_F(LinkTest, WhatTheTargetsQemuHasNotTakenOfTheMemoryIsKnown) {
 
   // What a gate holds back has been given all the same. Relays that have ended do not count.
   incoming.reset();
-  ::unlink(path.c_str());
-  ASSERT_TRUE(source.link().start_relay({.unix_path = path, .gated = true}).has_value());
+  ::unlink(memory_path_.c_str());
+  start_relay(source, {.gated = true});
   EXPECT_EQ(source.link().counters().memory_given, 0U);
-  ASSERT_EQ(::rename(path.c_str(), relay_path.c_str()), 0);
-  UnixServer again(path);
-  const UniqueFd second = connect_to(relay_path);
+  UnixServer again(memory_path_);
+  const UniqueFd second = connect_to(relay_path_);
   const UniqueFd second_incoming = again.accept();
   send_all(second.get(), memory);
   EXPECT_TRUE(asked_until([&] { return source.link().counters().memory_given == memory.size() && loaded == 0; }))
@@ -910,12 +908,9 @@ TEST_P(MemoryCompressionTest, ItIsTheSameWhenItArrives) {
   LinkOptions options = link_options();
   options.compression = *parse_compression(GetParam());
   set_up(source, options);
-  const std::string path = dir_ / "memory.sock";
-  ASSERT_TRUE(source.link().start_relay({.unix_path = path}).has_value());
-  const std::string relay_path = dir_ / "relay.sock";
-  ASSERT_EQ(::rename(path.c_str(), relay_path.c_str()), 0);
-  UnixServer server(path);
-  const UniqueFd qemu = connect_to(relay_path);
+  start_relay(source);
+  UnixServer server(memory_path_);
+  const UniqueFd qemu = connect_to(relay_path_);
   const UniqueFd incoming = server.accept();
   Random random(3);
   Bytes there = random_bytes(random, 40U << 20);
@@ -944,16 +939,13 @@ TEST_F(LinkTest, MemoryConnectionsReachTheTargetInTheirOrderAndAllWaitAtTheGate)
   start_receiver();
   TestSource source;
   set_up(source, link_options());
-  const std::string path = dir_ / "memory.sock";
-  ASSERT_TRUE(source.link().start_relay({.unix_path = path, .gated = true}).has_value());
-  const std::string relay_path = dir_ / "relay.sock";
-  ASSERT_EQ(::rename(path.c_str(), relay_path.c_str()), 0);
-  UnixServer server(path);
+  start_relay(source, {.gated = true});
+  UnixServer server(memory_path_);
   constexpr std::size_t kChannels = 6;
   std::vector<UniqueFd> channels;
   std::vector<UniqueFd> incoming;
   for (std::size_t i = 0; i < kChannels; ++i) {
-    channels.push_back(connect_to(relay_path));
+    channels.push_back(connect_to(relay_path_));
     const auto mark = static_cast<std::byte>(i);
     ASSERT_EQ(::send(channels.back().get(), &mark, 1, MSG_NOSIGNAL), 1);
   }
@@ -981,13 +973,10 @@ TEST_F(LinkTest, MemoryThatNobodyAwaitsOnTheTargetIsClosed) {
   start_receiver();
   TestSource source;
   set_up(source, link_options());
-  const std::string path = dir_ / "memory.sock";
-  ASSERT_TRUE(source.link().start_relay({.unix_path = path}).has_value());
-  const std::string relay_path = dir_ / "relay.sock";
-  ASSERT_EQ(::rename(path.c_str(), relay_path.c_str()), 0);
-  const UniqueFd qemu = connect_to(relay_path);
+  start_relay(source);
+  const UniqueFd qemu = connect_to(relay_path_);
   EXPECT_TRUE(receive_all(qemu.get()).empty());
-  EXPECT_EQ(source.link().start_relay({.unix_path = relay_path}).error().code, Code::AlreadyExists);
+  EXPECT_EQ(source.link().start_relay({.unix_path = relay_path_}).error().code, Code::AlreadyExists);
 }
 
 TEST_F(LinkHostileTest, MemoryInBlocksThatMakeNoSenseEndsItsConnectionAlone) {
