@@ -951,21 +951,32 @@ class Guest:
     def _log(self, host: Host) -> Path:
         return host.path(f"/var/log/libvirt/qemu/lab-{self.name}.log")
 
+    def _printed(self, tail: int = 65536) -> Iterator[bytes]:
+        """The end of what the guest printed, of each host."""
+        for host in self.lab.hosts:
+            with contextlib.suppress(OSError), open(self._log(host), "rb") as f:
+                size = f.seek(0, os.SEEK_END)
+                f.seek(max(0, size - tail))
+                yield f.read()
+
     def _lines(self, tail: int = 65536) -> Iterator[dict[str, Any]]:
         """What the witness said lately, on any host."""
-        for host in self.lab.hosts:
-            try:
-                with open(self._log(host), "rb") as f:
-                    size = f.seek(0, os.SEEK_END)
-                    f.seek(max(0, size - tail))
-                    text = f.read()
-            except OSError:
-                continue
+        for text in self._printed(tail):
             for line in text.splitlines():
-                at = line.find(b"WITNESS {")
+                # The rest of a line that a move cut short is in the other host's file. What the guest prints when it
+                # is back follows the beginning, in the same line.
+                at = line.rfind(b"WITNESS {")
                 if at >= 0:
                     with contextlib.suppress(ValueError):
                         yield json.loads(line[at + 8:])
+
+    def _crash(self) -> Optional[str]:
+        """What the guest's kernel said when it crashed, if it did: it answers nothing any more."""
+        for text in self._printed():
+            found = re.search(rb"(BUG: |Oops: |Kernel panic).*", text)
+            if found:
+                return found[0].decode(errors="replace").strip()
+        return None
 
     def console(self) -> str:
         """All that the guest printed on all hosts; for a test's failure message."""
@@ -1033,6 +1044,8 @@ class Guest:
                         if line["type"] == "error":
                             raise LabError(f"{self.name}: {text}: {line['text']}")
                         return line
+                if crash := self._crash():
+                    raise LabError(f"{self.name}: {text}: the guest's kernel has crashed: {crash}")
         finally:
             if link is not None:
                 link.close()

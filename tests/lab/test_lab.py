@@ -235,6 +235,22 @@ def test_command_is_answered_though_the_guest_moves_meanwhile(lab: Lab) -> None:
     lab.a.path(guest.disks()["vda"]).unlink()
 
 
+def test_an_answer_is_found_behind_a_line_that_a_move_cut_short(lab: Lab) -> None:
+    guest = lab.guest("web1", SMALL, memory="256M", options="w.report=0")
+    with open(lab.a.path("/var/log/libvirt/qemu/lab-web1.log"), "a") as log:
+        log.write('WITNESS {"type":"rep')
+    assert guest.command("status", timeout=60)["type"] == "status"
+
+
+def test_a_crashed_guest_is_not_waited_for(lab: Lab, guest: Guest) -> None:
+    guest.domain().suspend()
+    with open(lab.a.path("/var/log/libvirt/qemu/lab-web1.log"), "a") as log:
+        log.write("[   12.7] BUG: kernel NULL pointer dereference, address: 0000000000000004\n")
+    with pytest.raises(LabError, match="has crashed: BUG: kernel NULL pointer"):
+        guest.verify()
+    guest.domain().resume()
+
+
 def test_images_can_be_compared(lab: Lab, guest: Guest) -> None:
     guest.command("stop")
     source = guest.disks()
