@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many moves in a row; in each, the memory that the target's QEMU has loaded is compared page by page with what the
+source's had when the guest stopped.
+
+    /usr/bin/python3 tests/lab/equal_memory.py --moves 20
+    /usr/bin/python3 tests/lab/equal_memory.py --moves 20 -- --memory-channels 1      # options of drover move
+
+The target is held at the barrier, before it is resumed. The source's QEMU is kept from its end by stopping its host's
+libvirtd (SIGSTOP) as soon as it has sent everything. Several of these at once find more, for the guest's CPU is taken
+from it at bad moments then. Exit code 0: all equal.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from typing import Iterator
+
+from lab import Disk, Guest, Host, Lab, LabError, parse_size, wait_for, why_not
+from moves import HOLD, Move, assert_unharmed
+
+MEMORY = "256M"
+SIZE = parse_size(MEMORY) + 8192  # Lab.guest() says why
+PAGE = 4096
+PIECE = 1 << 20
+
+
+def process_of(host: Host, what: str) -> int:
+    found = [pid for pid, line in host.processes().items() if what in line]
+    if len(found) != 1:
+        raise LabError(f"{host.name}: {len(found)} processes have {what!r} in their command line")
+    return found[0]
+
+
+class Ram:
+    """The guest's memory in a QEMU, read through /proc: that needs neither QEMU nor libvirt."""
+
+    def __init__(self, guest: Guest, host: Host) -> None:
+        pid = process_of(host, f"guest={guest.name},")
+        with open(f"/proc/{pid}/maps") as maps:
+            for line in maps:
+                begin, end = (int(x, 16) for x in line.split()[0].split("-"))
+                if SIZE <= end - begin < SIZE + (4 << 20):  # rounded up to a huge page
+                    self._begin = begin
+                    self._file = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
+                    return
+        raise LabError(f"{host.name}: {guest.name}'s memory is not in its QEMU's map")
+
+    def __enter__(self) -> "Ram":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def read(self, at: int, size: int) -> bytes:
+        read = b""
+        while len(read) < size:
+            more = os.pread(self._file, size - len(read), self._begin + at + len(read))
+            if not more:
+                raise LabError("QEMU ended before its memory was read")
+            read += more
+        return read
+
+
+def different_pages(a: Ram, b: Ram) -> Iterator[int]:
+    """Their physical addresses."""
+    for at in range(0, SIZE, PIECE):
+        size = min(PIECE, SIZE - at)
+        x, y = a.read(at, size), b.read(at, size)
+        if x != y:
+            yield from (at + i for i in range(0, size, PAGE) if x[i:i + PAGE] != y[i:i + PAGE])
+
+
+def move_comparing_memory(lab: Lab, guest: Guest, *options: str) -> list[int]:
+    """Moves it; the addresses of the pages that the target had otherwise than the source."""
+    source, target = guest.host, lab.other(guest.host)
+    libvirtd = process_of(source, "libvirtd -d")
+    mark = lab.events.mark()
+    with Ram(guest, source) as sent:
+        running = Move(lab, guest, "--hold-barrier", HOLD, *options)
+
+        def completed(host: Host) -> bool:
+            return any(e.name == "MIGRATION" and e.data.get("status") == "completed" and e.host == host.name
+                       for e in lab.events.since(mark))
+
+        def until_completed(host: Host) -> None:
+            wait_for(f"the memory, on {host.name}", lambda: completed(host) or running.process.poll() is not None, 120,
+                     interval=0.001)
+
+        until_completed(source)
+        os.kill(libvirtd, signal.SIGSTOP)
+        try:
+            until_completed(target)
+            wait_for("the barrier", source.path(HOLD).exists, 60)
+            with Ram(guest, target) as loaded:
+                different = list(different_pages(sent, loaded))
+        finally:
+            os.kill(libvirtd, signal.SIGCONT)
+        source.path(HOLD).unlink()
+    outcome = running.end()
+    if outcome.exit_code != 0:
+        raise LabError(outcome.text())
+    return different
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--moves", type=int, default=20)
+    parser.add_argument("options", nargs="*", help="of drover move")
+    args = parser.parse_args()
+    reason = why_not()
+    if reason:
+        print(f"can't run here: {reason}", file=sys.stderr)
+        return 2
+    bad = 0
+    with Lab() as lab:
+        guest = lab.guest("web1", [Disk("64M", data="16M"), Disk("32M", "qcow2", data="8M")], memory=MEMORY, rate=300,
+                          options="w.mem=48M w.memrate=100")
+        for number in range(1, args.moves + 1):
+            different = move_comparing_memory(lab, guest, *args.options)
+            bad += bool(different)
+            pages = f"{len(different)} pages differ: {', '.join(map(hex, different[:8]))}" if different else "equal"
+            print(f"{number:3} to {guest.host.name}: {pages}", flush=True)
+            assert_unharmed(guest)
+    print(f"{args.moves} moves, {bad} of them with a page that differs")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
