@@ -63,17 +63,19 @@ class Ram:
         return read
 
 
-def different_pages(a: Ram, b: Ram) -> Iterator[int]:
-    """Their physical addresses."""
+def different_pages(a: Ram, b: Ram) -> Iterator[tuple[int, int]]:
+    """Their physical addresses, and how many of their bytes differ: few in a page that is old."""
     for at in range(0, SIZE, PIECE):
         size = min(PIECE, SIZE - at)
         x, y = a.read(at, size), b.read(at, size)
         if x != y:
-            yield from (at + i for i in range(0, size, PAGE) if x[i:i + PAGE] != y[i:i + PAGE])
+            for i in range(0, size, PAGE):
+                if bytes_differ := sum(p != q for p, q in zip(x[i:i + PAGE], y[i:i + PAGE])):
+                    yield at + i, bytes_differ
 
 
-def move_comparing_memory(lab: Lab, guest: Guest, *options: str) -> list[int]:
-    """Moves it; the addresses of the pages that the target had otherwise than the source."""
+def move_comparing_memory(lab: Lab, guest: Guest, *options: str) -> list[tuple[int, int]]:
+    """Moves it; the pages that the target had otherwise than the source."""
     source, target = guest.host, lab.other(guest.host)
     libvirtd = process_of(source, "libvirtd -d")
     mark = lab.events.mark()
@@ -120,7 +122,8 @@ def main() -> int:
         for number in range(1, args.moves + 1):
             different = move_comparing_memory(lab, guest, *args.options)
             bad += bool(different)
-            pages = f"{len(different)} pages differ: {', '.join(map(hex, different[:8]))}" if different else "equal"
+            pages = f"{len(different)} pages differ: " if different else "equal"
+            pages += ", ".join(f"{at:#x} in {count} bytes" for at, count in different[:8])
             print(f"{number:3} to {guest.host.name}: {pages}", flush=True)
             assert_unharmed(guest)
     print(f"{args.moves} moves, {bad} of them with a page that differs")
