@@ -17,27 +17,24 @@ import signal
 import sys
 from typing import Iterator
 
-from lab import Disk, Guest, Host, Lab, LabError, parse_size, wait_for, why_not
+from lab import ODD_MEMORY, Disk, Guest, Host, Lab, LabError, parse_size, wait_for, why_not
 from moves import HOLD, Move, assert_unharmed
 
 MEMORY = "256M"
-SIZE = parse_size(MEMORY) + 8192  # Lab.guest() says why
+SIZE = parse_size(MEMORY) + ODD_MEMORY
 PAGE = 4096
 PIECE = 1 << 20
 
 
-def process_of(host: Host, what: str) -> int:
-    found = [pid for pid, line in host.processes().items() if what in line]
-    if len(found) != 1:
-        raise LabError(f"{host.name}: {len(found)} processes have {what!r} in their command line")
-    return found[0]
+def process_of(host: Host, pid_file: str) -> int:
+    return host.machine_pid(int(host.path(pid_file).read_text()))
 
 
 class Ram:
     """The guest's memory in a QEMU, read through /proc: that needs neither QEMU nor libvirt."""
 
     def __init__(self, guest: Guest, host: Host) -> None:
-        pid = process_of(host, f"guest={guest.name},")
+        pid = process_of(host, f"/run/libvirt/qemu/{guest.name}.pid")
         with open(f"/proc/{pid}/maps") as maps:
             for line in maps:
                 begin, end = (int(x, 16) for x in line.split()[0].split("-"))
@@ -77,18 +74,19 @@ def different_pages(a: Ram, b: Ram) -> Iterator[tuple[int, int]]:
 def move_comparing_memory(lab: Lab, guest: Guest, *options: str) -> list[tuple[int, int]]:
     """Moves it; the pages that the target had otherwise than the source."""
     source, target = guest.host, lab.other(guest.host)
-    libvirtd = process_of(source, "libvirtd -d")
+    libvirtd = process_of(source, "/run/libvirtd.pid")
     mark = lab.events.mark()
     with Ram(guest, source) as sent:
         running = Move(lab, guest, "--hold-barrier", HOLD, *options)
 
         def completed(host: Host) -> bool:
+            if running.process.poll() is not None:
+                raise LabError(running.end().text())
             return any(e.name == "MIGRATION" and e.data.get("status") == "completed" and e.host == host.name
                        for e in lab.events.since(mark))
 
         def until_completed(host: Host) -> None:
-            wait_for(f"the memory, on {host.name}", lambda: completed(host) or running.process.poll() is not None, 120,
-                     interval=0.001)
+            wait_for(f"the memory, on {host.name}", lambda: completed(host), 120, interval=0.001)
 
         until_completed(source)
         os.kill(libvirtd, signal.SIGSTOP)

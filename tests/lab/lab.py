@@ -75,6 +75,11 @@ IMAGES = "/var/lib/libvirt/images"
 JOBS = "/var/lib/drover"
 HISTORY = f"{JOBS}/history.jsonl"  # is meant to stay
 BOOT = "/var/lib/libvirt/boot"
+# QEMU before 8.2.2 loses writes to emulated (TCG) guests' memory during a migration: when it takes over the dirty
+# bitmap of a RAM block whose size is a multiple of 256 KiB, it forgets to tell the vCPUs' TLBs (fixed upstream by
+# "physmem: Fix migration dirty bitmap coherency with TCG memory access"). Guests then crash or find old pages after
+# any migration, virsh's too; seen here. With two pages more, QEMU takes the other path.
+ODD_MEMORY = 8192
 HOST_ENV = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
@@ -1385,12 +1390,7 @@ class Lab:
         # runs, and waits for nobody. The second is for commands. (One port with a socket and QEMU's
         # own log of it does not do: while a client is slow, QEMU logs bytes twice.)
         # No balloon, no USB, no video: the guest boots in 2 s.
-        # QEMU before 8.2.2 loses writes to emulated (TCG) guests' memory during a migration: when it takes
-        # over the dirty bitmap of a RAM block whose size is a multiple of 256 KiB, it forgets to tell the
-        # vCPUs' TLBs (fixed upstream by "physmem: Fix migration dirty bitmap coherency with TCG memory
-        # access"). Guests then crash or find old pages after any migration, virsh's too; seen here. With
-        # two pages more, QEMU takes the other path.
-        ram = parse_size(memory) + 8192
+        ram = parse_size(memory) + ODD_MEMORY
         xml = f"""
 <domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{name}</name>
