@@ -17,11 +17,11 @@ import signal
 import sys
 from typing import Iterator
 
-from lab import ODD_MEMORY, Disk, Guest, Host, Lab, LabError, parse_size, wait_for, why_not
+from lab import Disk, Guest, Host, Lab, LabError, parse_size, wait_for, why_not
 from moves import HOLD, Move, assert_unharmed
 
 MEMORY = "256M"
-SIZE = parse_size(MEMORY) + ODD_MEMORY
+SIZE = parse_size(MEMORY)
 PAGE = 4096
 PIECE = 1 << 20
 
@@ -95,6 +95,9 @@ def move_comparing_memory(lab: Lab, guest: Guest, *options: str) -> list[tuple[i
             wait_for("the barrier", source.path(HOLD).exists, 60)
             with Ram(guest, target) as loaded:
                 different = list(different_pages(sent, loaded))
+        except LabError as e:
+            os.kill(libvirtd, signal.SIGCONT)
+            raise LabError(f"{e}\n{running.end().text()}") from e
         finally:
             os.kill(libvirtd, signal.SIGCONT)
         source.path(HOLD).unlink()

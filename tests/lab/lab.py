@@ -75,11 +75,7 @@ IMAGES = "/var/lib/libvirt/images"
 JOBS = "/var/lib/drover"
 HISTORY = f"{JOBS}/history.jsonl"  # is meant to stay
 BOOT = "/var/lib/libvirt/boot"
-# QEMU before 8.2.2 loses writes to emulated (TCG) guests' memory during a migration: when it takes over the dirty
-# bitmap of a RAM block whose size is a multiple of 256 KiB, it forgets to tell the vCPUs' TLBs (fixed upstream by
-# "physmem: Fix migration dirty bitmap coherency with TCG memory access"). Guests then crash or find old pages after
-# any migration, virsh's too; seen here. With two pages more, QEMU takes the other path.
-ODD_MEMORY = 8192
+TCG_FIX = "/usr/local/lib/qemu_tcg.so"
 HOST_ENV = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
@@ -247,37 +243,45 @@ def _module_files() -> list[Path]:
     return order
 
 
-def build_delay() -> Path:
-    """The program behind Lab.set_delay(), built when it is not in the cache yet."""
-    source = REPO / "tests/lab/delay.c"
-    program = CACHE / f"delay-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
-    if not program.exists():
-        temporary = CACHE / f".delay-{os.getpid()}-{threading.get_ident()}"
+def _built(source: Path, *options: str) -> Path:
+    """What gcc makes of a C file, made when it is not in the cache yet."""
+    command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", *options]
+    key = hashlib.sha256(source.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
+    built = CACHE / f"{source.stem}-{key}"
+    if not built.exists():
+        temporary = CACHE / f".build-{os.getpid()}-{threading.get_ident()}"
         try:
-            _tool(["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(temporary), str(source)])
-            temporary.rename(program)
+            _tool([*command, "-o", str(temporary), str(source)])
+            temporary.rename(built)
         finally:
             temporary.unlink(missing_ok=True)
-    return program
+    return built
+
+
+def build_delay() -> Path:
+    """The program behind Lab.set_delay()."""
+    return _built(REPO / "tests/lab/delay.c")
+
+
+def build_tcg_fix() -> Path:
+    """The library that keeps emulated guests' memory whole in a migration."""
+    return _built(REPO / "tests/lab/qemu_tcg.c", "-shared", "-fPIC")
 
 
 def build_witness() -> tuple[Path, Path, Path]:
     """(witness program, kernel, initramfs), built when they are not in the cache yet."""
-    source = REPO / "tests/lab/witness/witness.c"
+    program = _built(REPO / "tests/lab/witness/witness.c", "-static", "-pthread")
     version = (CACHE / "kernel/version").read_text()
-    key = hashlib.sha256(source.read_bytes() + version.encode() + " ".join(MODULES).encode()).hexdigest()[:16]
-    program, initrd = CACHE / f"witness-{key}", CACHE / f"initrd-{key}"
+    key = hashlib.sha256(program.read_bytes() + version.encode() + " ".join(MODULES).encode()).hexdigest()[:16]
+    initrd = CACHE / f"initrd-{key}"
     if not initrd.exists():
+        modules = _module_files()
+        files: dict[str, Optional[bytes]] = {d: None for d in ("dev", "proc", "sys", "modules")}
+        files["init"] = program.read_bytes()
+        files.update({f"modules/{m.name}": m.read_bytes() for m in modules})
+        files["modules/order"] = "".join(m.name + "\n" for m in modules).encode()
         temporary = CACHE / f".build-{os.getpid()}-{threading.get_ident()}"
         try:
-            _tool(["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread",
-                   "-o", str(temporary), str(source)])
-            temporary.rename(program)
-            modules = _module_files()
-            files: dict[str, Optional[bytes]] = {d: None for d in ("dev", "proc", "sys", "modules")}
-            files["init"] = program.read_bytes()
-            files.update({f"modules/{m.name}": m.read_bytes() for m in modules})
-            files["modules/order"] = "".join(m.name + "\n" for m in modules).encode()
             temporary.write_bytes(_cpio(files))
             temporary.rename(initrd)
         finally:
@@ -605,19 +609,19 @@ class Host:
 
     def _start_services(self) -> None:
         self.run(["mkdir", "-p", BOOT, "/run/sshd"])
-        self._install_witness()
+        self._install()
         known = "".join(f"{h.name},{h.ip} {(h.dir / 'upper/etc/ssh/ssh_host_ed25519_key.pub').read_text()}"
                         for h in self.lab.hosts)
         self.path("/etc/ssh/ssh_known_hosts").write_text(known)
         self.run(["/usr/sbin/sshd"])
         self.start_libvirtd()
 
-    def _install_witness(self) -> None:
-        """Copies the guest's kernel and initramfs into the host, unless these are there already (a lab
-        that keeps running should use a witness that was changed meanwhile)."""
+    def _install(self) -> None:
+        """Copies the guest's kernel and initramfs, and what QEMU needs, into the host, unless these are there already
+        (a lab that keeps running should use a witness that was changed meanwhile)."""
         program, kernel, initrd = build_witness()
         for source, inside in ((program, "/usr/local/bin/witness"), (kernel, f"{BOOT}/vmlinuz"),
-                               (initrd, f"{BOOT}/initrd")):
+                               (initrd, f"{BOOT}/initrd"), (build_tcg_fix(), TCG_FIX)):
             target = self.path(inside)
             if not target.exists() or target.stat().st_mtime_ns != source.stat().st_mtime_ns:
                 new = target.with_name(target.name + ".new")
@@ -626,7 +630,7 @@ class Host:
 
     def start_libvirtd(self) -> None:
         """libvirtd in the background; returns when it answers."""
-        self.run(["libvirtd", "-d", "--pid-file", "/run/libvirtd.pid"])
+        self.run(["libvirtd", "-d", "--pid-file", "/run/libvirtd.pid"], env={"LD_PRELOAD": TCG_FIX})  # its QEMUs get it
         wait_for(f"{self.name}'s libvirtd", lambda: self.run(["virsh", "version"], check=False).returncode == 0)
         if self._watched:
             self.libvirt()  # a new connection, so that no event is missed
@@ -1367,7 +1371,7 @@ class Lab:
         """
         host = host or self.a
         for h in self.hosts:
-            h._install_witness()
+            h._install()
         disks = [dataclasses.replace(d) for d in disks]
         letters = {"virtio": "vd", "scsi": "sd"}
         for d in disks:
@@ -1390,9 +1394,8 @@ class Lab:
         # runs, and waits for nobody. The second is for commands. (One port with a socket and QEMU's
         # own log of it does not do: while a client is slow, QEMU logs bytes twice.)
         # No balloon, no USB, no video: the guest boots in 2 s.
-        ram = parse_size(memory) + ODD_MEMORY
         xml = f"""
-<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+<domain type='qemu'>
   <name>{name}</name>
   <memory unit='b'>{parse_size(memory)}</memory>
   <vcpu>{vcpus}</vcpu>
@@ -1422,11 +1425,6 @@ class Lab:
     </serial>
     {devices}
   </devices>
-  <qemu:commandline>
-    <qemu:arg value='-object'/><qemu:arg value='memory-backend-ram,id=lab.ram,size={ram}'/>
-    <qemu:arg value='-machine'/><qemu:arg value='memory-backend=lab.ram'/>
-    <qemu:arg value='-m'/><qemu:arg value='size={ram // 1024}k'/>
-  </qemu:commandline>
 </domain>"""
         if edit:
             xml = edit(xml)

@@ -120,6 +120,7 @@ def test_guest_runs_as_debian_runs_it(lab: Lab, guest: Guest) -> None:
     owner = lab.a.run(["id", "-u", "libvirt-qemu"]).stdout.strip()
     assert os.stat(f"/proc/{pid}").st_uid == int(owner)
     assert "-sandbox on" in lab.a.processes()[pid]
+    assert "lab: vCPUs flush their TLBs" in lab.a.path("/var/log/libvirt/qemu/web1.log").read_text()  # qemu_tcg.c
     for path in guest.disks().values():
         assert os.stat(lab.a.path(path)).st_uid == int(owner)  # dynamic ownership
     assert os.stat(f"/proc/{pid}/ns/mnt").st_ino != os.stat(f"/proc/{lab.a.pid}/ns/mnt").st_ino
