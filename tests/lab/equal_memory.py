@@ -26,15 +26,11 @@ PAGE = 4096
 PIECE = 1 << 20
 
 
-def process_of(host: Host, pid_file: str) -> int:
-    return host.machine_pid(int(host.path(pid_file).read_text()))
-
-
 class Ram:
     """The guest's memory in a QEMU, read through /proc: that needs neither QEMU nor libvirt."""
 
     def __init__(self, guest: Guest, host: Host) -> None:
-        pid = process_of(host, f"/run/libvirt/qemu/{guest.name}.pid")
+        pid = guest.qemu_pid(host)
         with open(f"/proc/{pid}/maps") as maps:
             for line in maps:
                 begin, end = (int(x, 16) for x in line.split()[0].split("-"))
@@ -63,10 +59,9 @@ class Ram:
 def different_pages(a: Ram, b: Ram) -> Iterator[tuple[int, int]]:
     """Their physical addresses, and how many of their bytes differ: few in a page that is old."""
     for at in range(0, SIZE, PIECE):
-        size = min(PIECE, SIZE - at)
-        x, y = a.read(at, size), b.read(at, size)
+        x, y = a.read(at, PIECE), b.read(at, PIECE)
         if x != y:
-            for i in range(0, size, PAGE):
+            for i in range(0, PIECE, PAGE):
                 if bytes_differ := sum(p != q for p, q in zip(x[i:i + PAGE], y[i:i + PAGE])):
                     yield at + i, bytes_differ
 
@@ -74,36 +69,36 @@ def different_pages(a: Ram, b: Ram) -> Iterator[tuple[int, int]]:
 def move_comparing_memory(lab: Lab, guest: Guest, *options: str) -> list[tuple[int, int]]:
     """Moves it; the pages that the target had otherwise than the source."""
     source, target = guest.host, lab.other(guest.host)
-    libvirtd = process_of(source, "/run/libvirtd.pid")
+    libvirtd = source.machine_pid(int(source.path("/run/libvirtd.pid").read_text()))
     mark = lab.events.mark()
     with Ram(guest, source) as sent:
         running = Move(lab, guest, "--hold-barrier", HOLD, *options)
 
         def completed(host: Host) -> bool:
             if running.process.poll() is not None:
-                raise LabError(running.end().text())
+                raise LabError("drover has ended")
             return any(e.name == "MIGRATION" and e.data.get("status") == "completed" and e.host == host.name
                        for e in lab.events.since(mark))
 
         def until_completed(host: Host) -> None:
             wait_for(f"the memory, on {host.name}", lambda: completed(host), 120, interval=0.001)
 
-        until_completed(source)
-        os.kill(libvirtd, signal.SIGSTOP)
+        different, why = [], ""
         try:
+            until_completed(source)
+            os.kill(libvirtd, signal.SIGSTOP)
             until_completed(target)
             wait_for("the barrier", source.path(HOLD).exists, 60)
             with Ram(guest, target) as loaded:
                 different = list(different_pages(sent, loaded))
         except LabError as e:
-            os.kill(libvirtd, signal.SIGCONT)
-            raise LabError(f"{e}\n{running.end().text()}") from e
+            why = f"{e}\n"
         finally:
             os.kill(libvirtd, signal.SIGCONT)
-        source.path(HOLD).unlink()
+        source.path(HOLD).unlink(missing_ok=True)
     outcome = running.end()
-    if outcome.exit_code != 0:
-        raise LabError(outcome.text())
+    if why or outcome.exit_code != 0:
+        raise LabError(why + outcome.text())
     return different
 
 

@@ -943,6 +943,11 @@ class Guest:
         """The libvirt domain (virDomain) on the host where the guest runs."""
         return self.host.libvirt().lookupByName(self.name)
 
+    def qemu_pid(self, host: Optional[Host] = None) -> int:
+        """Its QEMU's process, of this machine's ids (default: where it runs)."""
+        host = host or self.host
+        return host.machine_pid(int(host.path(f"/run/libvirt/qemu/{self.name}.pid").read_text()))
+
     def disks(self, host: Optional[Host] = None) -> dict[str, str]:
         """Target -> path of its disks, as libvirt has them now."""
         xml = (host or self.host).libvirt().lookupByName(self.name).XMLDesc()
@@ -1163,6 +1168,7 @@ class Lab:
         if reason:
             raise LabError(reason)
         build_witness()
+        build_tcg_fix()
         Lab.collect_garbage()
         try:
             self.dir.mkdir(parents=True)
@@ -1434,6 +1440,8 @@ class Lab:
         domain = host.libvirt().defineXML(xml)
         if start:
             domain.create()
+            if TCG_FIX not in Path(f"/proc/{guest.qemu_pid(host)}/maps").read_text():
+                raise LabError(f"{host.name}'s QEMU runs without {TCG_FIX}: make the lab anew")
             guest.wait_ready()
         return guest
 

@@ -3,16 +3,19 @@
 //
 // A vCPU of an emulated guest marks a page dirty only at its first write since the page got its TLB entry, or since
 // the last sync of the dirty bitmap, which resets the entries. QEMU (7.2) looks whether a page is dirty before it takes
-// the TLB's lock, and enters or changes the page's entry under it (accel/tcg/cputlb.c: tlb_set_page_full,
-// notdirty_write). A sync in between clears the page's bit and resets an entry that is not there yet: the vCPU then
-// writes to a page that is never marked, and the target keeps an old one. And for a RAM block whose size is a multiple
-// of 256 KiB a sync resets no entry at all (before 8.2.2; "physmem: Fix migration dirty bitmap coherency with TCG
-// memory access").
+// the TLB's lock, and under it makes an entry that lets the page be written unmarked (accel/tcg/cputlb.c:
+// tlb_set_page_full, notdirty_write). A sync in between clears the page's bit and finds no such entry to reset: the
+// vCPU then writes to a page that is never marked, and the target keeps an old one. And for a RAM block whose size is a
+// multiple of 256 KiB a sync resets no entry at all (before 8.2.2; "physmem: Fix migration dirty bitmap coherency with
+// TCG memory access").
 //
 // So here each vCPU flushes its TLB after each sync, before a page is sent: what it writes then is marked anew. QEMU's
 // own memory_global_after_dirty_log_sync() makes each vCPU end what it is executing, at just that place; it is replaced.
 // KVM guests have no such TLB and are not touched.
 
+#ifndef __x86_64__
+#error "written for x86-64, as the lab's guests are"
+#endif
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdbool.h>
@@ -58,10 +61,9 @@ __attribute__((constructor)) static void replace(void) {
   const size_t size = (uintptr_t)replaced + sizeof jump - begin;
   if (!qemu_get_cpu || !run_on_cpu || !tlb_flush || !tcg_allowed ||
       mprotect((void *)begin, size, PROT_READ | PROT_WRITE | PROT_EXEC) != 0) {
-    fputs("lab: this QEMU can't be changed: emulated guests may lose memory in a migration\n", stderr);
-    return;
+    fputs("tests/lab/qemu_tcg.c does not fit this QEMU: its guests would lose memory in a migration\n", stderr);
+    _exit(1);
   }
   memcpy(replaced, jump, sizeof jump);
   (void)mprotect((void *)begin, size, PROT_READ | PROT_EXEC);
-  fputs("lab: vCPUs flush their TLBs after each sync of the dirty bitmap\n", stderr);
 }

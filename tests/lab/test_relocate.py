@@ -58,7 +58,7 @@ def test_ten_times_there_and_back(lab: Lab) -> None:
 def test_the_old_file_goes_only_when_the_new_one_outlives_a_power_cut(lab: Lab) -> None:
     guest = two_disks(lab, rate="idle")
     relocate_ok(guest, B)
-    [qemu] = [pid for pid, line in lab.a.processes().items() if "guest=web1," in line]
+    qemu = guest.qemu_pid()
     os.kill(qemu, signal.SIGKILL)
     wait_for("QEMU's end", lambda: not guest.lab.a.libvirt().lookupByName("web1").isActive())
     lab.a.power_cut(B)
@@ -271,7 +271,7 @@ def test_a_guest_that_libvirt_loses_keeps_all_its_images(lab: Lab) -> None:
     guest = two_disks(lab, rate="idle")
     running = Relocation(guest, B, "--bandwidth", SLOW)
     running.wait_for_copied(0.1)
-    [qemu] = [pid for pid, line in lab.a.processes().items() if "guest=web1," in line]
+    qemu = guest.qemu_pid()
     lab.a.stop_libvirtd(signal.SIGKILL)
     status = lab.a.path("/run/libvirt/qemu/web1.xml")
     status.write_text(status.read_text().replace(" job='copy'", " job=''"))
