@@ -22,7 +22,7 @@ BUILD=(g++ cmake ninja-build pkg-config ccache git
 RUN=(qemu-system-x86 qemu-utils qemu-block-extra libvirt-daemon-system libvirt-clients
      libvirt-daemon-driver-qemu openssh-client libnbd-bin)
 TEST=(openssl clang libclang-rt-14-dev clang-format clang-tidy
-      debootstrap nbdkit python3 python3-libvirt python3-libnbd python3-pytest
+      debootstrap nbdkit python3 python3-libvirt python3-libnbd python3-pytest python3-pytest-xdist
       openssh-server tini busybox-static xfsprogs btrfs-progs e2fsprogs
       iproute2 util-linux mount procps kmod)
 KERNEL_META=linux-image-cloud-amd64

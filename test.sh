@@ -17,5 +17,5 @@ cmake --build --preset release
 
 failed=0
 ctest --preset release -j "$(nproc)" || failed=1
-/usr/bin/python3 -m pytest tests/lab -ra --durations=10 || failed=1
+/usr/bin/python3 -m pytest tests/lab -n 2 -ra --durations=10 || failed=1  # two labs: much of it is waiting
 exit "$failed"

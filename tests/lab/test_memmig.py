@@ -574,7 +574,8 @@ def test_guest_moves(lab: Lab, guest: Guest, scheme: str, connections: int) -> N
         order = [("cpus-stopped", "source"), ("quiesced", "source"), ("suspended", "target"), ("cpus-running", "target")]
         assert [n for n in names if n in order] == order and names.index(("suspended", "source")) < names.index(order[2])
         assert move.relay is not None and move.relay.connections >= connections
-        assert lab.events.blackout("web1", lab_mark) is not None and milliseconds(paused, running) > 0
+        wait_for("QEMU's events", lambda: lab.events.blackout("web1", lab_mark) is not None, 30)
+        assert milliseconds(paused, running) > 0
         assert guest.host is lab.b
         # The definition there is the new one and persists; the old one is still here.
         xml = lab.b.libvirt().lookupByName("web1").XMLDesc(2)
