@@ -5,6 +5,7 @@
 #include "tests/sim/mirror_sim.h"
 
 #include <functional>
+#include <ostream>
 #include <string>
 
 #include <gtest/gtest.h>
@@ -42,6 +43,9 @@ struct Rule {
   std::string name;
   std::function<void(MirrorSimOptions&)> switch_off;
 };
+
+// The test's name for ctest.
+void PrintTo(const Rule& rule, std::ostream* out) { *out << rule.name; }
 
 class SwitchedOffRule : public testing::TestWithParam<Rule> {};
 

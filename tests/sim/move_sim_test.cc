@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include <functional>
+#include <ostream>
 #include <string>
 
 namespace drover::sim {
@@ -51,6 +52,9 @@ struct Rule {
   std::function<void(MoveSimOptions&)> switch_off;
   std::uint64_t first = 1;  // the search begins there, for what few seeds notice
 };
+
+// The test's name for ctest.
+void PrintTo(const Rule& rule, std::ostream* out) { *out << rule.name; }
 
 class SwitchedOffMoveRule : public testing::TestWithParam<Rule> {};
 
