@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lab import WORK, Disk, Guest, Host, Lab, LabError, wait_for
+from lab import WORK, Disk, Guest, Host, Lab, LabError, build_tcg_fix, wait_for
 
 SMALL = [Disk("64M", data="16M")]
 
@@ -123,6 +123,16 @@ def test_guest_runs_as_debian_runs_it(lab: Lab, guest: Guest) -> None:
     for path in guest.disks().values():
         assert os.stat(lab.a.path(path)).st_uid == int(owner)  # dynamic ownership
     assert os.stat(f"/proc/{pid}/ns/mnt").st_ino != os.stat(f"/proc/{lab.a.pid}/ns/mnt").st_ino
+
+
+@pytest.mark.usefixtures("_shared_lab")  # skips where it does
+def test_a_qemu_that_cannot_be_mended_does_not_start(tmp_path: Path) -> None:
+    source, program = tmp_path / "qemu.c", tmp_path / "qemu"  # has what is replaced, and not what that needs
+    source.write_text("void memory_global_after_dirty_log_sync(void) {}\nint main(void) { return 0; }\n")
+    subprocess.run(["gcc", "-rdynamic", "-o", program, source], check=True)
+    assert subprocess.run([program]).returncode == 0
+    p = subprocess.run([program], env={"LD_PRELOAD": str(build_tcg_fix())}, text=True, capture_output=True)
+    assert p.returncode == 1 and "does not fit this QEMU" in p.stderr
 
 
 def test_witness_writes_and_reads_at_the_rate_asked_for(guest: Guest) -> None:
