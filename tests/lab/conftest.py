@@ -22,7 +22,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from lab import Disk, Guest, Lab, why_not  # noqa: E402
+from lab import WORK, Disk, Guest, Lab, why_not  # noqa: E402
 from moves import HOLD, Running  # noqa: E402
 from outages import Seen  # noqa: E402
 
@@ -194,3 +194,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         long = item.path.name in ("test_outages.py", "test_resume.py", "test_relocate.py", "test_evacuate.py")
         if (long and item.name not in _QUICK) or item.name in _SLOW:
             item.add_marker(pytest.mark.skip(reason="takes minutes with its like: DROVER_LAB_LONG=1 runs it"))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Of `-n 2`, ended from outside: a worker that was killed while it took its lab down has left the directory."""
+    if not hasattr(config, "workerinput") and os.geteuid() == 0 and WORK.exists():
+        Lab.collect_garbage()
