@@ -23,6 +23,9 @@
 #include <string_view>
 #include <thread>
 
+#include "base/log.h"
+#include "base/priority.h"
+#include "base/subprocess.h"
 #include "base/unique_fd.h"
 
 namespace drover::blockcopy {
@@ -49,11 +52,15 @@ Status in_the_way(const std::string& path) {
               "drover never overwrites a file: move it away or choose another path");
 }
 
+bool has_no_name(int fd) {
+  struct stat status {};
+  return ::fstat(fd, &status) == 0 && S_ISREG(status.st_mode) && status.st_nlink == 0;
+}
+
 // Nobody can reach the file but by this descriptor. (A lease is granted to whoever has it open
 // alone.)
 bool is_ours_alone(int fd) {
-  struct stat status {};
-  if (::fstat(fd, &status) != 0 || !S_ISREG(status.st_mode) || status.st_nlink != 0) return false;
+  if (!has_no_name(fd)) return false;
   if (::fcntl(fd, F_SETLEASE, F_WRLCK) != 0) return false;
   return ::fcntl(fd, F_SETLEASE, F_UNLCK) == 0;
 }
@@ -67,14 +74,6 @@ void free_in_pieces(int fd) {
     if (::fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, kPiece) != 0) return;
     std::this_thread::sleep_for((std::chrono::steady_clock::now() - start) / 2);
   }
-}
-
-Result<UnlinkedFile> unlink_open(const std::string& path) {
-  UniqueFd fd(::open(path.c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
-  if (::unlink(path.c_str()) != 0 && errno != ENOENT) {
-    return fail_errno(errno, "deleting " + path);
-  }
-  return UnlinkedFile(std::move(fd));
 }
 
 struct Owner {
@@ -203,9 +202,80 @@ Status sync_file(const std::string& path) {
   return sync_directory(directory_of(path));
 }
 
+Result<UnlinkedFile> unlink_open(const std::string& path) {
+  UniqueFd fd(::open(path.c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
+  // Another program can have it under this number.
+  if (fd && fd.get() <= STDERR_FILENO) fd = UniqueFd(::fcntl(fd.get(), F_DUPFD_CLOEXEC, STDERR_FILENO + 1));
+  if (::unlink(path.c_str()) != 0 && errno != ENOENT) {
+    return fail_errno(errno, "deleting " + path);
+  }
+  return UnlinkedFile(std::move(fd));
+}
+
 Status unlink_file(const std::string& path) {
   const Result<UnlinkedFile> gone = unlink_open(path);
   return gone ? Status() : fail(gone.error());
+}
+
+namespace {
+
+// 0: nothing that could be freed by somebody else.
+std::uint64_t freeable(int fd) {
+  constexpr std::uint64_t kUnit = 512;  // stat(2)
+  struct stat status {};
+  if (fd < 0 || ::fstat(fd, &status) != 0 || !is_ours_alone(fd)) return 0;
+  return static_cast<std::uint64_t>(status.st_blocks) * kUnit;
+}
+
+// A file's descriptor, whose name is gone; else none.
+std::optional<int> unlinked_descriptor(const std::string& word) {
+  int fd = -1;
+  const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), fd);
+  if (error != std::errc() || end != word.data() + word.size()) return std::nullopt;
+  return fd > STDERR_FILENO && has_no_name(fd) ? std::optional(fd) : std::nullopt;
+}
+
+}  // namespace
+
+void free_in_background(std::vector<NamedFile> files, const std::vector<std::string>& program) {
+  std::uint64_t bytes = 0;
+  std::vector<std::string> argv = program;
+  std::vector<int> descriptors;
+  for (const NamedFile& one : files) {
+    const std::uint64_t its = freeable(one.file.fd());
+    if (its == 0) continue;
+    bytes += its;
+    argv.insert(argv.end(), {std::to_string(one.file.fd()), one.path});
+    descriptors.push_back(one.file.fd());
+  }
+  if (bytes <= kFreedAtOnce) return;
+  const auto started = run_process(argv, {.descriptors = descriptors});
+  if (started && started->exit_code == 0) {
+    for (NamedFile& one : files) one.file.leave();
+  } else {
+    log_warning("deleted files are freed in the foreground: {}", started ? started->err : started.error().to_string());
+  }
+}
+
+int run_free_command(const std::vector<std::string>& words) {
+  std::vector<int> files;
+  for (std::size_t i = 0; i < words.size(); i += 2) {
+    const std::optional<int> fd = unlinked_descriptor(words[i]);
+    if (!fd) return 2;
+    files.push_back(*fd);
+  }
+  if (files.empty() || words.size() % 2 != 0) return 2;
+  const pid_t child = ::fork();
+  if (child != 0) return child > 0 ? 0 : 2;
+  ::setsid();  // neither Ctrl-C nor the terminal's end is meant for it
+  if (::chdir("/") != 0) return 2;
+  for (const int standard : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) ::close(standard);  // somebody may read until then
+  give_way();
+  for (const int fd : files) {
+    free_in_pieces(fd);
+    ::close(fd);
+  }
+  return 0;
 }
 
 UnlinkedFile::~UnlinkedFile() {

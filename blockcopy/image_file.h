@@ -14,8 +14,11 @@
 // Threads: any; all of it blocks on the disk.
 #pragma once
 
+#include <cstdint>
 #include <string>
+#include <string_view>
 #include <utility>
+#include <vector>
 
 #include "base/result.h"
 #include "base/unique_fd.h"
@@ -74,9 +77,29 @@ class UnlinkedFile {
   UnlinkedFile(UnlinkedFile&&) = default;
   UnlinkedFile& operator=(UnlinkedFile&&) = delete;
 
+  [[nodiscard]] int fd() const { return fd_.get(); }
+  // Somebody else has it, too, and frees it.
+  void leave() { fd_.reset(); }
+
  private:
   UniqueFd fd_;
 };
+// unlink_file(), and the blocks stay until the result goes.
+Result<UnlinkedFile> unlink_open(const std::string& path);
+
+// For files that nobody shall wait for: where they have more than kFreedAtOnce together a process of its own frees them,
+// one after the other, and ends by itself. (Where that is killed the kernel frees what is left, at once.) Until then the
+// space is not free and the filesystem is in use. `program`: the words that run run_free_command().
+struct NamedFile {
+  UnlinkedFile file;
+  std::string path;  // that it had, for ps
+};
+void free_in_background(std::vector<NamedFile> files, const std::vector<std::string>& program);
+inline constexpr std::uint64_t kFreedAtOnce = std::uint64_t{64} << 20;  // bytes
+inline constexpr std::string_view kFreeCommand = "free-blocks";
+// main() of that process: for each file a descriptor, and the path. Returns at once, and goes on in a child that belongs
+// to nobody. The exit code: 0, or 2 for anything else than such words.
+int run_free_command(const std::vector<std::string>& words);
 // unlink_file(), durably, if it is still that file: Busy if another has taken its name. Gone
 // already: fine.
 Result<UnlinkedFile> remove_file(const std::string& path, const ImageIdentity& identity);

@@ -2,6 +2,7 @@
 #include <csignal>
 #include <string_view>
 
+#include "blockcopy/image_file.h"
 #include "cli/app.h"
 #include "cli/receive.h"
 #include "job/evacuate.h"
@@ -17,6 +18,10 @@ int main(int argc, char** argv) {
   // Not a command of the user's: the runner starts it, and it must be small and quick.
   if (argc > 1 && std::string_view(argv[1]) == drover::mirror::kWatchdogCommand) {
     return drover::mirror::run_endpoint_watchdog({argv + 2, argv + argc});
+  }
+  // Nor this: it frees what a move has left of the source's disks.
+  if (argc > 1 && std::string_view(argv[1]) == drover::blockcopy::kFreeCommand) {
+    return drover::blockcopy::run_free_command({argv + 2, argv + argc});
   }
   return drover::cli::run(
       {argv + 1, argv + argc},

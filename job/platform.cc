@@ -6,6 +6,7 @@
 #include <mutex>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "blockcopy/image_file.h"
 #include "memmig/image_lock.h"
@@ -34,6 +35,10 @@ class RealGuard final : public ImageGuard {
 
 class RealPlatform final : public Platform {
  public:
+  ~RealPlatform() override {
+    blockcopy::free_in_background(std::move(removed_), {"/proc/self/exe", std::string(blockcopy::kFreeCommand)});
+  }
+
   Instant now() override { return drover::now(); }
   void sleep(std::chrono::milliseconds time) override { std::this_thread::sleep_for(time); }
   std::unique_ptr<Thread> start_thread(std::function<void()> run) override {
@@ -62,7 +67,9 @@ class RealPlatform final : public Platform {
   }
 
   Status remove_image(const std::string& path) override {
-    return blockcopy::unlink_file(path);
+    DROVER_ASSIGN(blockcopy::UnlinkedFile gone, blockcopy::unlink_open(path));
+    removed_.push_back({std::move(gone), path});
+    return {};
   }
 
   Length peak_memory() override {
@@ -108,6 +115,7 @@ class RealPlatform final : public Platform {
     return shared->ssh();
   }
 
+  std::vector<blockcopy::NamedFile> removed_;
   std::mutex mutex_;
   std::map<std::string, std::unique_ptr<mirror::SharedSsh>> ssh_;  // one connection for each host
 };

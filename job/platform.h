@@ -71,7 +71,8 @@ class Platform {
   virtual Result<std::unique_ptr<ImageGuard>> guard_image(const std::string& path) = 0;
   // Another one, once the image was written to (blockcopy/image_file.h).
   virtual Result<std::string> image_stamp(const std::string& path) = 0;
-  // One that is not there is removed already.
+  // One that is not there is removed already. The name is gone then; what it held is freed once this object goes, where
+  // that is much by a process that goes on for a while (blockcopy/image_file.h).
   virtual Status remove_image(const std::string& path) = 0;
   // Resident, of this process.
   [[nodiscard]] virtual Length peak_memory() = 0;

@@ -8,6 +8,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <linux/magic.h>
+#include <poll.h>
+#include <sys/inotify.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -251,6 +253,87 @@ TEST_F(ImageFiles, WhatNobodyElseHasIsFreed) {
   if (filesystem.f_type == TMPFS_MAGIC) GTEST_SKIP() << "this directory is on tmpfs, where files are just unlinked";
   EXPECT_EQ(status.st_blocks, 0) << "left to the last close";
   EXPECT_TRUE(unlink_file(name).has_value()) << "gone already";
+}
+
+// Tells when the last who could write to a file has closed it.
+class LastClose {
+ public:
+  explicit LastClose(const std::string& path) : fd_(::inotify_init1(IN_CLOEXEC)) {
+    CHECK(::inotify_add_watch(fd_.get(), path.c_str(), IN_CLOSE_WRITE) >= 0, "the file can be watched");
+  }
+  // Within a minute.
+  [[nodiscard]] bool wait() const {
+    pollfd one{fd_.get(), POLLIN, 0};
+    return ::poll(&one, 1, 60000) == 1;
+  }
+
+ private:
+  UniqueFd fd_;
+};
+
+// Blocks that files without a name have yet; none where tmpfs frees them in its own way.
+std::optional<blkcnt_t> blocks_of(const std::vector<UniqueFd>& files) {
+  blkcnt_t blocks = 0;
+  for (const UniqueFd& fd : files) {
+    struct stat status {};
+    struct statfs filesystem {};
+    CHECK(::fstat(fd.get(), &status) == 0 && ::fstatfs(fd.get(), &filesystem) == 0, "an open file can be looked at");
+    if (filesystem.f_type == TMPFS_MAGIC) return std::nullopt;
+    blocks += status.st_blocks;
+  }
+  return blocks;
+}
+
+TEST_F(ImageFiles, WhatIsMuchIsFreedByAnotherProcess) {
+  std::vector<NamedFile> removed;
+  std::vector<UniqueFd> known;  // not open, and keep the inodes
+  std::vector<std::unique_ptr<LastClose>> closes;
+  for (const char* const name : {"a", "b"}) {
+    const std::string path = file(name, std::string(kFreedAtOnce / 2 + (std::size_t{8} << 20), 'x'));
+    known.emplace_back(::open(path.c_str(), O_PATH | O_CLOEXEC));
+    closes.push_back(std::make_unique<LastClose>(path));
+    auto gone = unlink_open(path);
+    ASSERT_TRUE(gone.has_value());
+    EXPECT_FALSE(std::filesystem::exists(path));
+    removed.push_back({std::move(*gone), path});
+  }
+  free_in_background(std::move(removed), {DROVER_FREE_HELPER});
+  for (const auto& close : closes) ASSERT_TRUE(close->wait());
+  const auto blocks = blocks_of(known);
+  if (!blocks) GTEST_SKIP() << "this directory is on tmpfs, where files are just unlinked";
+  EXPECT_EQ(*blocks, 0) << "left to the last close";
+}
+
+TEST_F(ImageFiles, WithoutThatProcessTheyAreFreedHere) {
+  for (const char* const program : {"/nonexistent/program", "/bin/false"}) {
+    const std::string path = file("a", std::string(kFreedAtOnce + (std::size_t{8} << 20), 'x'));
+    std::vector<UniqueFd> known;
+    known.emplace_back(::open(path.c_str(), O_PATH | O_CLOEXEC));
+    std::vector<NamedFile> removed;
+    removed.push_back({*unlink_open(path), path});
+    free_in_background(std::move(removed), {program});
+    const auto blocks = blocks_of(known);
+    if (!blocks) GTEST_SKIP() << "this directory is on tmpfs, where files are just unlinked";
+    EXPECT_EQ(*blocks, 0);
+  }
+}
+
+TEST_F(ImageFiles, ThatProcessFreesNothingThatHasAName) {
+  const UniqueFd fd(::open(file("a", "text").c_str(), O_RDWR | O_CLOEXEC));
+  const auto nameless = unlink_open(file("b", "text"));
+  ASSERT_TRUE(nameless.has_value());
+  const std::string number = std::to_string(fd.get());
+  const std::string gone = std::to_string(nameless->fd());
+  for (const std::vector<std::string>& words : {std::vector<std::string>{}, {number}, {"x", "a"}, {number + "x", "a"},
+                                                {"-1", "a"}, {"1", "a"}, {number, "a"}, {gone, "b", number, "a"},
+                                                {gone}, {gone, "b", gone}}) {
+    std::vector<std::string> argv{DROVER_FREE_HELPER};
+    argv.insert(argv.end(), words.begin(), words.end());
+    const auto ended = run_process(argv, {.descriptors = {fd.get(), nameless->fd()}});
+    ASSERT_TRUE(ended.has_value());
+    EXPECT_EQ(ended->exit_code, 2);
+  }
+  EXPECT_EQ(std::filesystem::file_size(path("a")), 4);
 }
 
 TEST_F(ImageFiles, WhatOthersHaveStaysTheirs) {

@@ -689,6 +689,11 @@ class Host:
     def _remember_clean(self) -> None:
         self._clean.update(mounts=self._mounts(), listening=self._listening(), processes=set(self.processes()))
 
+    def wait_freed(self) -> None:
+        """Until nothing frees a deleted disk's blocks any more: drover leaves that to a process of its own."""
+        wait_for(f"the freeing of deleted files on {self.name}",
+                 lambda: not any(" free-blocks " in line for line in self.processes().values()), timeout=120)
+
     def leftovers(self) -> list[str]:
         """What is in the host now that was not there after it booted, apart from running guests, their
         disks and what the lab itself added."""
@@ -1465,7 +1470,10 @@ class Lab:
 
     def leftovers(self, ignore: Sequence[str] = (), settle: float = 3) -> list[str]:
         """What is on the hosts that should not be, one line each, "hosta: kind: what". Waits up to
-        `settle` seconds for what is just ending. `ignore`: patterns (fnmatch) of lines that are right."""
+        `settle` seconds for what is just ending, after all blocks of deleted files have been freed. `ignore`:
+        patterns (fnmatch) of lines that are right."""
+        for h in self.hosts:
+            h.wait_freed()
         deadline = time.monotonic() + settle
         while True:
             lines = [f"{h.name}: {line}" for h in self.hosts for line in h.leftovers()]

@@ -4,6 +4,7 @@
 Each move starts with cold caches. What is measured (`move()` returns a row with these, None where there is none):
 
 total_s       wall clock of the command
+freed_s       until the source's disks have been freed, too, for those who do that
 bulk_s        of it, copying the disks: drover's copy phase; until libvirt's mirror is ready
 blackout_ms   QEMU's STOP on the source to RESUME on the target
 write_mean_ms, write_p99_ms, write_worst_ms   the guest's write latency while the command ran (`bulk_only`:
@@ -165,6 +166,8 @@ def move(lab: Lab, guest: Guest, mover: str, bulk_only: bool = False, link_rate:
     row = {"mover": mover, "total_s": round(time.monotonic() - begin, 2)}
     if not bulk_only:
         row.update(felt(guest.command("status")))
+    source.wait_freed()
+    row["freed_s"] = round(time.monotonic() - begin, 2)
     if bulk.row.get("gave_up"):
         for path in paths:
             target.path(path).unlink(missing_ok=True)
