@@ -152,6 +152,7 @@ struct Written {
   std::optional<std::string> link_timeout;
   std::optional<std::string> max_slowdown;
   std::string hold_barrier;
+  bool start_target_at_once = false;
   std::string config;
   std::string job;
   bool all = false;
@@ -255,7 +256,9 @@ void add_move(CLI::App& app, Written& written, const job::MoveOptions& defaults)
                     defaults.keep_partial ? "yes" : "no"));
   flag(app, "--detach", written.detach,
        "run in the background: closing the terminal and Ctrl-C leave it\nrunning");
-  app.add_option("--hold-barrier", written.hold_barrier, "")->group("");  // test switch
+  // Test switches.
+  app.add_option("--hold-barrier", written.hold_barrier, "")->group("");
+  app.add_flag("--start-target-at-once", written.start_target_at_once, "")->group("");
 }
 
 // Commands about one job.
@@ -376,6 +379,7 @@ Status apply(const Written& written, job::MoveOptions& options) {
   if (written.keep_source) options.keep_source = true;
   if (written.keep_partial) options.keep_partial = true;
   options.hold_barrier_file = written.hold_barrier;
+  options.start_target_at_once = written.start_target_at_once;
   return {};
 }
 

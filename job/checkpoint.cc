@@ -111,7 +111,7 @@ std::chrono::milliseconds Checkpointer::look() {
   looked_ = time;
   unflushed_ = status.unflushed;
   Status done;
-  if (!broken_ && !status.link_down && time >= rotated_ + kRotate) {
+  if (!broken_ && !keep_bitmaps_.load() && !status.link_down && time >= rotated_ + kRotate) {
     done = rotate();
     rotated_ = platform_.now();
   } else {

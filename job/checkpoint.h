@@ -6,7 +6,7 @@
 //
 //   Checkpointer checkpointer(platform, {engine, hypervisor, records, guest, disks, generation});
 //   ...                                   // copying goes on
-//   checkpointer.stop();                  // before the handover; it may be started again
+//   checkpointer.stop();                  // for the handover; another may be started after it
 //
 // What is sent again after a crash is at most what was acknowledged since the last record (kLook)
 // and, when the target's host was restarted, since the last flush (FlushPlan, kFlushInterval), and
@@ -80,6 +80,10 @@ class Checkpointer {
 
   // The target's images are these now: noted once the records tell what that means.
   void note_targets(std::vector<mirror::TargetDisk> targets);
+  // From now on QEMU's bitmaps stay as they are: libvirt is not kept from a migration.
+  void keep_bitmaps() { keep_bitmaps_.store(true); }
+  // Nothing more is begun; stop() waits for what is under way.
+  void end() { stop_.store(true); }
   void stop();
   [[nodiscard]] std::uint64_t generation() const { return generation_.load(); }
 
@@ -96,6 +100,7 @@ class Checkpointer {
   const Job job_;
   std::atomic<std::uint64_t> generation_;
   std::atomic<bool> stop_{false};
+  std::atomic<bool> keep_bitmaps_{false};
   std::mutex mutex_;  // guards the next
   std::optional<std::vector<mirror::TargetDisk>> targets_;
   Instant flushed_{};

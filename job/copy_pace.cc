@@ -91,6 +91,15 @@ Length CopyPace::look(Instant now, const memmig::GuestIo& io, Length read) {
   return rate_;
 }
 
+void CopyPace::begin(Instant now, const memmig::GuestIo& io) {
+  const bool goes_on = begun_ && now - since_ <= kStale && io.operations >= io_.operations && io.time >= io_.time;
+  begun_ = true;
+  if (goes_on && io.operations - io_.operations >= kFew) {
+    note((io.time - io_.time) / static_cast<Duration::rep>(io.operations - io_.operations));
+  }
+  start_window(now, io, Length());
+}
+
 void CopyPace::start_window(Instant now, const memmig::GuestIo& io, Length read) {
   since_ = now;
   io_ = io;

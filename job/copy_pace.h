@@ -6,6 +6,7 @@
 //
 //   CopyPace pace;
 //   pace.look(now, io, Length());                      // before copying begins: the guest alone
+//   pace.begin(now, io);                               // it begins
 //   engine.set_bandwidth(pace.look(now, io, read));    // a few times a second while it goes on
 //
 // The rate begins at kStart and follows the mean latency of the guest's requests: it grows while
@@ -38,6 +39,7 @@ class CopyPace {
   // A mean of fewer requests says little; so many are waited for, at most so long.
   static constexpr std::uint64_t kEnough = 40;
   static constexpr Duration kPatience = std::chrono::seconds(1);
+  static constexpr std::uint64_t kFew = 10;
   // Rates, per second: the first, and what none is below.
   static constexpr Length kStart = Length(std::uint64_t{256} << 20);
   static constexpr Length kLeastInHandover = Length(std::uint64_t{128} << 20);
@@ -52,6 +54,9 @@ class CopyPace {
   // `io`: what the guest has had done since it started; `read`: what the copy has read since it
   // began. The rate from now on, per second; zero: no limit.
   Length look(Instant now, const memmig::GuestIo& io, Length read);
+  // Copying begins now: what the guest had done since the last window is what it takes without the copy, if that are
+  // kFew requests. (They are not waited for: a guest that asks little would be asked to wait for long.)
+  void begin(Instant now, const memmig::GuestIo& io);
 
   // While the disks are kept equal and the memory follows, of which little is left to copy: as
   // before, but never a reason for the handover to take long.

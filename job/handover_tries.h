@@ -31,21 +31,20 @@ class HandoverTries {
 
   // Before the next try; longer each time.
   Duration pause() { return std::exchange(pause_, std::min(2 * pause_, kLongestPause)); }
-  void memory_moves() {
-    moving_ = true;
-    slow_ = 0;
-  }
+  void memory_starts() { starting_ = true; }
+  void memory_moves() { slow_ = 0; }
   void link_was_down() { slow_ = 0; }
   Verdict failed(bool slow) {
-    if (std::exchange(moving_, false) && ++failed_ >= kMost) return Verdict::TooOften;
-    return slow && ++slow_ >= kMost ? Verdict::TooSlow : Verdict::Again;
+    const bool often = std::exchange(starting_, false) && ++failed_ >= kMost;
+    if (slow && ++slow_ >= kMost) return Verdict::TooSlow;
+    return often ? Verdict::TooOften : Verdict::Again;
   }
 
  private:
   Duration pause_ = kFirstPause;
-  bool moving_ = false;  // its memory
-  int failed_ = 0;       // handovers after their memory began to move, ever
-  int slow_ = 0;         // in a row
+  bool starting_ = false;  // the guest on the target
+  int failed_ = 0;         // handovers that had come to that, ever
+  int slow_ = 0;           // in a row
 };
 
 }  // namespace drover::job

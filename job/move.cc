@@ -21,6 +21,7 @@
 #include "job/blackout.h"
 #include "job/checkpoint.h"
 #include "job/copy_gain.h"
+#include "job/copy_lead.h"
 #include "job/copy_pace.h"
 #include "job/event_queue.h"
 #include "job/handover_tries.h"
@@ -71,6 +72,7 @@ constexpr auto kLocateTimeout = 6s;       // of one look for the receiver while 
 constexpr int kMostRejoins = 20;          // in a row without a handover that began
 constexpr auto kRejoinPatience = 120s;    // with what passes, and is no link
 constexpr auto kRejoinPause = 1s;
+constexpr auto kConnectPause = 2s;
 constexpr int kGuardTries = 50;           // in a row
 constexpr std::string_view kStateKey = "state";
 // Of the present handover: "passed", or kVoid, if the source is known to have gone on since: what waits on the target
@@ -154,7 +156,10 @@ class Move {
     Step next = step(std::move(state_), event);
     state_ = std::move(next.state);
     if (files_.state) files_.state(state_name(state_));
-    if (phase_of(state_) != before) meter_.enter(phase_of(state_));
+    if (phase_of(state_) != before) {
+      meter_.enter(phase_of(state_));
+      if (phase_of(state_) == Phase::Memory) tries_.memory_moves();
+    }
     report_progress(true);
     for (const Do action : next.actions) {
       log_info("{}: {}", state_name(state_), action_name(action));
@@ -417,6 +422,8 @@ class Move {
 
   // QEMU's exports for what drover can't read itself; readers and endpoints.
   Status add_disks() {
+    // From here on it is not alone.
+    if (const auto io = source().disk_io(uuid())) pace_.begin(platform_.now(), *io);
     const memmig::GuestInfo& guest = prepared_.guest;
     std::vector<memmig::ExportSpec> exports;
     for (const memmig::PlannedDisk& disk : prepared_.move_plan.disks) {
@@ -564,6 +571,8 @@ class Move {
   // A handover has failed: may there be another?
   Status count_handover() {
     handover_not_before_ = platform_.now() + tries_.pause();
+    gain_.reset();
+    lead_.reset();
     engine_->leave_strict();
     if (link_was_down_.exchange(false)) tries_.link_was_down();
     switch (tries_.failed(too_slow_.exchange(false))) {
@@ -757,25 +766,39 @@ class Move {
     const bool verifying = verifying_ && !verified();
     if (status.link_down || verifying || platform_.now() < handover_not_before_) {
       gain_.reset();
+      lead_.reset();
       return;
     }
+    const bool ready = target_ready();
+    if (!status.copied && ready && nearly_copied(status)) return queue_->push(NearlyCopied{});
     if (!status.copied && !does_not_gain(status)) return;
-    if (!verified()) return;
-    if (!status.copied) {
-      observer_.note("the guest writes as fast as they are copied: from now on its writes wait for " + plan().host +
-                     ", until what is left is there");
-    }
+    if (!verified() || !ready) return;
+    if (!status.copied) note_that_writes_wait();
     handle(AllCopied{false});
+  }
+
+  struct Amount {
+    Length left;
+    Length copied;
+  };
+  static Amount amount_of(const mirror::MirrorEngine::EngineStatus& status) {
+    Amount amount;
+    for (const auto& disk : status.disks) {
+      amount.left += disk.left;
+      amount.copied += disk.counters.read_bytes;
+    }
+    return amount;
+  }
+
+  // The guest's QEMU on the target can be started meanwhile (job/copy_lead.h); not if all is compared first.
+  bool nearly_copied(const mirror::MirrorEngine::EngineStatus& status) {
+    const auto [left, copied] = amount_of(status);
+    return (lead_.look(platform_.now(), left, copied) || options_.start_target_at_once) && (!options_.verify || summary_.verified);
   }
 
   // The guest writes as much as is copied, and only strict mode makes what is left less (job/copy_gain.h).
   bool does_not_gain(const mirror::MirrorEngine::EngineStatus& status) {
-    Length left;
-    Length copied;
-    for (const auto& disk : status.disks) {
-      left += disk.left;
-      copied += disk.counters.read_bytes;
-    }
+    const auto [left, copied] = amount_of(status);
     const CopyGain::Verdict verdict = gain_.look(platform_.now(), left, copied);
     if (verdict == CopyGain::Verdict::Refuse) {
       queue_->push(Trouble{Error{Code::Busy,
@@ -789,10 +812,13 @@ class Move {
 
   // Strict mode may have been entered with much left: the memory waits until it is as little as ever.
   void look_for_strict() {
-    if (!strict_since_ || !std::holds_alternative<Synchronising>(state_)) return;
+    const auto* memory = std::get_if<MovingMemory>(&state_);
+    if (memory != nullptr && !memory->strict) return end_lead();
+    const bool synchronising = std::holds_alternative<Synchronising>(state_);
+    if (!strict_since_ || (!synchronising && (memory == nullptr || memory->disks_equal))) return;
     const auto status = engine_->status();
     if (!status.strict) return;  // its end is on its way to us
-    if (status.copied) {
+    if (synchronising && status.copied) {
       strict_since_.reset();
       queue_->push(StrictEntered{});
     } else if (platform_.now() > *strict_since_ + kLongestStrict) {
@@ -800,6 +826,47 @@ class Move {
       too_slow_.store(true);
       queue_->push(HandoverFailed{Error{Code::Busy, "what was left of the disks took too long to copy", "", true}});
     }
+  }
+
+  // The guest's QEMU is being started on the target, or has been: strict mode is due when it would be without that.
+  void end_lead() {
+    if (!migrating_) return;  // its start has failed
+    const auto status = engine_->status();
+    if (status.link_down || (!status.copied && !does_not_gain(status))) return;
+    if (!status.copied) note_that_writes_wait();
+    handle(AllCopied{false});
+  }
+
+  void note_that_writes_wait() {
+    observer_.note("the guest writes as fast as they are copied: from now on its writes wait for " + plan().host +
+                   ", until what is left is there");
+  }
+
+  // A handover needs two connections to the target's libvirt (memmig/libvirt_hypervisor.h). Made meanwhile: SSH takes a
+  // while, or minutes.
+  bool target_ready() {
+    if (connecting_ && !connected_.exchange(false)) return false;
+    if (std::exchange(connecting_, nullptr)) {
+      not_connected_ = connecting_error_;
+      connect_not_before_ = platform_.now() + kConnectPause;
+    }
+    if (target().alive()) {
+      not_connected_.reset();
+      return true;
+    }
+    if (not_connected_ && !passes(*not_connected_)) {
+      queue_->push(Trouble{*not_connected_});
+      return false;
+    }
+    if (platform_.now() < connect_not_before_) return false;
+    connecting_ = platform_.start_thread([this] {
+      Status back = target_in_reach(&cancel_);
+      if (back) back = target().reconnect();
+      if (!back) log_warning("connecting to {}: {}", target().uri(), back.error().to_string());
+      connecting_error_ = back ? std::nullopt : std::optional(back.error());
+      connected_.store(true);
+    });
+    return false;
   }
 
   // --verify: everything was compared, or is to be, which begins here.
@@ -911,9 +978,9 @@ class Move {
   void keep_pace() {
     if (platform_.now() < next_look_) return;
     const bool before = std::holds_alternative<Reserving>(state_) || std::holds_alternative<Attaching>(state_);
-    const bool copying = std::holds_alternative<Copying>(state_);
-    const bool handing_over =
-        std::holds_alternative<Synchronising>(state_) || std::holds_alternative<MovingMemory>(state_);
+    const auto* memory = std::get_if<MovingMemory>(&state_);
+    const bool copying = std::holds_alternative<Copying>(state_) || (memory != nullptr && !memory->strict);
+    const bool handing_over = std::holds_alternative<Synchronising>(state_) || (memory != nullptr && memory->strict);
     if (!before && !copying && !handing_over) return;
     const Instant start = platform_.now();
     next_look_ = start + kLookInterval;
@@ -938,12 +1005,14 @@ class Move {
     // The guest's writes wait while much is left.
     engine_->set_read_rate(engine_->status().copied ? pace_.handover() : Length());
     gain_.reset();
+    lead_.reset();
     rejoins_ = 0;
     if (const Status entered = engine_->enter_strict(); !entered) {
       queue_->push(HandoverFailed{entered.error()});  // the link went down just now
       return {};
     }
     strict_since_ = platform_.now();
+    if (migrating_) memory_may_move();
     look_for_strict();
     return {};
   }
@@ -970,7 +1039,6 @@ class Move {
   }
 
   Status start_memory() {
-    stop_checkpoints();
     if (const Status ready = prepare_memory(); !ready) {
       // Nothing has begun there. What passes is waited for.
       if (ready.error().code != Code::Unreachable) return ready;
@@ -1047,7 +1115,6 @@ class Move {
                                             .gid = static_cast<int>(guest.qemu_gid)}));
     memory_started_ = true;
     memory_there_at_.store({});
-    tries_.memory_moves();
     Journal::Batch none;
     none.remove(kBarrierKey).remove(kStampsKey);
     barrier_failed_ = false;
@@ -1056,6 +1123,12 @@ class Move {
     source_went_on_.store(false);
     DROVER_TRY(journal_->write(none, Journal::Sync::Yes));
     stop_flushing_.store(false);
+    if (std::get<MovingMemory>(state_).strict) {
+      stop_checkpoints();
+      memory_may_move();
+    } else if (checkpointer_) {
+      checkpointer_->keep_bitmaps();
+    }
     migrate.transit = [this] { return memory_transit(); };
     migrating_ = platform_.start_thread([this, migrate] {
       MigrateEnded ended;
@@ -1065,8 +1138,16 @@ class Move {
       if (ended.status) note_memory_there(platform_.now());
       queue_->push(std::move(ended));
     });
-    flushing_ = platform_.start_thread([this] { keep_flushing(); });
     return {};
+  }
+
+  // Strict mode was entered. No checkpoint is needed from now on: the target is flushed without. (One that is under way
+  // is not waited for. The guest may be about to stop.)
+  void memory_may_move() {
+    if (checkpointer_) checkpointer_->end();
+    tries_.memory_starts();
+    memory_may_have_moved_ = true;
+    flushing_ = platform_.start_thread([this] { keep_flushing(); });
   }
 
   // How far the target's QEMU is behind the source's.
@@ -1079,7 +1160,7 @@ class Move {
     return memmig::MemoryTransit{given, loaded ? Length(*loaded) : given};
   }
 
-  // From when libvirt starts QEMU there until the guest stands still: then the barrier has little left to flush, however
+  // Until the guest stands still: then the barrier has little left to flush, however
   // long its memory takes.
   void keep_flushing() {
     while (!stop_flushing_.load()) {
@@ -1116,9 +1197,9 @@ class Move {
   }
 
   // libvirt's own ssh waits for as long as TCP does, two minutes and more: ours is asked first.
-  Status target_in_reach() {
+  Status target_in_reach(const Cancel* cancel = nullptr) {
     if (!memmig::goes_by_ssh(target().uri())) return {};
-    DROVER_TRY(platform_.run_on_target(plan().host, {.argv = {"true"}}));
+    DROVER_TRY(platform_.run_on_target(plan().host, {.argv = {"true"}, .input = {}, .cancel = cancel}));
     return {};
   }
 
@@ -1411,6 +1492,7 @@ class Move {
 
   Status commit() {
     end_memory_threads();
+    stop_checkpoints();
     if (!barrier_journaled_ && !target_ran_ && !files_.mutation.commit_unseen) {
       return fail(Code::Held, "the target's disks are not known to be complete");
     }
@@ -1571,6 +1653,7 @@ class Move {
     };
     const bool partial = keep_partial() || (joining_can_wait_ && !cancel_.requested());
     undoing_.store(true);
+    connecting_.reset();
     stop_checkpoints();
     if (engine_) {
       engine_->leave_strict();
@@ -1636,7 +1719,7 @@ class Move {
 
   // What was copied may stay for a resume: the journal, the images and QEMU's bitmaps are enough.
   [[nodiscard]] bool keep_partial() const {
-    return options_.keep_partial && engine_ && !attached_.empty() && !memory_started_;
+    return options_.keep_partial && engine_ && !attached_.empty() && !memory_may_have_moved_;
   }
 
   // A guest that was being taken over and that libvirt has not cleared away, with its definition: the
@@ -1695,6 +1778,7 @@ class Move {
   MoveEnd finish() {
     meter_.enter(phase_of(state_));
     end_memory_threads();
+    connecting_.reset();
     stop_checkpoints();
     source_events_.reset();
     target_events_.reset();
@@ -1740,6 +1824,9 @@ class Move {
     }
     Progress progress = meter_.progress(phase_of(state_));
     if (std::holds_alternative<Rejoining>(state_)) progress.waiting_for = "the guest's libvirt and QEMU";
+    if (std::holds_alternative<Copying>(state_) && not_connected_) {
+      progress.waiting_for = fmt::format("libvirt on {} ({})", plan().host, not_connected_->message);
+    }
     if (down) progress.waiting_for = "the link to " + plan().host + " (" + *down + ")";
     observer_.progress(progress);
   }
@@ -1756,6 +1843,7 @@ class Move {
   ProgressMeter meter_;
   CopyPace pace_;
   CopyGain gain_;
+  CopyLead lead_;
   std::optional<Instant> strict_since_;  // until the memory begins
   Instant next_look_{};
   Summary summary_;
@@ -1763,7 +1851,8 @@ class Move {
   bool receiver_started_ = false;
   bool linked_ = false;
   bool exporting_ = false;
-  bool memory_started_ = false;
+  bool memory_started_ = false;         // a migration was, that is
+  bool memory_may_have_moved_ = false;  // it was in strict mode then
   std::string journaled_state_;
   bool journal_is_new_ = false;  // begun beside a damaged one
   bool barrier_journaled_ = false;  // as passed
@@ -1817,6 +1906,11 @@ class Move {
   std::vector<std::unique_ptr<ImageGuard>> source_guard_;
   std::unique_ptr<Thread> migrating_;  // calls migrate()
   std::unique_ptr<Thread> flushing_;   // has the target flush meanwhile
+  std::optional<Error> not_connected_;     // why the latest try to connect to the target's libvirt failed
+  Instant connect_not_before_{};
+  std::atomic<bool> connected_{false};     // connecting_ has done what it could
+  std::optional<Error> connecting_error_;  // its own until then
+  std::unique_ptr<Thread> connecting_;     // makes what a handover needs
   std::atomic<bool> stop_flushing_{false};
   std::unique_ptr<memmig::Subscription> source_events_;
   std::unique_ptr<memmig::Subscription> target_events_;

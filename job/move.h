@@ -58,6 +58,8 @@ struct MoveOptions {
   std::chrono::milliseconds link_timeout{0};  // without a link for so long it is undone; 0: never
   // Test switch: at the barrier, when both sides are equal and still, this file is created and the job
   // waits until it is gone.
+  // For tests: the guest's QEMU is started on the target as soon as copying has begun (job/copy_lead.h).
+  bool start_target_at_once = false;
   std::string hold_barrier_file;
 };
 

@@ -57,6 +57,7 @@ Step on(Attaching state, const Event& event) {
 
 Step on(Copying state, const Event& event) {
   if (std::holds_alternative<AllCopied>(event)) return {Synchronising{}, {Do::EnterStrict}};
+  if (std::holds_alternative<NearlyCopied>(event)) return {MovingMemory{}, {Do::StartMemory}};
   if (std::holds_alternative<HandoverFailed>(event)) return rejoin();
   if (const Error* reason = trouble_in(event)) return undo(*reason);
   return stay(state);
@@ -76,6 +77,7 @@ Step on(Synchronising state, const Event& event) {
   if (const auto* copied = std::get_if<AllCopied>(&event)) state.copied |= copied->strict;
   if (std::holds_alternative<StrictEntered>(event)) {
     MovingMemory memory;
+    memory.strict = true;
     memory.disks_equal = state.copied;
     return {memory, {Do::StartMemory}};
   }
@@ -168,8 +170,10 @@ Step on(MovingMemory state, const Event& event) {
           [&](const Rejoined&) { return stay(state); },
           [&](const AllCopied& copied) -> Step {
             state.disks_equal |= copied.strict;
-            return stay(state);
+            if (state.source_stopped || std::exchange(state.strict, true)) return stay(state);
+            return {state, {Do::EnterStrict}};
           },
+          [&](const NearlyCopied&) { return stay(state); },
           [&](const StrictEntered&) { return stay(state); },
           [&](const TargetRuns&) { return stay(state); },
           [&](const SourceNotGuarded&) { return stay(state); },
@@ -182,7 +186,7 @@ Step on(MovingMemory state, const Event& event) {
 // The guest's memory is on the target and its images here are complete and still: the way is forward.
 Step go_forward(bool barrier_passed, bool link_down) {
   MovingMemory state;
-  state.disks_equal = state.source_stopped = state.target_suspended = state.migrate_ended = true;
+  state.strict = state.disks_equal = state.source_stopped = state.target_suspended = state.migrate_ended = true;
   state.barrier_passed = barrier_passed;
   state.link_down = link_down;
   if (barrier_passed) return resume_if_ready(state);
@@ -282,7 +286,7 @@ Step step(State state, const Event& event) {
 
 std::string_view event_name(const Event& event) {
   static constexpr std::array<std::string_view, std::variant_size_v<Event>> kNames = {
-      "begin",           "reserved",     "attached",      "all-copied",  "strict-entered",
+      "begin",           "reserved",     "attached",      "all-copied",  "nearly-copied", "strict-entered",
       "source-stopped",  "target-suspended", "migrate-ended", "settled", "rejoined", "link-down", "link-up", "handover-failed", "barrier-passed",
       "target-runs", "source-not-guarded", "committed",       "undone",       "action-failed", "trouble",     "cancel-wished"};
   return kNames.at(event.index());
@@ -322,6 +326,7 @@ Phase phase_of(const State& state) {
                         [](const Synchronising&) { return Phase::Synchronised; },
                         [](const MovingMemory& memory) {
                           if (memory.source_stopped) return Phase::Barrier;
+                          if (!memory.strict) return Phase::Copy;
                           return memory.disks_equal ? Phase::Memory : Phase::Synchronised;
                         },
                         [](const AbortingMemory& aborting) { return aborting.go_on ? Phase::Copy : Phase::Undo; },

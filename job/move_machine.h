@@ -4,7 +4,8 @@
 // clock, no thread; the driver is job/move.cc.
 //
 //   Reserving -> Attaching -> Copying -> Synchronising -> MovingMemory -> Resuming -> Committing -> Finished
-//       |            |          |  ^            |               |             |
+//       |            |          |  ^ |          |          ^    |             |
+//       |            |          |  | +----------|----------+    |             |
 //       |            |          |  +--Rejoining-+---------------+             |
 //       +------------+----------+---------------+---------------+             |
 //                              v                               |             |
@@ -14,6 +15,9 @@
 //
 // What passes (the link is down, QEMU let go of a mirror, the target did not keep up) is no reason to give the
 // move up: it goes back to Copying, by way of Rejoining where something has to be made anew.
+//
+// Copying goes straight to MovingMemory where its end is near: the target's QEMU is started meanwhile, and strict mode
+// is entered from there. Until then none of the memory moves.
 //
 // What can no longer change from where on:
 //  - until MovingMemory everything can be undone, and is, on any error and on the user's wish;
@@ -43,6 +47,7 @@ struct Attached {};       // the mirrors carry the guest's writes, copying has b
 struct AllCopied {        // strict: nothing is left to copy on any disk; else: so little that the handover
   bool strict = false;    // may begin
 };
+struct NearlyCopied {};     // what is left takes no longer than starting the guest's QEMU on the target
 struct StrictEntered {};
 struct SourceStopped {};    // for the handover: drained, every write answered
 struct TargetSuspended {};  // memory is over there, the target guest stands still
@@ -79,7 +84,7 @@ struct Trouble {          // link lost, disk error, mirror gone, guest gone
 };
 struct CancelWished {};
 
-using Event = std::variant<Begin, Reserved, Attached, AllCopied, StrictEntered, SourceStopped,
+using Event = std::variant<Begin, Reserved, Attached, AllCopied, NearlyCopied, StrictEntered, SourceStopped,
                            TargetSuspended, MigrateEnded, Settled, Rejoined, LinkDown, LinkUp, HandoverFailed, BarrierPassed, TargetRuns,
                            SourceNotGuarded, Committed, Undone_, ActionFailed, Trouble, CancelWished>;
 std::string_view event_name(const Event& event);
@@ -91,7 +96,7 @@ enum class Do {
   Rejoin,        // whatever is missing of receiver, link and mirrors, and what the mirrors missed
   EnterStrict,
   StartMemory,   // returns at once; MigrateEnded comes later. The engine lets the memory pass only while
-                 // the disks are equal
+                 // the disks are equal, in strict mode
   AbortMemory,   // returns at once
   Settle,        // find out where the guest is, and make the source run if it can only be there
   PassBarrier,   // drain, prove, flush, release
@@ -114,6 +119,7 @@ struct Synchronising {
   bool copied = false;  // strictly
 };
 struct MovingMemory {
+  bool strict = false;          // or told to be
   bool disks_equal = false;
   bool source_stopped = false;
   bool barrier_passed = false;

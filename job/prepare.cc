@@ -101,8 +101,6 @@ Result<Prepared> prepare(Platform& platform, const MoveOptions& options, Cancel&
     if (cancel.requested()) return fail(Code::Cancelled, "cancelled; nothing was changed");
   }
   DROVER_ASSIGN(prepared.target, connecting.get());
-  // A migration will want what is not there yet (memmig/libvirt_hypervisor.h).
-  if (!prepared.target->alive()) DROVER_TRY(prepared.target->reconnect());
   memmig::settle_plan(prepared.move_plan, target_probe);
   prepared.plan = shown_plan(prepared.guest, prepared.move_plan, options);
   DROVER_ASSIGN(const memmig::ProbeAnswer source_probe, memmig::probe_here({}));

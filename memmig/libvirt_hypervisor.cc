@@ -2185,14 +2185,8 @@ Result<std::unique_ptr<DiskHost>> connect_disk_host(const ConnectOptions& option
 Result<std::unique_ptr<Hypervisor>> connect_libvirt(const ConnectOptions& options) {
   DROVER_ASSIGN(const auto loop, EventLoop::get());
   if (!goes_by_ssh(options.uri)) return connect(options);
-  const auto waiting = std::make_shared<WaitingConnection>(options, loop);
-  auto second = waiting->make();
   DROVER_ASSIGN(auto hypervisor, connect(options));
-  // Only a migration wants it; reconnect() tries again.
-  if (const Status made = waiting->made(std::move(second)); !made) {
-    log_info("{}", made.error().to_string());
-  }
-  hypervisor->set_waiting(waiting);
+  hypervisor->set_waiting(std::make_shared<WaitingConnection>(options, loop));
   return hypervisor;
 }
 

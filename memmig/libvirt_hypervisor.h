@@ -27,9 +27,8 @@ struct ConnectOptions {
   unsigned keepalive_count = 5;
 };
 
-// connect_libvirt(): to move guests. By SSH it makes two connections at the same time, the second for
-// migrate() to that host, which then need not wait for SSH. If only the second fails alive() is
-// false; reconnect() tries again.
+// connect_libvirt(): to move guests. By SSH migrate() to that host has a connection of its own; alive() is
+// false until reconnect() has made it.
 // Unreachable, Denied (libvirt's or SSH's refusal), Incompatible (libvirt or QEMU too old).
 Result<std::unique_ptr<Hypervisor>> connect_libvirt(const ConnectOptions& options);
 Result<std::unique_ptr<DiskHost>> connect_disk_host(const ConnectOptions& options);

@@ -63,7 +63,7 @@ Status EngineCore::add_disk(Disk disk, const Listen& listen) {
   options.arbiter.lanes = lanes_;
   options.arbiter.first_lane = index % lanes_;  // small disks don't all use the first lane
   options.target_initially_zero = disk.target_initially_zero;
-  options.max_copies = MirrorEngine::kMaxCopies;
+  options.max_copies = MirrorEngine::kMaxCopiesUnlimited;
   one->mirror = std::make_unique<DiskMirror>(options, *one->reader, link(), buffers_.copies,
                                              mirror_events(one.get()));
   if (listen) {
@@ -157,6 +157,7 @@ void EngineCore::set_bandwidth(Length per_second) {
 void EngineCore::set_read_rate(Length per_second) {
   if (!read_rate_) read_rate_.emplace();
   read_rate_->set_rate(per_second);
+  max_copies_ = per_second == Length() ? MirrorEngine::kMaxCopiesUnlimited : MirrorEngine::kMaxCopies;
   pump();
 }
 
@@ -274,6 +275,7 @@ bool EngineCore::start_copies(OneDisk& disk) {
   while (true) {
     const Instant time = loop_.now();
     if (too_much_unflushed()) return false;
+    if (disk.mirror->arbiter().copying() >= (strict_ ? MirrorEngine::kMaxCopies : max_copies_)) return true;
     Instant ready;
     if (!bandwidth_.may_start(time)) ready = bandwidth_.ready();
     if (read_rate_ && !read_rate_->may_start(time)) ready = std::max(ready, read_rate_->ready());
@@ -328,7 +330,10 @@ void EngineCore::settle() {
   }
   // A guest that discards makes chunks Pending again in strict mode; its memory waits for them, or
   // it could stop with more to copy than QEMU's export lives for.
-  if (strict_ && link_ && !stopping_) link_->let_memory_pass(left.bytes() == 0);
+  if (const bool passes = strict_ && left.bytes() == 0; link_ && !stopping_ && passes != memory_passes_) {
+    memory_passes_ = passes;
+    link_->let_memory_pass(passes);
+  }
   const bool done = copied(strict_ ? Length() : options_.handover_rest);
   if (done && !std::exchange(told_copied_, true) && !stopping_) events_.all_copied(strict_);
   if (!done) told_copied_ = false;

@@ -135,6 +135,7 @@ class EngineCore : private Answers {
   LaneIndex lanes_ = 1;
   std::vector<std::unique_ptr<OneDisk>> disks_;
   blockcopy::Throttle bandwidth_;
+  std::size_t max_copies_ = MirrorEngine::kMaxCopies;  // of one disk at once
   std::optional<blockcopy::Throttle> read_rate_;  // none: bandwidth_ is charged what is read, too
   std::optional<Loop::Handle> throttle_timer_;
   Length begun_since_flush_;   // of copies
@@ -145,6 +146,7 @@ class EngineCore : private Answers {
   bool stopping_ = false;
   bool strict_ = false;
   bool told_copied_ = false;
+  bool memory_passes_ = false;  // what the link was told last
   std::function<void(Status)> drained_;
   std::vector<TargetDisk> targets_;  // as the receiver named them last
   std::optional<MirrorEngine::LinkOutage> outage_;

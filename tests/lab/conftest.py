@@ -156,14 +156,15 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 # Of the outages, resumes, relocations and evacuations these stand for the others in an ordinary run; all of them take
 # an hour more.
 _QUICK = {"test_link_down_5_s[copy]", "test_source_is_off_and_ran_or_not_while_nobody_watched[True]",
-          "test_receiver_killed[copy]", "test_runner_killed[copy]",
+          "test_runner_killed[copy]",
           "test_a_second_move_of_the_same_guest_is_refused",
           "test_a_running_guests_raw_and_qcow2_disks_there_and_back[unmap]",
           "test_the_guest_starts_from_its_new_disks", "test_a_guest_that_is_off[False]",
           "test_on_the_same_filesystem_a_guest_that_is_off_only_has_its_files_renamed",
           "test_a_target_that_gets_full_in_the_middle[raw-True]", "test_a_source_that_cannot_be_read",
           "test_drover_is_killed_and_resume_takes_the_copies_up", "test_refusals",
-          "test_an_old_file_that_others_use_is_kept", "test_eight_guests_and_drover_is_killed_in_between",
+          "test_an_old_file_that_others_use_is_kept", "test_receiver_killed[lead]", "test_runner_killed[lead]",
+          "test_what_was_copied_is_kept_as_long_as_no_memory_has_moved",
           "test_killed_after_a_copy_and_before_the_old_file_was_deleted"}
 # What takes long, or has a like that runs.
 _SLOW = {"test_a_link_that_is_lost_for_too_long_ends_the_move_cleanly[memory]",

@@ -363,6 +363,11 @@ int run(int argc, char** argv) {
       print({{"ok", false}, {"error", to_json(hypervisor.error())}});
       return 1;
     }
+    // What a migration will need.
+    if (const auto ready = (*hypervisor)->reconnect(); !ready) {
+      print({{"ok", false}, {"error", to_json(ready.error())}});
+      return 1;
+    }
     hypervisors.push_back(std::move(*hypervisor));
   }
   Tool tool(std::move(hypervisors[0]), std::move(hypervisors[1]));

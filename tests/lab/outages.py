@@ -12,7 +12,7 @@ from lab import Guest, Host, Lab, wait_for
 from moves import Move, Outcome, Running, assert_unharmed, move_ok, only_job, worst_write_ms
 
 MIB = 1 << 20
-PHASES = ["copy", "synchronised", "memory"]
+PHASES = ["copy", "lead", "synchronised", "memory"]  # "lead": the end of the copy, when QEMU is started on the target
 SLOW = ("--bandwidth", "20M")  # makes each phase last for a second or more; Running.hurry() lifts it
 HELD = 10  # cli/exit_codes.h
 # One whose client has ended while the link was down: what ran in it has ended, too, and sshd hears of the client when TCP
@@ -51,8 +51,20 @@ class Seen:
                 self.row["of, MiB"] = f"{event['data_bytes'] / MIB:.0f}"
 
 
+def lead(lab: Lab, guest: Guest, *options: str) -> Move:
+    """A slow move that copies, and QEMU has been started on the target (as otherwise near the copy's end only)."""
+    running = Move(lab, guest, *SLOW, "--start-target-at-once", *options)
+    wait_for("the incoming guest", lambda: any(f"guest={guest.name}," in line
+                                               for line in running.target.processes().values()), 60)
+    job = only_job(running.source)
+    assert (job["state"], job["progress"]["phase"]) == ("moving-memory", "copy"), job
+    return running
+
+
 def begin(lab: Lab, guest: Guest, phase: str, *options: str) -> Move:
-    """A slow move that is in the middle of its copy, or at the beginning of another phase."""
+    """A slow move that is in the middle of its copy, near the end of it, or at the beginning of another phase."""
+    if phase == "lead":
+        return lead(lab, guest, *options)
     running = Move(lab, guest, *SLOW, *options)
     if phase == "copy":
         running.wait_for_copied(0.3)

@@ -289,9 +289,10 @@ def cancel(lab: Lab, job: str) -> Outcome:
 
 @pytest.mark.parametrize("phase", ["reserve", "attach", *PHASES])
 def test_cancelled_from_another_process(lab: Lab, small: Guest, seen: Seen, phase: str) -> None:
-    running = Move(lab, small, *SLOW)
+    running = begin(lab, small, phase) if phase == "lead" else Move(lab, small, *SLOW)
     job = running.job
-    running.wait_for_phase(phase)
+    if phase != "lead":
+        running.wait_for_phase(phase)
     seen.outage_begins(small)
     asked = cancel(lab, job)
     outcome = running.end()
@@ -314,6 +315,20 @@ def test_cancelled_at_the_barrier_is_too_late(lab: Lab, small: Guest, seen: Seen
     asked = asking.end()
     assert asked.exit_code == 10, asked.text()
     moved(lab, small, seen, outcome)
+
+
+def test_what_was_copied_is_kept_as_long_as_no_memory_has_moved(lab: Lab, small: Guest, seen: Seen) -> None:
+    running = begin(lab, small, "lead", "--keep-partial")
+    job = running.job
+    seen.outage_begins(small)
+    running.interrupt(signal.SIGINT)
+    assert running.end().exit_code == CANCELLED
+    resumed = Running(lab.a, "resume", job)
+    resumed.wait_for_phase("copy")
+    resumed.hurry()
+    outcome = resumed.end()
+    moved(lab, small, seen, outcome, "resumed")
+    assert outcome.summary["data_bytes"] < 0.9 * (64 + 32) * MIB, "what had been copied is not read again"
 
 
 @pytest.mark.parametrize("phase", ["copy", "memory"])

@@ -53,6 +53,7 @@ class World {
   void set(Latency latency) { latency_ = std::move(latency); }
   void ask(double operations_per_second) { operations_per_second_ = operations_per_second; }
   void one_request_at_a_time() { at_once_ = 1; }
+  void begin() { pace_.begin(now_, io_); }
 
  private:
   static constexpr double kMiB = 1 << 20;
@@ -167,6 +168,28 @@ TEST(CopyPaceTest, GuestOfBurstsIsNotLookedAtAloneAgainAndAgain) {
     sum += world.mean_rate(49) * 49;
   }
   EXPECT_GT(sum / 2000, 1350) << "given way to for a moment, not looked at for two of five seconds";
+}
+
+// 50 requests a second, and the copy begins after 0.6 s: too few for a window.
+TEST(CopyPaceTest, WhatAGuestThatAsksLittleDidBeforeTheCopyIsItsMeasure) {
+  for (const bool told : {true, false}) {
+    World world(50, [](double rate) { return milliseconds(rate > 0 ? 3 : 2); });
+    world.steps(6, false);
+    if (told) world.begin();
+    bool looked = false;
+    for (int i = 0; i < 50; ++i) {
+      world.step(true);
+      looked |= world.rate() == CopyPace::kLeast;
+    }
+    EXPECT_EQ(looked, !told) << "at the guest alone";
+  }
+}
+
+TEST(CopyPaceTest, AHandfulOfRequestsBeforeTheCopyIsNoMeasure) {
+  World world(50, [](double rate) { return milliseconds(rate > 0 ? 3 : 2); });
+  world.steps(2, false);
+  world.begin();
+  EXPECT_EQ(world.pace().baseline(), Duration::zero());
 }
 
 TEST(CopyPaceTest, GuestThatBeginsToAskMuchIsGivenWay) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What EngineCore decides by itself: what copies and comparisons are charged, and when too much is
-// not flushed. Time is virtual. The rest of it is the simulation's business (tests/sim/move_sim.h).
+// What EngineCore decides by itself: what copies and comparisons are charged, how many are under way, when too much is
+// not flushed, and when the guest's memory may pass. Time is virtual. The rest of it is the simulation's business (tests/sim/move_sim.h).
 #include "mirror/engine_core.h"
 
 #include <gtest/gtest.h>
@@ -53,7 +53,15 @@ class Zeroes final : public blockcopy::ImageReader {
   [[nodiscard]] Length size() const override { return size_; }
   [[nodiscard]] Length alignment() const override { return Length(512); }
   void read(Offset, std::span<std::byte>, blockcopy::Done done) override {
+    if (holds_) return held_.push_back(std::move(done));
     loop_.post([done = std::move(done)] { done({}); });
+  }
+  // From now on reads take until release().
+  void hold() { holds_ = true; }
+  [[nodiscard]] std::size_t held() const { return held_.size(); }
+  void release() {
+    holds_ = false;
+    for (blockcopy::Done& done : std::exchange(held_, {})) loop_.post([done = std::move(done)] { done({}); });
   }
   void extents(Extent range, blockcopy::ExtentsDone done) override {
     loop_.post([range, done = std::move(done)] {
@@ -64,6 +72,8 @@ class Zeroes final : public blockcopy::ImageReader {
  private:
   Loop& loop_;
   Length size_;
+  bool holds_ = false;
+  std::vector<blockcopy::Done> held_;
 };
 
 // Each frame is applied, and each comparison finds what it expects, at once.
@@ -83,7 +93,8 @@ class PerfectLink final : public Link {
   void use_filter(std::shared_ptr<const PieceFilter>) override {}
   Result<BarrierTimes> barrier(std::chrono::milliseconds) override { return {}; }
   Status start_relay(const RelayOptions&) override { return {}; }
-  void let_memory_pass(bool) override {}
+  void let_memory_pass(bool pass) override { memory_passes_ = pass; }
+  [[nodiscard]] bool memory_passes() const { return memory_passes_; }
   void stop_relay() override {}
   void set_compression(const Compression&) override {}
   [[nodiscard]] LinkCounters counters() const override { return {}; }
@@ -91,6 +102,7 @@ class PerfectLink final : public Link {
  private:
   Loop& loop_;
   Answers& answers_;
+  bool memory_passes_ = false;
 };
 
 class EngineCoreTest : public testing::Test {
@@ -101,11 +113,15 @@ class EngineCoreTest : public testing::Test {
     MirrorEngine::Events events;
     events.all_copied = [](bool) {};
     core_ = std::make_unique<EngineCore>(loop_, buffers_, options, std::move(events));
-    core_->use(std::make_unique<PerfectLink>(loop_, core_->answers()), 1);
+    auto link = std::make_unique<PerfectLink>(loop_, core_->answers());
+    link_ = link.get();
+    core_->use(std::move(link), 1);
     EngineCore::Disk disk;
     disk.name = "vda";
     disk.size = kSize;
-    disk.reader = std::make_unique<Zeroes>(loop_, kSize);
+    auto reader = std::make_unique<Zeroes>(loop_, kSize);
+    reader_ = reader.get();
+    disk.reader = std::move(reader);
     ASSERT_TRUE(core_->add_disk(std::move(disk), nullptr));
   }
   void TearDown() override {
@@ -119,6 +135,8 @@ class EngineCoreTest : public testing::Test {
   VirtualLoop loop_;
   EngineBuffers buffers_{1_MiB};
   std::unique_ptr<EngineCore> core_;
+  PerfectLink* link_ = nullptr;  // core_'s
+  Zeroes* reader_ = nullptr;     // likewise
 };
 
 TEST_F(EngineCoreTest, AComparisonIsChargedItsHashes) {
@@ -182,6 +200,51 @@ TEST_F(EngineCoreTest, TheCopyWaitsForAFlushWhenTooMuchIsNotFlushed) {
   ASSERT_TRUE(core_->enter_strict());
   loop_.run_for(1s);
   EXPECT_EQ(left(), Length());
+}
+
+TEST_F(EngineCoreTest, MoreChunksAreUnderWayWhereTheGuestNeedsNoRoom) {
+  ASSERT_NO_FATAL_FAILURE(start({}));
+  reader_->hold();
+  core_->start();
+  loop_.run_for(10ms);
+  EXPECT_EQ(reader_->held(), MirrorEngine::kMaxCopies) << "nobody has said how the guest fares";
+  core_->set_read_rate(Length());
+  loop_.run_for(10ms);
+  EXPECT_EQ(reader_->held(), MirrorEngine::kMaxCopiesUnlimited);
+  reader_->release();
+  loop_.run_for(10ms);
+  EXPECT_EQ(left(), Length());
+}
+
+TEST_F(EngineCoreTest, AsManyAsEverAreUnderWayWhereTheGuestIsGivenWay) {
+  ASSERT_NO_FATAL_FAILURE(start({}));
+  reader_->hold();
+  core_->set_read_rate(1_GiB);
+  core_->start();
+  loop_.run_for(1s);
+  EXPECT_EQ(reader_->held(), MirrorEngine::kMaxCopies);
+  reader_->release();
+  loop_.run_for(1s);
+  EXPECT_EQ(left(), Length());
+}
+
+TEST_F(EngineCoreTest, MemoryPassesOnlyInStrictModeWhenNothingIsLeft) {
+  ASSERT_NO_FATAL_FAILURE(start({}));
+  core_->start();
+  loop_.run_for(10ms);
+  ASSERT_EQ(left(), Length());
+  EXPECT_FALSE(link_->memory_passes()) << "the next write need not be forwarded";
+  reader_->hold();
+  core_->mark_pending(0, {{Offset(), 1_MiB}});
+  ASSERT_TRUE(core_->enter_strict());
+  loop_.run_for(10ms);
+  EXPECT_FALSE(link_->memory_passes()) << "a chunk is left";
+  reader_->release();
+  loop_.run_for(10ms);
+  EXPECT_TRUE(link_->memory_passes());
+  core_->leave_strict();
+  loop_.run_for(10ms);
+  EXPECT_FALSE(link_->memory_passes());
 }
 
 }  // namespace

@@ -43,14 +43,24 @@ TEST(HandoverTries, ALinkThatWasDownExplainsSlowOnes) {
   EXPECT_EQ(tries.failed(true), Verdict::TooSlow);
 }
 
-TEST(HandoverTries, TenWhoseMemoryBeganToMoveAreEnough) {
+TEST(HandoverTries, TenSlowOnesAreToldAsSuchHoweverFarTheyGot) {
   HandoverTries tries;
   for (int i = 1; i < HandoverTries::kMost; ++i) {
-    tries.memory_moves();
+    tries.memory_starts();
+    EXPECT_EQ(tries.failed(true), Verdict::Again) << i;
+  }
+  tries.memory_starts();
+  EXPECT_EQ(tries.failed(true), Verdict::TooSlow);
+}
+
+TEST(HandoverTries, TenWhoseMemoryWasStartedAreEnough) {
+  HandoverTries tries;
+  for (int i = 1; i < HandoverTries::kMost; ++i) {
+    tries.memory_starts();
     EXPECT_EQ(tries.failed(false), Verdict::Again) << i;
     EXPECT_EQ(tries.failed(false), Verdict::Again) << "a mirror that broke before";
   }
-  tries.memory_moves();
+  tries.memory_starts();
   EXPECT_EQ(tries.failed(false), Verdict::TooOften);
 }
 

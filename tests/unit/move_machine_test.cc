@@ -46,6 +46,41 @@ TEST(MoveMachine, AMoveWithoutTroubleDoesEachThingOnceInOrder) {
                                        Do::PassBarrier, Do::ResumeTarget, Do::Commit}));
 }
 
+const std::initializer_list<Event> kToLead = {Begin{}, Reserved{}, Attached{}, NearlyCopied{}};
+
+TEST(MoveMachine, TheMemoryIsStartedBeforeTheCopyEndsAndStrictModeFollows) {
+  Walk run;
+  run.feed_all(kToLead);
+  EXPECT_EQ(run.done.back(), Do::StartMemory);
+  EXPECT_EQ(phase_of(run.state), Phase::Copy);
+  run.feed_all({NearlyCopied{}, AllCopied{false}});
+  EXPECT_EQ(run.done.back(), Do::EnterStrict);
+  EXPECT_EQ(phase_of(run.state), Phase::Synchronised);
+  run.feed_all({StrictEntered{}, AllCopied{true}});
+  EXPECT_EQ(phase_of(run.state), Phase::Memory);
+  run.feed_all({SourceStopped{}, BarrierPassed{}, TargetSuspended{}, TargetRuns{}, migrated(), Committed{}});
+  EXPECT_TRUE(std::holds_alternative<Finished>(run.state)) << state_name(run.state);
+  EXPECT_EQ(run.done, (std::vector<Do>{Do::Reserve, Do::Attach, Do::StartMemory, Do::EnterStrict, Do::PassBarrier,
+                                       Do::ResumeTarget, Do::Commit}));
+}
+
+TEST(MoveMachine, WhatFailsBetweenTheMemorysStartAndStrictModeTakesTheMemoryBack) {
+  for (const Event& trouble : {Event(LinkDown{}), Event(HandoverFailed{kError}), Event(Trouble{kFatal}),
+                               Event(CancelWished{}), Event(ActionFailed{kFatal}), Event(migrate_failed())}) {
+    Walk run;
+    run.feed_all(kToLead);
+    run.feed(trouble);
+    const bool ended = std::holds_alternative<MigrateEnded>(trouble);
+    EXPECT_EQ(run.did(Do::AbortMemory), !ended) << event_name(trouble);
+    if (!ended) run.feed(migrate_failed());
+    run.feed_all({kOnSource, LinkUp{}, Rejoined{}, Undone_{}});
+    const bool again = ended || std::holds_alternative<LinkDown>(trouble) || std::holds_alternative<HandoverFailed>(trouble);
+    EXPECT_EQ(std::holds_alternative<Copying>(run.state), again) << event_name(trouble) << ": " << state_name(run.state);
+    EXPECT_EQ(std::holds_alternative<Undone>(run.state), !again) << event_name(trouble) << ": " << state_name(run.state);
+    EXPECT_FALSE(run.did(Do::EnterStrict));
+  }
+}
+
 TEST(MoveMachine, TheOrderOfLibvirtsNewsDoesNotMatter) {
   std::vector<Event> news = {SourceStopped{}, TargetSuspended{}, migrated()};
   std::vector<std::size_t> order = {0, 1, 2};
@@ -272,7 +307,7 @@ TEST(MoveMachine, NoOrderOfEventsBreaksTheInvariants) {
     bool target_runs = false;
     for (int i = 0; i < 40; ++i) {
       const std::vector<Event> all = {Begin{},          Reserved{},      Attached{},
-                                      AllCopied{false}, AllCopied{true}, StrictEntered{},
+                                      AllCopied{false}, AllCopied{true}, StrictEntered{}, NearlyCopied{},
                                       SourceStopped{},  TargetSuspended{}, migrated(),
                                       migrate_failed(), BarrierPassed{},
                                       TargetRuns{},     Committed{},     Undone_{},
