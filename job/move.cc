@@ -72,7 +72,6 @@ constexpr auto kLocateTimeout = 6s;       // of one look for the receiver while 
 constexpr int kMostRejoins = 20;          // in a row without a handover that began
 constexpr auto kRejoinPatience = 120s;    // with what passes, and is no link
 constexpr auto kRejoinPause = 1s;
-constexpr auto kConnectPause = 2s;
 constexpr int kGuardTries = 50;           // in a row
 constexpr std::string_view kStateKey = "state";
 // Of the present handover: "passed", or kVoid, if the source is known to have gone on since: what waits on the target
@@ -152,6 +151,11 @@ class Move {
 
   void handle(const Event& event) {
     log_event(event);
+    // Also one that fails by itself before strict mode counts.
+    const auto* ended_memory = std::get_if<MigrateEnded>(&event);
+    if (ended_memory != nullptr && !ended_memory->status && std::holds_alternative<MovingMemory>(state_)) {
+      tries_.memory_starts();
+    }
     const Phase before = phase_of(state_);
     Step next = step(std::move(state_), event);
     state_ = std::move(next.state);
@@ -769,7 +773,7 @@ class Move {
       lead_.reset();
       return;
     }
-    const bool ready = target_ready();
+    const bool ready = target().ready_to_migrate();
     if (!status.copied && ready && nearly_copied(status)) return queue_->push(NearlyCopied{});
     if (!status.copied && !does_not_gain(status)) return;
     if (!verified() || !ready) return;
@@ -830,7 +834,7 @@ class Move {
 
   // The guest's QEMU is being started on the target, or has been: strict mode is due when it would be without that.
   void end_lead() {
-    if (!migrating_) return;  // its start has failed
+    if (!migrating_ || migrate_returned_.load()) return;  // it has failed
     const auto status = engine_->status();
     if (status.link_down || (!status.copied && !does_not_gain(status))) return;
     if (!status.copied) note_that_writes_wait();
@@ -840,33 +844,6 @@ class Move {
   void note_that_writes_wait() {
     observer_.note("the guest writes as fast as they are copied: from now on its writes wait for " + plan().host +
                    ", until what is left is there");
-  }
-
-  // A handover needs two connections to the target's libvirt (memmig/libvirt_hypervisor.h). Made meanwhile: SSH takes a
-  // while, or minutes.
-  bool target_ready() {
-    if (connecting_ && !connected_.exchange(false)) return false;
-    if (std::exchange(connecting_, nullptr)) {
-      not_connected_ = connecting_error_;
-      connect_not_before_ = platform_.now() + kConnectPause;
-    }
-    if (target().alive()) {
-      not_connected_.reset();
-      return true;
-    }
-    if (not_connected_ && !passes(*not_connected_)) {
-      queue_->push(Trouble{*not_connected_});
-      return false;
-    }
-    if (platform_.now() < connect_not_before_) return false;
-    connecting_ = platform_.start_thread([this] {
-      Status back = target_in_reach(&cancel_);
-      if (back) back = target().reconnect();
-      if (!back) log_warning("connecting to {}: {}", target().uri(), back.error().to_string());
-      connecting_error_ = back ? std::nullopt : std::optional(back.error());
-      connected_.store(true);
-    });
-    return false;
   }
 
   // --verify: everything was compared, or is to be, which begins here.
@@ -1007,7 +984,10 @@ class Move {
     gain_.reset();
     lead_.reset();
     rejoins_ = 0;
-    if (const Status entered = engine_->enter_strict(); !entered) {
+    Status entered;
+    if (migrating_) entered = keep_images();
+    if (entered) entered = engine_->enter_strict();
+    if (!entered) {
       queue_->push(HandoverFailed{entered.error()});  // the link went down just now
       return {};
     }
@@ -1057,7 +1037,12 @@ class Move {
     if (target_guest_left_) DROVER_TRY(end_target_guest());
     target_guest_left_ = false;
     DROVER_TRY(describe_again());
-    // Should all connections break now, the target's images may be needed to go on.
+    if (std::get<MovingMemory>(state_).strict) DROVER_TRY(keep_images());
+    return {};
+  }
+
+  // Before any memory moves: should all connections break then, the target's images may be needed to go on.
+  Status keep_images() {
     DROVER_TRY(engine_->link().call({{"op", "keep"}}, kControlTimeout));
     return {};
   }
@@ -1122,6 +1107,8 @@ class Move {
     guard_failures_ = 0;
     source_went_on_.store(false);
     DROVER_TRY(journal_->write(none, Journal::Sync::Yes));
+    rejoins_ = 0;
+    migrate_returned_.store(false);
     stop_flushing_.store(false);
     if (std::get<MovingMemory>(state_).strict) {
       stop_checkpoints();
@@ -1136,6 +1123,7 @@ class Move {
         meter_.memory(progress.memory_total, progress.memory_remaining);
       });
       if (ended.status) note_memory_there(platform_.now());
+      migrate_returned_.store(true);
       queue_->push(std::move(ended));
     });
     return {};
@@ -1197,9 +1185,9 @@ class Move {
   }
 
   // libvirt's own ssh waits for as long as TCP does, two minutes and more: ours is asked first.
-  Status target_in_reach(const Cancel* cancel = nullptr) {
+  Status target_in_reach() {
     if (!memmig::goes_by_ssh(target().uri())) return {};
-    DROVER_TRY(platform_.run_on_target(plan().host, {.argv = {"true"}, .input = {}, .cancel = cancel}));
+    DROVER_TRY(platform_.run_on_target(plan().host, {.argv = {"true"}}));
     return {};
   }
 
@@ -1653,7 +1641,6 @@ class Move {
     };
     const bool partial = keep_partial() || (joining_can_wait_ && !cancel_.requested());
     undoing_.store(true);
-    connecting_.reset();
     stop_checkpoints();
     if (engine_) {
       engine_->leave_strict();
@@ -1778,7 +1765,6 @@ class Move {
   MoveEnd finish() {
     meter_.enter(phase_of(state_));
     end_memory_threads();
-    connecting_.reset();
     stop_checkpoints();
     source_events_.reset();
     target_events_.reset();
@@ -1824,9 +1810,6 @@ class Move {
     }
     Progress progress = meter_.progress(phase_of(state_));
     if (std::holds_alternative<Rejoining>(state_)) progress.waiting_for = "the guest's libvirt and QEMU";
-    if (std::holds_alternative<Copying>(state_) && not_connected_) {
-      progress.waiting_for = fmt::format("libvirt on {} ({})", plan().host, not_connected_->message);
-    }
     if (down) progress.waiting_for = "the link to " + plan().host + " (" + *down + ")";
     observer_.progress(progress);
   }
@@ -1906,11 +1889,7 @@ class Move {
   std::vector<std::unique_ptr<ImageGuard>> source_guard_;
   std::unique_ptr<Thread> migrating_;  // calls migrate()
   std::unique_ptr<Thread> flushing_;   // has the target flush meanwhile
-  std::optional<Error> not_connected_;     // why the latest try to connect to the target's libvirt failed
-  Instant connect_not_before_{};
-  std::atomic<bool> connected_{false};     // connecting_ has done what it could
-  std::optional<Error> connecting_error_;  // its own until then
-  std::unique_ptr<Thread> connecting_;     // makes what a handover needs
+  std::atomic<bool> migrate_returned_{false};
   std::atomic<bool> stop_flushing_{false};
   std::unique_ptr<memmig::Subscription> source_events_;
   std::unique_ptr<memmig::Subscription> target_events_;

@@ -170,7 +170,7 @@ Step on(MovingMemory state, const Event& event) {
           [&](const Rejoined&) { return stay(state); },
           [&](const AllCopied& copied) -> Step {
             state.disks_equal |= copied.strict;
-            if (state.source_stopped || std::exchange(state.strict, true)) return stay(state);
+            if (std::exchange(state.strict, true)) return stay(state);
             return {state, {Do::EnterStrict}};
           },
           [&](const NearlyCopied&) { return stay(state); },

@@ -391,6 +391,9 @@ class Hypervisor {
   // attached(). A migrate() that is under way has its own connections and says itself what became
   // of it.
   virtual Status reconnect() = 0;
+  // A migrate() to this host is near. False while a connection that it needs is being made (by SSH that takes a while),
+  // which begins with the first call; never blocks. True also where that has failed: reconnect() tries again, and tells.
+  virtual bool ready_to_migrate() = 0;
 
   virtual Result<HostFacts> facts(const HostQuestion& question) = 0;
 

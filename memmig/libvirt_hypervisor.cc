@@ -457,6 +457,16 @@ class WaitingConnection : public std::enable_shared_from_this<WaitingConnection>
     }).detach();
     return made->get_future();
   }
+  // Has been made, or could not be. If nobody has tried yet it begins.
+  bool tried() {
+    {
+      const std::lock_guard lock(mutex_);
+      if (making_) return false;
+      if (std::exchange(began_, true)) return true;
+    }
+    (void)make();
+    return false;
+  }
   // What became of it. Not much longer than the first connection took.
   Status made(std::future<Status> making) const {
     if (making.wait_for(kPatience) == std::future_status::ready) return making.get();
@@ -497,6 +507,7 @@ class WaitingConnection : public std::enable_shared_from_this<WaitingConnection>
   const std::shared_ptr<EventLoop> loop_;
   mutable std::mutex mutex_;
   bool making_ = false;
+  bool began_ = false;  // tried()
   bool taken_ = false;
   Connection waiting_;  // goes first
 };
@@ -580,6 +591,7 @@ class LibvirtHypervisor final : public DiskHost {
     return connected() && !(waiting_ && waiting_->missing());
   }
   Status reconnect() override;
+  bool ready_to_migrate() override;
 
   Result<HostFacts> facts(const HostQuestion& question) override;
   Result<GuestInfo> describe(const std::string& guest) override;
@@ -715,6 +727,11 @@ Status LibvirtHypervisor::reconnect() {
     connection_ = std::move(opened);
   }
   return second.valid() ? waiting_->made(std::move(second)) : Status();
+}
+
+bool LibvirtHypervisor::ready_to_migrate() {
+  if (!waiting_ || !connected() || !waiting_->missing()) return true;
+  return waiting_->tried();
 }
 
 Result<Domain> LibvirtHypervisor::find(const std::string& guest) const {

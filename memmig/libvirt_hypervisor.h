@@ -28,7 +28,7 @@ struct ConnectOptions {
 };
 
 // connect_libvirt(): to move guests. By SSH migrate() to that host has a connection of its own; alive() is
-// false until reconnect() has made it.
+// false until ready_to_migrate() or reconnect() has made it.
 // Unreachable, Denied (libvirt's or SSH's refusal), Incompatible (libvirt or QEMU too old).
 Result<std::unique_ptr<Hypervisor>> connect_libvirt(const ConnectOptions& options);
 Result<std::unique_ptr<DiskHost>> connect_disk_host(const ConnectOptions& options);

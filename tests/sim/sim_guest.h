@@ -223,6 +223,7 @@ class SimHypervisor final : public memmig::Hypervisor {
   Status detach_mirror(const std::string& guest, const std::string& disk,
                        bool keep_bitmap) override;
   Status reconnect() override;
+  bool ready_to_migrate() override { return true; }
   Result<memmig::GuestIo> disk_io(const std::string& guest) override;
   Status begin_bitmaps(const std::string& guest, const std::vector<memmig::BitmapSpec>& disks,
                        std::uint64_t generation) override;
