@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What EngineCore decides by itself: what copies and comparisons are charged, how many are under way, when too much is
-// not flushed, and when the guest's memory may pass. Time is virtual. The rest of it is the simulation's business (tests/sim/move_sim.h).
+// not flushed, and when the guest's memory may pass. Time is virtual. The rest of it is the simulation's business
+// (tests/sim/move_sim.h).
 #include "mirror/engine_core.h"
 
 #include <gtest/gtest.h>
