@@ -320,6 +320,7 @@ def test_cancelled_at_the_barrier_is_too_late(lab: Lab, small: Guest, seen: Seen
 def test_what_was_copied_is_kept_as_long_as_no_memory_has_moved(lab: Lab, small: Guest, seen: Seen) -> None:
     running = begin(lab, small, "lead", "--keep-partial")
     job = running.job
+    running.wait_for_copied(0.4)
     seen.outage_begins(small)
     running.interrupt(signal.SIGINT)
     assert running.end().exit_code == CANCELLED
