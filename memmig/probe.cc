@@ -292,7 +292,12 @@ std::string to_json(const ProbeRequest& request) {
 }
 
 Result<ProbeAnswer> parse_probe_answer(const std::string& text) {
-  const json object = json::parse(text, nullptr, false);
+  std::size_t begin = 0;
+  while (begin < text.size() && text[begin] != '{') {
+    const std::size_t end = text.find('\n', begin);
+    begin = end == std::string::npos ? text.size() : end + 1;
+  }
+  const json object = json::parse(text.substr(begin), nullptr, false);
   Reader reader(object);
   ProbeAnswer answer;
   reader.read("drover-version", answer.drover_version);

@@ -130,6 +130,12 @@ TEST_F(Probe, RequestAndAnswerTravelAsJson) {
   EXPECT_THAT(answer->programs_missing, ElementsAre("no-such-program"));
 }
 
+TEST_F(Probe, WhatALoginScriptPrintsIsSkipped) {
+  const auto answer = parse_probe_answer("Welcome\n\n  {to this} host\n{\"drover-version\":\"9\",\"paths\":[]}\n");
+  ASSERT_TRUE(answer) << answer.error().message;
+  EXPECT_EQ(answer->drover_version, "9");
+}
+
 TEST_F(Probe, NonsenseIsRefused) {
   for (const char* text :
        {"", "[]", "{\"paths\":1}", "{\"paths\":[1]}", "{\"interfaces\":\"lo\"}", "{"}) {
@@ -140,7 +146,7 @@ TEST_F(Probe, NonsenseIsRefused) {
   for (const char* text :
        {"", "[]", "{}", "{\"drover-version\":1}", "{\"drover-version\":\"1\",\"paths\":{}}",
         "{\"drover-version\":\"1\",\"paths\":[{\"size\":-1}]}",
-        "{\"drover-version\":\"1\",\"cores\":\"many\"}", "bash: drover: command not found"}) {
+        "{\"drover-version\":\"1\",\"cores\":\"many\"}", "bash: drover: command not found", "Welcome\n", "Welcome"}) {
     const auto answer = parse_probe_answer(text);
     ASSERT_FALSE(answer) << text;
     EXPECT_EQ(answer.error().code, Code::Protocol);
