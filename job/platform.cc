@@ -85,8 +85,8 @@ class RealPlatform final : public Platform {
     return {};
   }
 
-  Result<std::unique_ptr<memmig::Hypervisor>> connect_libvirt(const std::string& uri) override {
-    return memmig::connect_libvirt({.uri = uri});
+  Result<std::unique_ptr<memmig::Hypervisor>> connect_libvirt(const memmig::ConnectOptions& options) override {
+    return memmig::connect_libvirt(options);
   }
 
   Result<mirror::ReceiverInfo> start_receiver(const std::string& host, const mirror::ReceiverRequest& request,
@@ -107,13 +107,20 @@ class RealPlatform final : public Platform {
     return mirror::run_on_target(ssh, command.argv, command.input);
   }
 
+  std::vector<std::string> libvirt_sockets(const std::string& host) override {
+    return shared_ssh(host).local_sockets();
+  }
+
  private:
-  const mirror::Ssh& ssh_to(const std::string& host) {
+  const mirror::SharedSsh& shared_ssh(const std::string& host) {
     const std::lock_guard lock(mutex_);
     auto& shared = ssh_[host];
-    if (!shared) shared = std::make_unique<mirror::SharedSsh>(mirror::Ssh{.host = host});
-    return shared->ssh();
+    if (!shared) {
+      shared = std::make_unique<mirror::SharedSsh>(mirror::Ssh{.host = host}, memmig::libvirt_sockets());
+    }
+    return *shared;
   }
+  const mirror::Ssh& ssh_to(const std::string& host) { return shared_ssh(host).ssh(); }
 
   std::vector<blockcopy::NamedFile> removed_;
   std::mutex mutex_;

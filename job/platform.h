@@ -5,7 +5,7 @@
 // simulation can run it on a virtual clock, with hosts that crash and disks that lie.
 //
 //   const auto platform = real_platform();
-//   DROVER_ASSIGN(auto source, platform->connect_libvirt("qemu:///system"));
+//   DROVER_ASSIGN(auto source, platform->connect_libvirt({.uri = "qemu:///system"}));
 //
 // Threads: any. sleep(), Thread's destructor, EventQueue::wait() and what talks to a host or a disk
 // block.
@@ -24,6 +24,7 @@
 #include "job/journal.h"
 #include "job/move.h"
 #include "memmig/hypervisor.h"
+#include "memmig/libvirt_hypervisor.h"
 #include "mirror/bootstrap.h"
 #include "mirror/engine.h"
 
@@ -78,7 +79,7 @@ class Platform {
   [[nodiscard]] virtual Length peak_memory() = 0;
 
   // --- both hosts ---
-  virtual Result<std::unique_ptr<memmig::Hypervisor>> connect_libvirt(const std::string& uri) = 0;
+  virtual Result<std::unique_ptr<memmig::Hypervisor>> connect_libvirt(const memmig::ConnectOptions& options) = 0;
 
   // --- the target; `host` is an SSH destination ---
   // `cancel_fd` readable: gives up.
@@ -93,6 +94,8 @@ class Platform {
   };
   // As mirror::run_on_target(); the connection is kept for the next.
   virtual Result<ProcessResult> run_on_target(const std::string& host, const Command& command) = 0;
+  // memmig::ConnectOptions::sockets for that host: they lead there by the connection of a command before.
+  [[nodiscard]] virtual std::vector<std::string> libvirt_sockets(const std::string& host) = 0;
 
  protected:
   Platform() = default;

@@ -32,6 +32,16 @@ Result<memmig::ProbeAnswer> probe_target(Platform& platform, const std::string& 
   return memmig::parse_probe_answer(probed.out);
 }
 
+// Nobody can take libvirt's call back: it has a thread that nobody waits for when there is nothing to wait for any more.
+using Connecting = std::future<Result<std::unique_ptr<memmig::Hypervisor>>>;
+Connecting begin_connecting(memmig::ConnectOptions options) {
+  std::packaged_task<Result<std::unique_ptr<memmig::Hypervisor>>()> connect(
+      [options = std::move(options)] { return memmig::connect_libvirt(options); });
+  Connecting connecting = connect.get_future();
+  std::thread(std::move(connect)).detach();
+  return connecting;
+}
+
 memmig::MovePlan make_plan(const memmig::GuestInfo& guest, const MoveOptions& options) {
   memmig::PlanOptions wishes;
   for (const auto& [disk, path] : options.disk_paths) wishes.places.push_back({disk, path});
@@ -75,13 +85,9 @@ Result<Prepared> prepare(Platform& platform, const MoveOptions& options, Cancel&
   if (uri.empty()) {
     DROVER_ASSIGN(uri, memmig::libvirt_uri_of(options.host));
   }
-  // The target's libvirt takes longest (SSH): ask it meanwhile. Nobody can take that call back, so it
-  // has a thread that nobody waits for when there is nothing to wait for any more.
-  std::packaged_task<Result<std::unique_ptr<memmig::Hypervisor>>()> connect(
-      [uri] { return memmig::connect_libvirt({.uri = uri}); });
-  auto connecting = connect.get_future();
-  std::thread(std::move(connect)).detach();
-  DROVER_ASSIGN(prepared.source, platform.connect_libvirt(options.source_uri));
+  Connecting connecting;
+  if (!options.target_uri.empty()) connecting = begin_connecting({.uri = uri});
+  DROVER_ASSIGN(prepared.source, platform.connect_libvirt({.uri = options.source_uri}));
   DROVER_ASSIGN(prepared.guest, prepared.source->describe(options.guest));
   if (const auto io = prepared.source->disk_io(prepared.guest.uuid)) {
     prepared.io = *io;
@@ -97,6 +103,10 @@ Result<Prepared> prepare(Platform& platform, const MoveOptions& options, Cancel&
   DROVER_ASSIGN(const memmig::ProbeAnswer target_probe,
                 probe_target(platform, options.host,
                              memmig::probe_request(prepared.guest, prepared.move_plan), cancel));
+  // A login by SSH takes two processors a quarter of a second: the probe's leads to libvirt as well.
+  if (!connecting.valid()) {
+    connecting = begin_connecting({.uri = uri, .sockets = platform.libvirt_sockets(options.host)});
+  }
   while (connecting.wait_for(kCancelPoll) != std::future_status::ready) {
     if (cancel.requested()) return fail(Code::Cancelled, "cancelled; nothing was changed");
   }
@@ -119,8 +129,13 @@ Result<Prepared> prepare_again(Platform& platform, const MoveOptions& options, c
   if (uri.empty()) {
     DROVER_ASSIGN(uri, memmig::libvirt_uri_of(options.host));
   }
-  DROVER_ASSIGN(prepared.source, platform.connect_libvirt(options.source_uri));
-  auto target = platform.connect_libvirt(uri);
+  DROVER_ASSIGN(prepared.source, platform.connect_libvirt({.uri = options.source_uri}));
+  const auto connect_target = [&]() -> Result<std::unique_ptr<memmig::Hypervisor>> {
+    if (!options.target_uri.empty()) return platform.connect_libvirt({.uri = uri});
+    DROVER_TRY(platform.run_on_target(options.host, {.argv = {"true"}}));
+    return platform.connect_libvirt({.uri = uri, .sockets = platform.libvirt_sockets(options.host)});
+  };
+  auto target = connect_target();
   if (!target) {
     Error error = target.error();
     error.hint = "the job goes on when " + options.host + " is in reach: try again then";

@@ -402,7 +402,13 @@ class Connected {
 };
 
 Result<Connection> open_connection(const ConnectOptions& options) {
-  Connection connection(virConnectOpen(options.uri.c_str()));
+  Connection connection;
+  for (const std::string& socket : options.sockets) {
+    connection.reset(virConnectOpen(("qemu+unix:///system?socket=" + socket).c_str()));
+    if (connection) break;
+    log_info("libvirt at {} is not reached by {}: {}", options.uri, socket, libvirt_error("connecting").message);
+  }
+  if (!connection) connection.reset(virConnectOpen(options.uri.c_str()));
   if (!connection) {
     Error error = libvirt_error("connecting to libvirt at " + options.uri);
     if (contains(error.message, "Permission denied") ||
@@ -2206,5 +2212,7 @@ Result<std::unique_ptr<Hypervisor>> connect_libvirt(const ConnectOptions& option
   hypervisor->set_waiting(std::make_shared<WaitingConnection>(options, loop));
   return hypervisor;
 }
+
+std::vector<std::string> libvirt_sockets() { return {"/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock"}; }
 
 }  // namespace drover::memmig

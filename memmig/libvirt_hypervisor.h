@@ -12,6 +12,7 @@
 #include <chrono>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "base/result.h"
 #include "memmig/disk_host.h"
@@ -21,6 +22,8 @@ namespace drover::memmig {
 
 struct ConnectOptions {
   std::string uri = "qemu:///system";
+  // Local sockets that lead to the same libvirt, tried before the URI for each connection.
+  std::vector<std::string> sockets;
   // A connection that has said nothing for interval * count is given up: every call under way ends
   // with Unreachable, subscriptions get ConnectionLost (not for one that only a migrate() has).
   std::chrono::seconds keepalive_interval{2};
@@ -32,6 +35,9 @@ struct ConnectOptions {
 // Unreachable, Denied (libvirt's or SSH's refusal), Incompatible (libvirt or QEMU too old).
 Result<std::unique_ptr<Hypervisor>> connect_libvirt(const ConnectOptions& options);
 Result<std::unique_ptr<DiskHost>> connect_disk_host(const ConnectOptions& options);
+
+// Where libvirt's daemons listen on a host, first the one to prefer: libvirtd or virtproxyd, QEMU's own.
+std::vector<std::string> libvirt_sockets();
 
 // The oldest that drover works with.
 inline constexpr std::uint64_t kOldestLibvirt = 9000000;  // 9.0.0

@@ -184,6 +184,7 @@ Status read_place(const nlohmann::json& json, ReceiverInfo& info) {
 
 constexpr const char* kSharedParent = "/run";
 constexpr const char* kSharedPrefix = "drover-ssh-";
+constexpr const char* kSocketPrefix = "to-";  // of a socket of the target's; everything else is ssh's control socket
 
 // Empty if another process has it, or it is gone.
 UniqueFd lock_directory(const std::string& path) {
@@ -198,10 +199,12 @@ UniqueFd lock_directory(const std::string& path) {
 void end_shared(const Ssh& ssh, const std::string& directory) {
   std::error_code ignored;
   for (const auto& entry : std::filesystem::directory_iterator(directory, ignored)) {
-    std::vector<std::string> command = ssh_program(ssh);
-    command.insert(command.end(),
-                   {"-o", "ControlPath=" + entry.path().string(), "-O", "exit", "--", ssh.host});
-    (void)run_process(command);  // it may have ended
+    if (!entry.path().filename().string().starts_with(kSocketPrefix)) {
+      std::vector<std::string> command = ssh_program(ssh);
+      command.insert(command.end(),
+                     {"-o", "ControlPath=" + entry.path().string(), "-O", "exit", "--", ssh.host});
+      (void)run_process(command);  // it may have ended
+    }
     // Or is ending now, and unlinks this itself: remove_all() would give up then.
     ::unlink(entry.path().c_str());
   }
@@ -219,7 +222,7 @@ void end_abandoned(const Ssh& ssh) {
 
 }  // namespace
 
-SharedSsh::SharedSsh(Ssh ssh) : ssh_(std::move(ssh)) {
+SharedSsh::SharedSsh(Ssh ssh, const std::vector<std::string>& sockets) : ssh_(std::move(ssh)) {
   end_abandoned(ssh_);
   std::string directory = std::string(kSharedParent) + "/" + kSharedPrefix + "XXXXXX";
   if (::mkdtemp(directory.data()) == nullptr) return;
@@ -228,6 +231,15 @@ SharedSsh::SharedSsh(Ssh ssh) : ssh_(std::move(ssh)) {
   lock_ = std::move(lock);
   directory_ = directory;
   ssh_.control_path = directory_ + "/%C";
+  for (const std::string& there : sockets) {
+    ssh_.sockets.push_back({fmt::format("{}/{}{}", directory_, kSocketPrefix, ssh_.sockets.size()), there});
+  }
+}
+
+std::vector<std::string> SharedSsh::local_sockets() const {
+  std::vector<std::string> paths;
+  for (const Ssh::Socket& socket : ssh_.sockets) paths.push_back(socket.local);
+  return paths;
 }
 
 SharedSsh::~SharedSsh() {
@@ -243,8 +255,16 @@ Result<ProcessResult> run_on_target(const Ssh& ssh, const std::vector<std::strin
   }
   if (!ssh.control_path.empty()) {
     command.insert(command.end(), {"-o", "ControlMaster=auto", "-o", "ControlPersist=2", "-o",
-                                   "ControlPath=" + ssh.control_path, "-o", "ServerAliveInterval=5",
-                                   "-o", "ServerAliveCountMax=2"});
+                                   "ControlPath=" + ssh.control_path, "-o", "ServerAliveInterval=2",
+                                   "-o", "ServerAliveCountMax=3"});
+    // The first command's, and that of one which follows on a connection that died and left its sockets behind; no
+    // other's do anything.
+    if (!ssh.sockets.empty()) {
+      command.insert(command.end(), {"-o", "StreamLocalBindUnlink=yes", "-o", "ExitOnForwardFailure=no"});
+    }
+    for (const Ssh::Socket& socket : ssh.sockets) {
+      command.insert(command.end(), {"-L", socket.local + ":" + socket.there});
+    }
   }
   command.insert(command.end(), {"-o",
                                  fmt::format("ConnectTimeout={}",

@@ -34,19 +34,29 @@ struct Ssh {
   std::chrono::milliseconds timeout{30000};
   int cancel_fd = -1;        // readable: give up (Cancelled)
   std::string control_path;  // a SharedSsh's
+  struct Socket {
+    std::string local;
+    std::string there;
+  };
+  std::vector<Socket> sockets;  // a SharedSsh's
 };
 
 // Several commands over one SSH connection (ssh's ControlMaster): the first opens it, the others
-// save the handshake. It is closed when this object goes, or by ssh itself 2 s after its last use:
-// of one that is open when the network goes away for minutes, sshd hears nothing any more, and
+// save the handshake. It is closed when this object goes, or by ssh itself 2 s after its last use
+// (whoever is connected to one of `sockets` uses it), or once the target has said nothing for 8 s: the next command
+// opens another then. Of one that is open when the network goes away for minutes, sshd hears nothing any more, and
 // keeps its session. One whose process was killed is ended by the next SharedSsh on this host.
 class SharedSsh {
  public:
-  explicit SharedSsh(Ssh ssh);
+  // `sockets`: Unix sockets of the target that the connection leads to as well.
+  explicit SharedSsh(Ssh ssh, const std::vector<std::string>& sockets = {});
   ~SharedSsh();
   SharedSsh(const SharedSsh&) = delete;
   SharedSsh& operator=(const SharedSsh&) = delete;
   [[nodiscard]] const Ssh& ssh() const { return ssh_; }
+  // Where the target's sockets are here, in the order in which they were given, once a command has run. One that is
+  // not there, or that sshd leads nobody to (AllowStreamLocalForwarding), accepts and hangs up.
+  [[nodiscard]] std::vector<std::string> local_sockets() const;
 
  private:
   Ssh ssh_;

@@ -61,6 +61,11 @@ class BootstrapTest : public testing::Test {
     EXPECT_EQ(::chmod(path.c_str(), 0700), 0);
     ssh_.command = {path};
   }
+  // What ssh was called with, a line each time.
+  [[nodiscard]] std::string asked() const {
+    std::ifstream in(dir_ / "arguments");
+    return {std::istreambuf_iterator<char>(in), {}};
+  }
   [[nodiscard]] Error start_error() {
     const auto started = start_receiver(ssh_, request_);
     EXPECT_FALSE(started.has_value());
@@ -131,10 +136,8 @@ TEST_F(BootstrapTest, StartsAReceiverThatOutlivesSsh) {
 
 TEST_F(BootstrapTest, TheKeyIsOnNoCommandLine) {
   ASSERT_NO_FATAL_FAILURE(start());
-  std::ifstream in(dir_ / "arguments");
-  const std::string arguments((std::istreambuf_iterator<char>(in)), {});
-  EXPECT_THAT(arguments, HasSubstr("target.example"));
-  EXPECT_THAT(arguments, Not(HasSubstr(key_to_hex(key_).substr(0, 16))));
+  EXPECT_THAT(asked(), HasSubstr("target.example"));
+  EXPECT_THAT(asked(), Not(HasSubstr(key_to_hex(key_).substr(0, 16))));
 }
 
 TEST_F(BootstrapTest, AfterFinishTheImageStays) {
@@ -373,6 +376,41 @@ TEST_F(ResumeBootstrapTest, OneThatIsStoppedKeepsItsImagesForASourceWithANewKey)
 }
 
 // --- what starting it can fail with ---
+
+std::size_t times(const std::string& word, const std::string& text) {
+  std::size_t count = 0;
+  for (std::size_t at = text.find(word); at != std::string::npos; at = text.find(word, at + 1)) ++count;
+  return count;
+}
+
+TEST_F(BootstrapTest, ASharedConnectionLeadsToSocketsAndLeavesNothing) {
+  std::string directory;
+  {
+    const SharedSsh shared(ssh_, {"/run/there", "/run/or/there"});
+    const std::vector<std::string> sockets = shared.local_sockets();
+    ASSERT_EQ(sockets.size(), 2);
+    directory = std::filesystem::path(sockets[0]).parent_path();
+    // As ssh does it: the first command makes its control socket, and those of what it leads to.
+    std::ofstream(directory + "/control") << "";
+    for (const std::string& socket : sockets) std::ofstream(socket) << "";
+    ASSERT_TRUE(run_on_target(shared.ssh(), {"true"}).has_value());
+    const std::string words = asked();
+    EXPECT_THAT(words, HasSubstr("-L " + sockets[0] + ":/run/there -L " + sockets[1] + ":/run/or/there"));
+    EXPECT_THAT(words, HasSubstr("StreamLocalBindUnlink=yes"));
+    EXPECT_EQ(times("-O exit", words), 0);
+  }
+  EXPECT_EQ(times("-O exit", asked()), 1) << "only the control socket is ssh's";
+  EXPECT_FALSE(std::filesystem::exists(directory));
+}
+
+TEST_F(BootstrapTest, ACommandThatGoesAloneLeadsNowhere) {
+  use_ssh("exit 255");
+  const SharedSsh shared(ssh_, {"/run/there"});
+  EXPECT_FALSE(run_on_target(shared.ssh(), {"true"}).has_value());
+  const std::string words = asked();
+  EXPECT_EQ(times("-- target.example ", words), 2) << "shared, then alone: " << words;
+  EXPECT_EQ(times("-L ", words), 1);
+}
 
 TEST_F(BootstrapTest, NoSshHere) {
   ssh_.command = {dir_ / "no-such-ssh"};

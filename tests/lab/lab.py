@@ -347,6 +347,7 @@ auth_unix_ro = "none"
 auth_unix_rw = "none"
 """
 
+SSHD_LOG = Path("/var/log/sshd.log")
 _SSHD_CONF = """\
 HostKey /etc/ssh/ssh_host_ed25519_key
 PermitRootLogin prohibit-password
@@ -613,7 +614,7 @@ class Host:
         known = "".join(f"{h.name},{h.ip} {(h.dir / 'upper/etc/ssh/ssh_host_ed25519_key.pub').read_text()}"
                         for h in self.lab.hosts)
         self.path("/etc/ssh/ssh_known_hosts").write_text(known)
-        self.run(["/usr/sbin/sshd"])
+        self.run(["/usr/sbin/sshd", "-E", str(SSHD_LOG)])
         self.start_libvirtd()
 
     def _install(self) -> None:

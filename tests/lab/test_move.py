@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from lab import IMAGES, Disk, Guest, Host, Lab, wait_for
+from lab import IMAGES, SSHD_LOG, Disk, Guest, Host, Lab, wait_for
 from moves import HOLD, Move, assert_unharmed, kill_all, move, move_comparing_at_barrier, move_ok
 
 pytestmark = pytest.mark.usefixtures("drover")
@@ -74,6 +74,51 @@ def test_four_disks(lab: Lab) -> None:
                                Disk("96M", data="16M", bus="scsi"), Disk("65537K", "raw", data="8M")],
                       memory="256M", rate=400)
     move_comparing_at_barrier(lab, guest)
+    assert_unharmed(guest)
+
+
+def sshd_said(host: Host, words: str) -> int:
+    return host.path(SSHD_LOG).read_text().count(words)
+
+
+def set_up_sshd(host: Host, config: str) -> None:
+    listened = sshd_said(host, "Server listening")
+    host.path("/etc/ssh/sshd_config").write_text(config)
+    host.run(["sh", "-c", "kill -HUP $(cat /run/sshd.pid)"])
+    wait_for("sshd", lambda: sshd_said(host, "Server listening") > listened)
+
+
+@pytest.mark.parametrize("forwarding", ["yes", "no"])
+def test_one_login_by_ssh_is_enough_where_sshd_leads_to_sockets(lab: Lab, guest: Guest, forwarding: str) -> None:
+    before = lab.b.path("/etc/ssh/sshd_config").read_text()
+    try:
+        set_up_sshd(lab.b, before + f"AllowStreamLocalForwarding {forwarding}\n")
+        accepted = sshd_said(lab.b, "Accepted publickey")
+        move_ok(lab, guest)
+    finally:
+        set_up_sshd(lab.b, before)
+    assert_unharmed(guest)
+    # Beside libvirt's two, drover's own: again if it was not used for 2 s, which here depends on the machine.
+    now = sshd_said(lab.b, "Accepted publickey") - accepted
+    assert now == 1 if forwarding == "yes" else now >= 3
+
+
+@pytest.mark.parametrize("broken", ["libvirtd", "ssh"])
+def test_a_connection_is_made_anew_where_libvirt_alone_finds_no_way(lab: Lab, guest: Guest, broken: str) -> None:
+    login = lab.b.path("/root/.bashrc")
+    login.write_text("echo Welcome\n")  # libvirt's own connection by SSH takes that for an answer, and fails
+    try:
+        assert lab.a.run(["virsh", "-c", f"qemu+ssh://{lab.b.name}/system", "list"], check=False).returncode != 0
+        running = Move(lab, guest, "--bandwidth", "20M")
+        running.wait_for(lambda e: e.get("phase") == "copy" and e.get("copied_bytes", 0) > 0)
+        if broken == "libvirtd":
+            lab.b.restart_libvirtd()
+        else:
+            kill_all(lab.a, "ssh: /run/drover-ssh")
+        outcome = running.end()
+    finally:
+        login.unlink()
+    assert outcome.exit_code == 0, outcome.text()
     assert_unharmed(guest)
 
 

@@ -76,13 +76,14 @@ class SimPlatform final : public job::Platform {
   Result<std::string> image_stamp(const std::string& path) override;
   Status remove_image(const std::string& path) override;
   Length peak_memory() override { return {}; }
-  Result<std::unique_ptr<memmig::Hypervisor>> connect_libvirt(const std::string& uri) override;
+  Result<std::unique_ptr<memmig::Hypervisor>> connect_libvirt(const memmig::ConnectOptions& options) override;
   Result<mirror::ReceiverInfo> start_receiver(const std::string& host,
                                               const mirror::ReceiverRequest& request,
                                               std::chrono::milliseconds timeout,
                                               int cancel_fd) override;
   Status stop_receiver(const std::string& host, const std::string& id) override;
   Result<ProcessResult> run_on_target(const std::string& host, const Command& command) override;
+  std::vector<std::string> libvirt_sockets(const std::string&) override { return {}; }
 
  private:
   // Over SSH: waits for the network, as long as SSH does.
