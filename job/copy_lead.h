@@ -5,8 +5,8 @@
 //   CopyLead lead;
 //   if (lead.look(now, left, copied)) ...    // now and then while it goes on; reset() after an outage
 //
-// Starting the guest's QEMU on the target takes libvirt half a second to more than one (it makes some
-// hundred calls to it, one after the other), in which the link has nothing to carry. So it begins
+// Starting the guest's QEMU on the target takes libvirt half a second, or two beside a copy on two slow processors (it makes
+// some hundred calls to it, one after the other), in which the link has nothing to carry. So it begins
 // kLead before the copy's end, as far as the copy's rate tells when that is. Not much earlier: from
 // then on QEMU on the source logs what the guest writes to its memory, which costs the guest a little.
 //
@@ -23,7 +23,7 @@ namespace drover::job {
 
 class CopyLead {
  public:
-  static constexpr Duration kLead = std::chrono::milliseconds(1000);
+  static constexpr Duration kLead = std::chrono::milliseconds(2000);
   // The rate is that of the last one to two of these, or of what there is from the first part of one on.
   static constexpr Duration kWindow = std::chrono::milliseconds(1000);
   static constexpr Duration kLeast = std::chrono::milliseconds(150);

@@ -156,6 +156,11 @@ class Move {
     if (ended_memory != nullptr && !ended_memory->status && std::holds_alternative<MovingMemory>(state_)) {
       tries_.memory_starts();
     }
+    const auto* memory = std::get_if<MovingMemory>(&state_);
+    if (memory != nullptr && !memory->strict && std::holds_alternative<SourceStopped>(event)) {
+      log_warning("QEMU stopped the guest although none of its memory was taken: it is started on the target later then");
+      stopped_early_ = true;
+    }
     const Phase before = phase_of(state_);
     Step next = step(std::move(state_), event);
     state_ = std::move(next.state);
@@ -796,6 +801,7 @@ class Move {
 
   // The guest's QEMU on the target can be started meanwhile (job/copy_lead.h); not if all is compared first.
   bool nearly_copied(const mirror::MirrorEngine::EngineStatus& status) {
+    if (stopped_early_) return false;
     const auto [left, copied] = amount_of(status);
     return (lead_.look(platform_.now(), left, copied) || options_.start_target_at_once) && (!options_.verify || summary_.verified);
   }
@@ -1836,6 +1842,7 @@ class Move {
   bool exporting_ = false;
   bool memory_started_ = false;         // a migration was, that is
   bool memory_may_have_moved_ = false;  // it was in strict mode then
+  bool stopped_early_ = false;          // the guest, before the copy's end
   std::string journaled_state_;
   bool journal_is_new_ = false;  // begun beside a damaged one
   bool barrier_journaled_ = false;  // as passed

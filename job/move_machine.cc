@@ -16,6 +16,10 @@ struct Match : Fs... {
 template <class... Fs>
 Match(Fs...) -> Match<Fs...>;
 
+Error stopped_early() {
+  return Error{Code::Busy, "QEMU stopped the guest while its disks were being copied", "", true};
+}
+
 Error cancelled() {
   return Error{Code::Cancelled, "the move was cancelled; the guest runs on where it was", "", false};
 }
@@ -123,6 +127,8 @@ Step on(MovingMemory state, const Event& event) {
   return std::visit(
       Match{
           [&](const SourceStopped&) -> Step {
+            // Its memory is held back until its disks are equal: the guest would wait for them.
+            if (!state.strict) return abort_memory(stopped_early(), true, state.link_down);
             if (std::exchange(state.source_stopped, true)) return stay(state);
             return {state, {Do::PassBarrier}};
           },

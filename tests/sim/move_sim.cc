@@ -311,6 +311,7 @@ void MoveSim::draw_faults() {
     if (random.one_in(2)) faults.call_fails = static_cast<unsigned>(random.below(60));
     if (random.one_in(2)) faults.call_lost = static_cast<unsigned>(random.below(60));
     if (random.one_in(2)) faults.finish_lost = static_cast<unsigned>(random.below(1000));
+    if (random.one_in(4)) faults.stops_early = static_cast<unsigned>(random.below(1000));
   }
   // What chance alone brings together in two seeds of a million: the last step of a migration is lost
   // with the network, and the source's host restarts after it went on.

@@ -771,12 +771,14 @@ Status SimHypervisor::perform(Migration& migration) {
     if (!alive_) return fail(Code::Unreachable, "the connection to libvirt broke");
     return {};
   };
+  bool early = world_.chance(machines_.faults.stops_early);
   const auto carry = [&](unsigned pieces) -> Status {
     for (unsigned i = 0; i < pieces;) {
       DROVER_TRY(broken());
       world_.sleep(world_.between(200us, 2ms));
       const auto path = machines_.memory.lock();
       if (path && path->carries()) ++i;
+      if (path && !path->carries() && std::exchange(early, false)) return {};
       if (path && !path->carries()) world_.sleep(network_.cut() ? 200ms : 5ms);
       if (!alive_) return fail(Code::Unreachable, "the connection to libvirt broke");
     }

@@ -154,6 +154,7 @@ class Machines {
     unsigned call_fails = 0;     // per mille of the calls: not carried out
     unsigned call_lost = 0;      // carried out, and its answer lost with the connection
     unsigned finish_lost = 0;    // the same of the migration's last step
+    unsigned stops_early = 0;    // per mille of the migrations: QEMU has given all although nothing was taken
     bool cannot_resume = false;  // the target's QEMU refuses
   } faults;
   std::weak_ptr<MemoryPath> memory;

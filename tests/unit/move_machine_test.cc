@@ -191,6 +191,17 @@ TEST(MoveMachine, ABarrierThatTheOutageBrokeIsPassedWhenTheLinkIsUpAgain) {
   EXPECT_EQ(std::ranges::count(run.done, Do::PassBarrier), 2);
 }
 
+TEST(MoveMachine, AGuestThatStopsBeforeItsDisksAreEqualGoesOnHere) {
+  Walk run;
+  run.feed_all(kToLead);
+  run.feed_all({SourceStopped{}});
+  EXPECT_FALSE(run.did(Do::PassBarrier));
+  EXPECT_TRUE(run.did(Do::AbortMemory));
+  run.feed_all({migrate_failed(), kOnSource, Rejoined{}});
+  EXPECT_TRUE(std::holds_alternative<Copying>(run.state)) << state_name(run.state);
+  EXPECT_FALSE(run.did(Do::Undo));
+}
+
 TEST(MoveMachine, AnOutageInStrictModeLeadsBackToCopying) {
   Walk run;
   run.feed_all({Begin{}, Reserved{}, Attached{}, AllCopied{false}, LinkDown{}});
