@@ -157,8 +157,8 @@ class Move {
       tries_.memory_starts();
     }
     const auto* memory = std::get_if<MovingMemory>(&state_);
-    if (memory != nullptr && !memory->strict && std::holds_alternative<SourceStopped>(event)) {
-      log_warning("QEMU stopped the guest although none of its memory was taken: it is started on the target later then");
+    if (memory != nullptr && !memory->disks_equal && std::holds_alternative<SourceStopped>(event)) {
+      observer_.note("QEMU stopped the guest although none of its memory had been taken: the guest goes on here");
       stopped_early_ = true;
     }
     const Phase before = phase_of(state_);
@@ -1183,6 +1183,8 @@ class Move {
       queue_->push(MigrateEnded{fail(Code::Cancelled, "the memory was not moved")});
       return {};
     }
+    // QEMU answers nobody while it writes the last of the memory into a socket of which nobody takes it.
+    if (stopped_early_) engine_->link().stop_relay();
     const Status aborted = source().abort_migration(uuid());
     if (!aborted) log_warning("aborting the memory: {}", aborted.error().to_string());
     // Without its connection the migration fails by itself, if it is not over yet.

@@ -128,7 +128,7 @@ Step on(MovingMemory state, const Event& event) {
       Match{
           [&](const SourceStopped&) -> Step {
             // Its memory is held back until its disks are equal: the guest would wait for them.
-            if (!state.strict) return abort_memory(stopped_early(), true, state.link_down);
+            if (!state.disks_equal) return abort_memory(stopped_early(), true, state.link_down);
             if (std::exchange(state.source_stopped, true)) return stay(state);
             return {state, {Do::PassBarrier}};
           },

@@ -85,8 +85,9 @@ class RealPlatform final : public Platform {
     return {};
   }
 
-  Result<std::unique_ptr<memmig::Hypervisor>> connect_libvirt(const memmig::ConnectOptions& options) override {
-    return memmig::connect_libvirt(options);
+  Result<std::unique_ptr<memmig::Hypervisor>> connect_libvirt(const std::string& uri,
+                                                              const std::vector<std::string>& sockets) override {
+    return memmig::connect_libvirt({.uri = uri, .sockets = sockets});
   }
 
   Result<mirror::ReceiverInfo> start_receiver(const std::string& host, const mirror::ReceiverRequest& request,

@@ -5,7 +5,7 @@
 // simulation can run it on a virtual clock, with hosts that crash and disks that lie.
 //
 //   const auto platform = real_platform();
-//   DROVER_ASSIGN(auto source, platform->connect_libvirt({.uri = "qemu:///system"}));
+//   DROVER_ASSIGN(auto source, platform->connect_libvirt("qemu:///system", {}));
 //
 // Threads: any. sleep(), Thread's destructor, EventQueue::wait() and what talks to a host or a disk
 // block.
@@ -24,7 +24,6 @@
 #include "job/journal.h"
 #include "job/move.h"
 #include "memmig/hypervisor.h"
-#include "memmig/libvirt_hypervisor.h"
 #include "mirror/bootstrap.h"
 #include "mirror/engine.h"
 
@@ -79,7 +78,9 @@ class Platform {
   [[nodiscard]] virtual Length peak_memory() = 0;
 
   // --- both hosts ---
-  virtual Result<std::unique_ptr<memmig::Hypervisor>> connect_libvirt(const memmig::ConnectOptions& options) = 0;
+  // `sockets`: memmig::ConnectOptions's.
+  virtual Result<std::unique_ptr<memmig::Hypervisor>> connect_libvirt(const std::string& uri,
+                                                                      const std::vector<std::string>& sockets) = 0;
 
   // --- the target; `host` is an SSH destination ---
   // `cancel_fd` readable: gives up.

@@ -87,7 +87,7 @@ Result<Prepared> prepare(Platform& platform, const MoveOptions& options, Cancel&
   }
   Connecting connecting;
   if (!options.target_uri.empty()) connecting = begin_connecting({.uri = uri});
-  DROVER_ASSIGN(prepared.source, platform.connect_libvirt({.uri = options.source_uri}));
+  DROVER_ASSIGN(prepared.source, platform.connect_libvirt(options.source_uri, {}));
   DROVER_ASSIGN(prepared.guest, prepared.source->describe(options.guest));
   if (const auto io = prepared.source->disk_io(prepared.guest.uuid)) {
     prepared.io = *io;
@@ -129,11 +129,11 @@ Result<Prepared> prepare_again(Platform& platform, const MoveOptions& options, c
   if (uri.empty()) {
     DROVER_ASSIGN(uri, memmig::libvirt_uri_of(options.host));
   }
-  DROVER_ASSIGN(prepared.source, platform.connect_libvirt({.uri = options.source_uri}));
+  DROVER_ASSIGN(prepared.source, platform.connect_libvirt(options.source_uri, {}));
   const auto connect_target = [&]() -> Result<std::unique_ptr<memmig::Hypervisor>> {
-    if (!options.target_uri.empty()) return platform.connect_libvirt({.uri = uri});
+    if (!options.target_uri.empty()) return platform.connect_libvirt(uri, {});
     DROVER_TRY(platform.run_on_target(options.host, {.argv = {"true"}}));
-    return platform.connect_libvirt({.uri = uri, .sockets = platform.libvirt_sockets(options.host)});
+    return platform.connect_libvirt(uri, platform.libvirt_sockets(options.host));
   };
   auto target = connect_target();
   if (!target) {

@@ -292,12 +292,11 @@ std::string to_json(const ProbeRequest& request) {
 }
 
 Result<ProbeAnswer> parse_probe_answer(const std::string& text) {
-  std::size_t begin = 0;
-  while (begin < text.size() && text[begin] != '{') {
-    const std::size_t end = text.find('\n', begin);
-    begin = end == std::string::npos ? text.size() : end + 1;
+  json object;
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line) && !object.contains("drover-version");) {
+    object = json::parse(line, nullptr, false);
   }
-  const json object = json::parse(text.substr(begin), nullptr, false);
   Reader reader(object);
   ProbeAnswer answer;
   reader.read("drover-version", answer.drover_version);

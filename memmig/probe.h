@@ -63,7 +63,7 @@ struct ProbeAnswer {
 };
 
 std::string to_json(const ProbeRequest& request);
-// Lines before it that are no JSON are what a login script prints. Protocol: not what drover's probe says.
+// Other lines around it are what login scripts print. Protocol: not what drover's probe says.
 Result<ProbeAnswer> parse_probe_answer(const std::string& text);
 
 // Looks at this host. InvalidArgument: `request` makes no sense.

@@ -195,6 +195,13 @@ UniqueFd lock_directory(const std::string& path) {
   return fd;
 }
 
+bool is_open(const std::string& directory) {
+  std::error_code ignored;
+  return std::ranges::any_of(std::filesystem::directory_iterator(directory, ignored), [](const auto& entry) {
+    return !entry.path().filename().string().starts_with(kSocketPrefix);
+  });
+}
+
 // Ends the connections whose control sockets are in the directory, which goes.
 void end_shared(const Ssh& ssh, const std::string& directory) {
   std::error_code ignored;
@@ -231,6 +238,7 @@ SharedSsh::SharedSsh(Ssh ssh, const std::vector<std::string>& sockets) : ssh_(st
   lock_ = std::move(lock);
   directory_ = directory;
   ssh_.control_path = directory_ + "/%C";
+  ssh_.opening = std::make_shared<std::timed_mutex>();
   for (const std::string& there : sockets) {
     ssh_.sockets.push_back({fmt::format("{}/{}{}", directory_, kSocketPrefix, ssh_.sockets.size()), there});
   }
@@ -274,8 +282,14 @@ Result<ProcessResult> run_on_target(const Ssh& ssh, const std::vector<std::strin
   const auto alone = [&] {
     Ssh other = ssh;
     other.control_path.clear();
+    other.opening.reset();
     return run_on_target(other, argv, input);
   };
+  std::unique_lock<std::timed_mutex> opens;
+  if (ssh.opening) {
+    opens = std::unique_lock(*ssh.opening, ssh.timeout);
+    if (opens && is_open(std::filesystem::path(ssh.control_path).parent_path())) opens.unlock();
+  }
   std::string words;
   for (const std::string& argument : argv) words += (words.empty() ? "" : " ") + quote(argument);
   command.push_back(std::move(words));

@@ -17,6 +17,8 @@
 
 #include <chrono>
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -39,6 +41,8 @@ struct Ssh {
     std::string there;
   };
   std::vector<Socket> sockets;  // a SharedSsh's
+  // A SharedSsh's: held by the command that opens the connection. (Two at once would take the sockets from each other.)
+  std::shared_ptr<std::timed_mutex> opening;
 };
 
 // Several commands over one SSH connection (ssh's ControlMaster): the first opens it, the others

@@ -839,8 +839,9 @@ Status SimPlatform::remove_image(const std::string& path) {
   return {};
 }
 
-Result<std::unique_ptr<memmig::Hypervisor>> SimPlatform::connect_libvirt(const memmig::ConnectOptions& options) {
-  const Side side = options.uri == "qemu:///system" ? Side::Source : Side::Target;
+Result<std::unique_ptr<memmig::Hypervisor>> SimPlatform::connect_libvirt(const std::string& uri,
+                                                                         const std::vector<std::string>&) {
+  const Side side = uri == "qemu:///system" ? Side::Source : Side::Target;
   if (side == Side::Target) DROVER_TRY(reach_target(kSshTimeout));
   world_.sleep(world_.between(1ms, 10ms));
   if (!around_.machines.libvirt_up(side)) return fail(unreachable("libvirt does not answer"));

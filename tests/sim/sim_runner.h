@@ -76,7 +76,8 @@ class SimPlatform final : public job::Platform {
   Result<std::string> image_stamp(const std::string& path) override;
   Status remove_image(const std::string& path) override;
   Length peak_memory() override { return {}; }
-  Result<std::unique_ptr<memmig::Hypervisor>> connect_libvirt(const memmig::ConnectOptions& options) override;
+  Result<std::unique_ptr<memmig::Hypervisor>> connect_libvirt(const std::string& uri,
+                                                              const std::vector<std::string>&) override;
   Result<mirror::ReceiverInfo> start_receiver(const std::string& host,
                                               const mirror::ReceiverRequest& request,
                                               std::chrono::milliseconds timeout,

@@ -11,7 +11,8 @@ namespace {
 using std::chrono::milliseconds;
 
 constexpr std::uint64_t kMiB = 1 << 20;
-constexpr std::uint64_t kLead = CopyLead::kLead / std::chrono::seconds(1);  // s
+// MiB that are left when it begins, at a rate.
+constexpr std::uint64_t lead_at(std::uint64_t rate) { return rate * (CopyLead::kLead / milliseconds(1)) / 1000; }
 
 // A copy at a rate that may change.
 struct World {
@@ -32,7 +33,7 @@ struct World {
 TEST(CopyLead, SaysSoAtTheLeadBeforeTheEnd) {
   World world{.left = 10000};
   while (!world.step(1000)) ASSERT_GT(world.left, 0);
-  EXPECT_EQ(world.left, kLead * 1000);
+  EXPECT_EQ(world.left, lead_at(1000));
 }
 
 TEST(CopyLead, SaysNothingAtOnce) {
@@ -46,20 +47,20 @@ TEST(CopyLead, GoesByTheLatestRate) {
   World world{.left = 10000};
   for (int i = 0; i < 50; ++i) EXPECT_FALSE(world.step(1000));
   // 5000 left: at this rate 50 s.
-  while (world.left > (kLead + 3) * 100) EXPECT_FALSE(world.step(100)) << world.left;
-  while (world.left > kLead * 100) (void)world.step(100);
+  while (world.left > lead_at(100) + 300) EXPECT_FALSE(world.step(100)) << world.left;
+  while (world.left > lead_at(100)) (void)world.step(100);
   EXPECT_TRUE(world.step(100));
 }
 
 TEST(CopyLead, ACopyThatStandsStillHasNoEnd) {
   World world{.left = 10000};
-  while (world.left > kLead * 1000) (void)world.step(1000);
+  while (world.left > lead_at(1000)) (void)world.step(1000);
   for (int i = 0; i < 25; ++i) (void)world.step(0);
   EXPECT_FALSE(world.step(0));
 }
 
 TEST(CopyLead, WhatIsComparedAndFoundToDifferIsStillLeft) {
-  World world{.left = kLead * 1000};
+  World world{.left = lead_at(1000)};
   // 700 MiB/s are read, and nothing of it gets less.
   for (int i = 0; i < 30; ++i) {
     world.now += milliseconds(100);
@@ -71,7 +72,7 @@ TEST(CopyLead, WhatIsComparedAndFoundToDifferIsStillLeft) {
 TEST(CopyLead, HolesThatAreFoundAreNoRate) {
   World world{.left = 1 << 20};
   for (int i = 0; i < 5; ++i) (void)world.step(100);
-  world.left = kLead * 1000;  // the other terabyte is empty
+  world.left = lead_at(1000);  // the other terabyte is empty
   for (int i = 0; i < 5; ++i) EXPECT_FALSE(world.step(100));
 }
 
@@ -81,7 +82,7 @@ TEST(CopyLead, CountersThatBeganAnewAreNoRate) {
   world.copied = 0;
   EXPECT_FALSE(world.step(1000));
   while (!world.step(1000)) ASSERT_GT(world.left, 0);
-  EXPECT_EQ(world.left, kLead * 1000);
+  EXPECT_EQ(world.left, lead_at(1000));
 }
 
 }  // namespace

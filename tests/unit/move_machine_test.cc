@@ -192,14 +192,22 @@ TEST(MoveMachine, ABarrierThatTheOutageBrokeIsPassedWhenTheLinkIsUpAgain) {
 }
 
 TEST(MoveMachine, AGuestThatStopsBeforeItsDisksAreEqualGoesOnHere) {
-  Walk run;
-  run.feed_all(kToLead);
-  run.feed_all({SourceStopped{}});
-  EXPECT_FALSE(run.did(Do::PassBarrier));
-  EXPECT_TRUE(run.did(Do::AbortMemory));
-  run.feed_all({migrate_failed(), kOnSource, Rejoined{}});
-  EXPECT_TRUE(std::holds_alternative<Copying>(run.state)) << state_name(run.state);
-  EXPECT_FALSE(run.did(Do::Undo));
+  for (const bool strict : {false, true}) {
+    Walk run;
+    run.feed_all(kToLead);
+    if (strict) run.feed_all({AllCopied{false}});
+    run.feed_all({SourceStopped{}, SourceStopped{}});
+    EXPECT_FALSE(run.did(Do::PassBarrier));
+    EXPECT_EQ(std::ranges::count(run.done, Do::AbortMemory), 1);
+    run.feed_all({AllCopied{true}, migrate_failed(), kOnSource, Rejoined{}});
+    EXPECT_TRUE(std::holds_alternative<Copying>(run.state)) << state_name(run.state);
+    EXPECT_FALSE(run.did(Do::Undo));
+  }
+  Walk too_late;
+  too_late.feed_all(kToLead);
+  too_late.feed_all({AllCopied{false}, SourceStopped{}, migrated()});
+  EXPECT_TRUE(std::holds_alternative<MovingMemory>(too_late.state)) << state_name(too_late.state);
+  EXPECT_TRUE(too_late.did(Do::PassBarrier)) << "the guest's memory is there: the way is forward";
 }
 
 TEST(MoveMachine, AnOutageInStrictModeLeadsBackToCopying) {

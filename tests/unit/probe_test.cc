@@ -131,7 +131,7 @@ TEST_F(Probe, RequestAndAnswerTravelAsJson) {
 }
 
 TEST_F(Probe, WhatALoginScriptPrintsIsSkipped) {
-  const auto answer = parse_probe_answer("Welcome\n\n  {to this} host\n{\"drover-version\":\"9\",\"paths\":[]}\n");
+  const auto answer = parse_probe_answer("Welcome\n\n{to this} host\n{}\n{\"drover-version\":\"9\",\"paths\":[]}\nBye\n");
   ASSERT_TRUE(answer) << answer.error().message;
   EXPECT_EQ(answer->drover_version, "9");
 }
