@@ -43,8 +43,9 @@ class MirrorEngine {
   // Chunks of one disk being read or on their way at once: more only lengthens the queues in which the
   // guest's own reads and writes stand, on the disk and on the wire.
   static constexpr std::size_t kMaxCopies = 8;
-  // The same outside strict mode while set_read_rate() says that there is no limit, for the guest asks next to nothing:
-  // what a flush of the target holds up is then no reason to read nothing.
+  // The same outside strict mode while neither set_bandwidth() nor set_read_rate() limits anything, for the guest asks next
+  // to nothing: what a flush of the target holds up is then no reason to read nothing. (What is on its way when the link
+  // goes down is sent again.)
   static constexpr std::size_t kMaxCopiesUnlimited = 32;
   // With fewer write buffers left than this, what is on its way to the target is given up (and copied
   // again), so that QEMU's requests can always be received: the guest waits for no buffer.

@@ -157,7 +157,6 @@ void EngineCore::set_bandwidth(Length per_second) {
 void EngineCore::set_read_rate(Length per_second) {
   if (!read_rate_) read_rate_.emplace();
   read_rate_->set_rate(per_second);
-  max_copies_ = per_second == Length() ? MirrorEngine::kMaxCopiesUnlimited : MirrorEngine::kMaxCopies;
   pump();
 }
 
@@ -272,10 +271,13 @@ void EngineCore::pump() {
 
 // False: no more may be started now, on any disk.
 bool EngineCore::start_copies(OneDisk& disk) {
+  // Without a read rate nobody has said how the guest fares.
+  const bool limited = strict_ || bandwidth_.rate() != Length() || !read_rate_ || read_rate_->rate() != Length();
+  const std::size_t most = limited ? MirrorEngine::kMaxCopies : MirrorEngine::kMaxCopiesUnlimited;
   while (true) {
     const Instant time = loop_.now();
     if (too_much_unflushed()) return false;
-    if (disk.mirror->arbiter().copying() >= (strict_ ? MirrorEngine::kMaxCopies : max_copies_)) return true;
+    if (disk.mirror->arbiter().copying() >= most) return true;
     Instant ready;
     if (!bandwidth_.may_start(time)) ready = bandwidth_.ready();
     if (read_rate_ && !read_rate_->may_start(time)) ready = std::max(ready, read_rate_->ready());

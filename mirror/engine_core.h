@@ -135,7 +135,6 @@ class EngineCore : private Answers {
   LaneIndex lanes_ = 1;
   std::vector<std::unique_ptr<OneDisk>> disks_;
   blockcopy::Throttle bandwidth_;
-  std::size_t max_copies_ = MirrorEngine::kMaxCopies;  // of one disk at once
   std::optional<blockcopy::Throttle> read_rate_;  // none: bandwidth_ is charged what is read, too
   std::optional<Loop::Handle> throttle_timer_;
   Length begun_since_flush_;   // of copies

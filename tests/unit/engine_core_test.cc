@@ -217,6 +217,22 @@ TEST_F(EngineCoreTest, MoreChunksAreUnderWayWhereTheGuestNeedsNoRoom) {
   EXPECT_EQ(left(), Length());
 }
 
+TEST_F(EngineCoreTest, AsManyAsEverAreUnderWayWhereTheCopyIsLimited) {
+  ASSERT_NO_FATAL_FAILURE(start({}));
+  reader_->hold();
+  core_->set_read_rate(Length());
+  core_->set_bandwidth(1_GiB);
+  core_->start();
+  loop_.run_for(1s);
+  EXPECT_EQ(reader_->held(), MirrorEngine::kMaxCopies);
+  core_->set_bandwidth(Length());
+  loop_.run_for(1s);
+  EXPECT_EQ(reader_->held(), MirrorEngine::kMaxCopiesUnlimited);
+  reader_->release();
+  loop_.run_for(1s);
+  EXPECT_EQ(left(), Length());
+}
+
 TEST_F(EngineCoreTest, AsManyAsEverAreUnderWayWhereTheGuestIsGivenWay) {
   ASSERT_NO_FATAL_FAILURE(start({}));
   reader_->hold();
