@@ -1647,7 +1647,8 @@ class Move {
       left += (left.empty() ? "" : "; ") + doing + ": " + status.error().message;
       if (!status.error().hint.empty()) hint = status.error().hint;
     };
-    const bool partial = keep_partial() || (joining_can_wait_ && !cancel_.requested());
+    const bool kept = keep_partial();
+    const bool partial = kept || (joining_can_wait_ && !cancel_.requested());
     undoing_.store(true);
     stop_checkpoints();
     if (engine_) {
@@ -1670,7 +1671,7 @@ class Move {
     }
     if (exporting_) collect("ending QEMU's NBD export", source().stop_exports(uuid(), socket_path("export")));
     bool runs_there = false;
-    if (memory_started_ || (files_.resumed && !partial)) {
+    if (memory_started_ || (kept && target_guest_left_) || (files_.resumed && !partial)) {
       const Status ended = end_target_guest();
       runs_there = !ended && ended.error().code == Code::Held;
       collect("ending what is left of the guest on the target", ended);

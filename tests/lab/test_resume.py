@@ -317,19 +317,22 @@ def test_cancelled_at_the_barrier_is_too_late(lab: Lab, small: Guest, seen: Seen
     moved(lab, small, seen, outcome)
 
 
-def test_what_was_copied_is_kept_as_long_as_no_memory_has_moved(lab: Lab, small: Guest, seen: Seen) -> None:
-    running = begin(lab, small, "lead", "--keep-partial")
+def test_what_was_copied_is_kept_as_long_as_no_memory_has_moved(lab: Lab, seen: Seen) -> None:
+    # It writes so little that what it wrote meanwhile is next to nothing, however long that takes.
+    guest = lab.guest("web1", [Disk("256M", data="64M"), Disk("128M", "qcow2", data="32M")], memory="256M", rate=10)
+    running = begin(lab, guest, "lead", "--keep-partial")
     job = running.job
-    running.wait_for_copied(0.4)
-    seen.outage_begins(small)
+    copied = running.wait_for_copied(0.4)["copied_bytes"]
+    seen.outage_begins(guest)
     running.interrupt(signal.SIGINT)
     assert running.end().exit_code == CANCELLED
     resumed = Running(lab.a, "resume", job)
     resumed.wait_for_phase("copy")
     resumed.hurry()
-    outcome = resumed.end()
-    moved(lab, small, seen, outcome, "resumed")
-    assert outcome.summary["data_bytes"] < 0.9 * (64 + 32) * MIB, "what had been copied is not read again"
+    moved(lab, guest, seen, resumed.end(), "resumed")
+    # Not the summary's: of a chunk it counts what lies between two blocks that are to be copied as well.
+    to_copy = max(event.get("data_bytes", 0) for event in resumed.events if event["event"] == "progress")
+    assert 0 < to_copy < (64 + 32) * MIB - copied / 2, "what had been copied is copied again"
 
 
 @pytest.mark.parametrize("phase", ["copy", "memory"])

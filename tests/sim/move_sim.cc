@@ -116,6 +116,7 @@ class MoveSim final : public job::Observer {
   void check_end();
   void check_moved();
   void check_undone();
+  void check_kept();
   void check_source_whole(const char* when);
   std::optional<std::string> may_run_on_target();
   std::optional<std::string> may_remove(const std::string& path);
@@ -162,6 +163,7 @@ class MoveSim final : public job::Observer {
   job::Phase phase_ = job::Phase::Plan;
   bool journal_damaged_ = false;
   bool autostart_ = false;
+  std::uint64_t kept_ = 0;  // processes that left a part for the next one
   Random user_;  // of what the guest's user does while no runner is there
 };
 
@@ -254,6 +256,7 @@ MoveSim::MoveSim(std::uint64_t seed, const MoveSimOptions& options)
     change_other_images(world_.random.below(10));
   }
   machines_.domain(Side::Source).autostart = autostart_ = user_.one_in(2);
+  move_options_.keep_partial = user_.one_in(3);
   draw_faults();
 }
 
@@ -564,6 +567,25 @@ void MoveSim::ended(job::MoveEnd end) {
                end.over ? "" : " (it can be gone on with)");
   over_ = end.over;
   outcome_ = std::move(end.result);
+  if (!*outcome_ && outcome_->error().hint.starts_with("what was copied is kept")) check_kept();
+}
+
+// What was copied is kept for a resume, and nothing but what that needs is left.
+void MoveSim::check_kept() {
+  ++kept_;
+  check_source_whole("after an undo that keeps what was copied");
+  if (machines_.ever_ran(Side::Target)) world_.violate("kept for a resume, although the target has run");
+  if (outcome_->error().message.find("not everything could be undone") != std::string::npos) return;
+  // One that could not even join what an earlier process has left leaves that as it is.
+  if (attempts_ > 1 && outcome_->error().code != Code::Cancelled) return;
+  const Machines::Domain& here = machines_.domain(Side::Source);
+  if (!here.mirrors.empty() || here.exports) {
+    world_.violate("kept for a resume, but QEMU still has drover's mirror or export");
+  }
+  const Machines::Domain& there = machines_.domain(Side::Target);
+  if (there.qemu || there.defined) {
+    world_.violate("kept for a resume, but the guest is still there on the target");
+  }
 }
 
 void MoveSim::run_job() {
@@ -798,6 +820,7 @@ std::optional<std::string> MoveSim::run(MoveSimStats* stats) {
     stats->guest_writes += machines_.counters.writes;
     stats->faults += faults_hit_;
     stats->resumed += attempts_ - 1;
+    stats->kept += kept_;
     if (!outcome_) {
       ++stats->killed;
     } else if (*outcome_) {
@@ -833,6 +856,7 @@ MoveSimStats& MoveSimStats::operator+=(const MoveSimStats& other) {
   held += other.held;
   killed += other.killed;
   resumed += other.resumed;
+  kept += other.kept;
   worst_write_us = std::max(worst_write_us, other.worst_write_us);
   return *this;
 }

@@ -29,7 +29,7 @@
 //  - Receiver, target host, runner and source host are killed at any step. The runner's fibers
 //    unwind, but nothing that they do on the way reaches anybody; what it held (locks, sockets,
 //    connections) is let go of. A source that has restarted may have its guest started again.
-//  - The user cancels. The job's journal can't be written for a while, or is damaged when the
+//  - The user cancels, in some runs with --keep-partial. The job's journal can't be written for a while, or is damaged when the
 //  runner is killed.
 //  - Up to the moment when --verify begins, the target's storage may not keep what is written to
 //  it, and say nothing:
@@ -70,6 +70,7 @@ struct MoveSimStats {
   std::uint64_t held = 0;
   std::uint64_t killed = 0;   // the runner died, and there was nothing to go on with
   std::uint64_t resumed = 0;  // further processes
+  std::uint64_t kept = 0;     // undone but for what was copied, which a further process goes on with
   std::uint64_t worst_write_us = 0;
 
   MoveSimStats& operator+=(const MoveSimStats& other);

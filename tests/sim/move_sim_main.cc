@@ -16,10 +16,9 @@ int main(int argc, char** argv) {
        .run = run_move_sim,
        .tell = [](const MoveSimStats& total) {
          return fmt::format(
-             "{} moved, {} undone, {} held, {} killed, {} resumed; {} steps, {} guest writes "
-             "(worst {} "
-             "us), {} faults",
-             total.moved, total.undone, total.held, total.killed, total.resumed, total.steps,
+             "{} moved, {} undone, {} held, {} killed, {} resumed, {} kept; {} steps, {} guest "
+             "writes (worst {} us), {} faults",
+             total.moved, total.undone, total.held, total.killed, total.resumed, total.kept, total.steps,
              total.guest_writes, total.worst_write_us, total.faults);
        }});
 }
