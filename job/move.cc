@@ -1091,7 +1091,7 @@ class Move {
                                                memmig::rewrite_of(prepared_.move_plan, false)));
     }
     migrate.memory_uri = "unix://" + mirror::memory_socket(id_);
-    migrate.bandwidth = bandwidth();
+    migrate.bandwidth = [this] { return bandwidth(); };
     migrate.connections = memory_channels(options_.memory_channels, prepared_.cores, bandwidth());
     migrate.convergence.max_downtime = options_.max_downtime;
     migrate.convergence.initial_downtime =
@@ -1674,7 +1674,11 @@ class Move {
     if (memory_started_ || (kept && target_guest_left_) || (files_.resumed && !partial)) {
       const Status ended = end_target_guest();
       runs_there = !ended && ended.error().code == Code::Held;
-      collect("ending what is left of the guest on the target", ended);
+      if (!memory_started_ && partial && !ended && ended.error().code == Code::Unreachable) {
+        log_warning("{}", ended.error().to_string());  // if there is one, the next resume or cancel ends it
+      } else {
+        collect("ending what is left of the guest on the target", ended);
+      }
     }
     const bool had_autostart = autostart_held_;
     collect("switching the guest's autostart on again", release_autostart());

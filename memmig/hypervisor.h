@@ -302,7 +302,9 @@ struct MigrateOptions {
   // How the two QEMUs reach each other: "unix:///path" (the same path on both hosts; the target's
   // QEMU listens on it, the source's connects) or "tcp://127.0.0.1:PORT".
   std::string memory_uri;
-  Length bandwidth;          // per second; zero: no limit
+  // Per second; zero, or nothing to ask: no limit. Asked when it begins and then, for a change, several times a
+  // second on a thread of the migration's own.
+  std::function<Length()> bandwidth;
   unsigned connections = 1;  // more than one: multifd
   ConvergenceLimits convergence;
   // None: not known now. Called on a thread of the migration's own, for whose end migrate() waits; may block for a

@@ -18,6 +18,7 @@
 #include <fstream>
 #include <future>
 #include <iterator>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <nlohmann/json.hpp>
@@ -650,6 +651,7 @@ class LibvirtHypervisor final : public DiskHost {
     bool abort = false;
     std::string gave_up;
     milliseconds downtime{};  // the limit in force
+    Length bandwidth;         // the same; not the mutex's: the watcher's alone while it runs
   };
 
   Result<Domain> find(const std::string& guest) const;
@@ -1747,16 +1749,20 @@ std::optional<MigrationProgress> LibvirtHypervisor::statistics(virDomainPtr doma
   return progress;
 }
 
-// What QEMU is allowed when the migration begins.
-milliseconds first_downtime(const MigrateOptions& options) {
-  return Convergence(options.convergence, options.transit != nullptr).downtime();
+Convergence first_convergence(const MigrateOptions& options) {
+  return Convergence(options.convergence, options.transit != nullptr);
 }
+
+// What QEMU is allowed when the migration begins.
+milliseconds first_downtime(const MigrateOptions& options) { return first_convergence(options).downtime(); }
+
+Length bandwidth_of(const MigrateOptions& options) { return options.bandwidth ? options.bandwidth() : Length(); }
 
 // Until the migration has ended. Over a connection of this thread's own, which may break without
 // breaking the migration.
 void LibvirtHypervisor::watch(const MigrateOptions& options, const ProgressHandler& progress,
                               Migration& migration) const {
-  Convergence convergence(options.convergence, options.transit != nullptr);
+  Convergence convergence = first_convergence(options);
   milliseconds allowed = first_downtime(options);  // QEMU knows of that
   Connection connection;
   Domain domain;
@@ -1793,6 +1799,19 @@ milliseconds LibvirtHypervisor::steer(virDomainPtr domain, Convergence& converge
   if (abort) virDomainAbortJob(domain);  // again: the first may have come before the job
   auto statistic = statistics(domain, false);
   if (!statistic || statistic->memory_total.bytes() == 0) return kSoon;
+  // Not by virDomainMigrateSetMaxSpeed(): that is in MiB, and libvirt keeps it for the guest's next migration.
+  if (const Length limit = bandwidth_of(options); limit != migration.bandwidth) {
+    constexpr std::uint64_t kNoLimit = std::numeric_limits<std::int64_t>::max() >> 20 << 20;  // libvirt's
+    json wanted = {{"max-bandwidth", limit.bytes() == 0 ? kNoLimit : limit.bytes()}};
+    if (options.convergence.auto_converge) wanted["max-cpu-throttle"] = 1;
+    if (auto set = qmp(domain, "migrate-set-parameters", wanted, doing); !set) {
+      log_warning("{}", set.error().message);
+    } else {
+      log_info("bandwidth of the memory: {}", limit.bytes() == 0 ? "no limit" : format_length(limit) + "/s");
+      migration.bandwidth = limit;
+      convergence = first_convergence(options);  // what was tried at another speed says nothing
+    }
+  }
   const bool waited = convergence.waiting();
   const bool all_sent = statistic->iteration > 1;  // once
   if (waited && all_sent) statistic->transit = options.transit();
@@ -1914,9 +1933,10 @@ Status LibvirtHypervisor::migrate_over(virConnectPtr source, virConnectPtr targe
   if (options.memory_uri.starts_with("tcp:")) {
     parameters.add(VIR_MIGRATE_PARAM_LISTEN_ADDRESS, std::string("127.0.0.1"));
   }
-  if (options.bandwidth.bytes() > 0) {
-    parameters.add(VIR_MIGRATE_PARAM_BANDWIDTH,
-                   std::max<unsigned long long>(1, options.bandwidth / 1_MiB));
+  if (const Length limit = bandwidth_of(options); limit.bytes() > 0) {
+    const auto rounded = std::max<unsigned long long>(1, limit / 1_MiB);
+    parameters.add(VIR_MIGRATE_PARAM_BANDWIDTH, rounded);
+    migration.bandwidth = 1_MiB * rounded;  // the watcher mends that
   }
   if (options.connections > 1) {
     flags |= VIR_MIGRATE_PARALLEL;

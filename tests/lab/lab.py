@@ -929,21 +929,25 @@ class Guest:
     @property
     def host(self) -> Host:
         """The host on which the guest runs now (paused or not)."""
+        # It may move between the looks at two hosts: then the second time tells.
+        for _ in range(2):
+            states = {host: self._state_on(host) for host in self.lab.hosts}
+            running = [host for host, state in states.items() if state == "running"]
+            there = running or [host for host, state in states.items() if state]
+            if there and len(running) < 2:
+                return there[0]
+        raise LabError(f"{self.name} runs on {' and '.join(h.name for h in running) or 'no host'}")
+
+    def _state_on(self, host: Host) -> str:
+        """"running", "paused", or nothing if it does not run there at all."""
         import libvirt
-        found: list[tuple[bool, Host]] = []
-        for host in self.lab.hosts:
-            try:
-                domain = host.libvirt().lookupByName(self.name)
-            except libvirt.libvirtError:
-                continue
-            if domain.isActive():
-                found.append((domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING, host))
-        if not found:
-            raise LabError(f"{self.name} runs on no host")
-        running = [host for runs, host in found if runs]
-        if len(running) > 1:
-            raise LabError(f"{self.name} runs on {' and '.join(h.name for h in running)}")
-        return running[0] if running else found[0][1]
+        try:
+            domain = host.libvirt().lookupByName(self.name)
+            if not domain.isActive():
+                return ""
+            return "running" if domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING else "paused"
+        except libvirt.libvirtError:
+            return ""
 
     def domain(self) -> Any:
         """The libvirt domain (virDomain) on the host where the guest runs."""

@@ -447,6 +447,14 @@ class Move:
         for name in self.info["disks"]:
             self.tool.call("detach", guest=self.uuid, disk=name)
 
+    def hand_over(self, migration: int, mark: int) -> None:
+        """All that comes after migrate(), when nothing goes wrong. mark: of before it."""
+        self.tool.event("suspended", "target", mark)
+        self.release()
+        self.tool.call("resume", on="target", guest=self.uuid)
+        self.tool.result(migration)
+        self.finish()
+
     def finish(self) -> None:
         """After a move that went well: the source's images go."""
         for disk in self.info["disks"].values():

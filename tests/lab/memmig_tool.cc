@@ -7,6 +7,7 @@
 //   memmig_tool SOURCE-URI [TARGET-URI]
 //   {"id":1,"do":"describe","guest":"web1"}  ->  {"id":1,"ok":true,"value":{...}}
 //   {"id":2,"do":"state","on":"target","guest":UUID}
+#include <atomic>
 #include <condition_variable>
 #include <iostream>
 #include <mutex>
@@ -308,7 +309,8 @@ class Tool {
       options.persistent_xml = line.value("persistent_xml", "");
       options.memory_uri = line.at("uri");
       options.connections = line.value("connections", 1U);
-      options.bandwidth = Length(line.value("bandwidth", std::uint64_t{0}));
+      bandwidth_ = line.value("bandwidth", std::uint64_t{0});
+      options.bandwidth = [this] { return Length(bandwidth_.load()); };
       auto& limits = options.convergence;
       limits.initial_downtime = std::chrono::milliseconds(
           line.value("initial_downtime", limits.initial_downtime.count()));
@@ -321,6 +323,10 @@ class Tool {
         out["event"] = "progress";
         print(out);
       }));
+    }
+    if (what == "set_bandwidth") {
+      bandwidth_ = line.at("bandwidth");
+      return json(nullptr);
     }
     return fail(Code::InvalidArgument, "unknown request " + what);
   }
@@ -345,6 +351,7 @@ class Tool {
 
   std::unique_ptr<Hypervisor> source_;
   std::unique_ptr<Hypervisor> target_;
+  std::atomic<std::uint64_t> bandwidth_{0};  // of the migration, per second
   std::mutex mutex_;
   std::vector<std::unique_ptr<Subscription>> subscriptions_;
   std::vector<ImageLock> locks_;

@@ -624,8 +624,10 @@ def test_migration_is_cancelled(lab: Lab, small: Guest) -> None:
     with Move(lab, small, lab.b) as move:
         move.attach()
         move.open_memory_path()
-        migration = move.migrate(bandwidth=1 << 20)  # would take minutes
+        before = lab.a.qmp("small", "query-migrate-parameters")["max-bandwidth"]
+        migration = move.migrate(bandwidth=300_000)  # would take minutes
         move.tool.event("progress")
+        wait_for("the limit", lambda: lab.a.qmp("small", "query-migrate-parameters")["max-bandwidth"] == 300_000, 30)
         move.tool.call("abort", guest=move.uuid)
         with pytest.raises(ToolError) as e:
             move.tool.result(migration)
@@ -636,11 +638,29 @@ def test_migration_is_cancelled(lab: Lab, small: Guest) -> None:
         assert move.tool.mirror(move.uuid, "vda")["alive"]
         limits = lab.a.qmp("small", "query-migrate-parameters")
         assert (limits["downtime-limit"], limits["max-cpu-throttle"], limits["cpu-throttle-initial"]) == (300, 99, 20)
+        assert limits["max-bandwidth"] == before
         move.tool.call("abort", guest=move.uuid)  # nothing to cancel: fine
         move.detach()
         lab.b.run(["rm", "-r", move.directory])
         lab.a.run(["rm", "-r", move.directory])
     assert small.verify()["ok"]
+
+
+def test_bandwidth_is_changed(lab: Lab, guest: Guest) -> None:
+    def limit_of_qemu() -> int:
+        return int(lab.a.qmp("web1", "query-migrate-parameters")["max-bandwidth"])
+
+    with Move(lab, guest, lab.b) as move:
+        move.ready()
+        mark = move.tool.mark()
+        migration = move.migrate(bandwidth=300_000)  # would take minutes
+        move.tool.event("progress")
+        wait_for("less than libvirt's least limit", lambda: limit_of_qemu() == 300_000, 30)
+        move.tool.call("set_bandwidth", bandwidth=600_000)
+        wait_for("another limit", lambda: limit_of_qemu() == 600_000, 30)
+        move.tool.call("set_bandwidth", bandwidth=0)
+        move.hand_over(migration, mark)
+    assert guest.verify()["ok"], guest.mismatches()
 
 
 def test_memory_path_is_cut_then_the_migration_is_repeated(lab: Lab, guest: Guest) -> None:
@@ -660,11 +680,7 @@ def test_memory_path_is_cut_then_the_migration_is_repeated(lab: Lab, guest: Gues
         move.open_memory_path()
         mark = move.tool.mark()
         migration = move.migrate()
-        move.tool.event("suspended", "target", mark)
-        move.release()
-        move.tool.call("resume", on="target", guest=move.uuid)
-        move.tool.result(migration)
-        move.finish()
+        move.hand_over(migration, mark)
     assert guest.verify()["ok"], guest.mismatches()
 
 

@@ -235,6 +235,21 @@ def test_a_receiver_that_is_killed_after_the_barrier_no_longer_matters(lab: Lab,
     move_ok(lab, guest)
 
 
+def test_a_limit_can_be_lifted_while_memory_moves(lab: Lab) -> None:
+    guest = lab.guest("web1", [Disk("16M", data="256K")], memory="256M", rate=10, options="w.mem=64M")
+    running = Move(lab, guest, "--bandwidth", "300K")  # its memory would take minutes
+    running.wait_for_phase("memory")
+    wait_for("QEMU to know the limit",
+             lambda: lab.a.qmp("web1", "query-migrate-parameters")["max-bandwidth"] < 1 << 20, 60)
+    running.hurry()
+    log = lab.a.path(f"/var/log/drover/{running.job}.log")
+    wait_for("QEMU to know of none", lambda: "bandwidth of the memory: no limit" in log.read_text(), 60)
+    outcome = running.end()
+    assert outcome.exit_code == 0, outcome.text()
+    assert guest.host is lab.b
+    assert_unharmed(guest)
+
+
 @pytest.mark.parametrize("phase", ["copy", "memory"])
 def test_somebody_cancels_the_mirror(lab: Lab, guest: Guest, phase: str) -> None:
     """From then on the target misses the guest's writes: another is attached, and those are copied."""

@@ -318,7 +318,7 @@ def test_cancelled_at_the_barrier_is_too_late(lab: Lab, small: Guest, seen: Seen
 
 
 def test_what_was_copied_is_kept_as_long_as_no_memory_has_moved(lab: Lab, seen: Seen) -> None:
-    # It writes so little that what it wrote meanwhile is next to nothing, however long that takes.
+    # It writes so little that what it wrote meanwhile is next to nothing, for minutes.
     guest = lab.guest("web1", [Disk("256M", data="64M"), Disk("128M", "qcow2", data="32M")], memory="256M", rate=10)
     running = begin(lab, guest, "lead", "--keep-partial")
     job = running.job

@@ -579,6 +579,14 @@ void MoveSim::check_kept() {
   // One that could not even join what an earlier process has left leaves that as it is.
   if (attempts_ > 1 && outcome_->error().code != Code::Cancelled) return;
   const Machines::Domain& here = machines_.domain(Side::Source);
+  if (here.autostart != autostart_ && !journal_damaged_) {
+    world_.violate("kept for a resume, but the guest's autostart is not what it was");
+  }
+  for (const DiskSetup& disk : machines_.disks()) {
+    if (machines_.image(Side::Target, disk) == nullptr) {
+      world_.violate("kept for a resume, but the target's image of " + disk.name + " is gone");
+    }
+  }
   if (!here.mirrors.empty() || here.exports) {
     world_.violate("kept for a resume, but QEMU still has drover's mirror or export");
   }

@@ -29,8 +29,8 @@
 //  - Receiver, target host, runner and source host are killed at any step. The runner's fibers
 //    unwind, but nothing that they do on the way reaches anybody; what it held (locks, sockets,
 //    connections) is let go of. A source that has restarted may have its guest started again.
-//  - The user cancels, in some runs with --keep-partial. The job's journal can't be written for a while, or is damaged when the
-//  runner is killed.
+//  - The user cancels, in some runs with --keep-partial. The job's journal can't be written for a
+//    while, or is damaged when the runner is killed.
 //  - Up to the moment when --verify begins, the target's storage may not keep what is written to
 //  it, and say nothing:
 //    then no block of the images may differ when the target runs. (What is damaged later nobody
