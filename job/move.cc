@@ -386,9 +386,9 @@ class Move {
                                         error.message, "", true}});
     };
     events.touching = [this](std::size_t disk, const mirror::GroupRecord& record) {
-      if (const Status noted = records_->put(disk, record); !noted) {
-        queue_->push(Trouble{noted.error()});
-      }
+      const Status noted = records_->put(disk, record);
+      if (!noted) queue_->push(Trouble{noted.error()});
+      return noted.has_value() || files_.mutation.send_unrecorded;
     };
     return events;
   }
@@ -890,6 +890,7 @@ class Move {
         stop_flushing_.store(true);
         mirrors_may_go_.store(true);  // QEMU ends them when it goes
         source_went_on_.store(false);
+        source_shut_down_.store(false);
         queue_->push(SourceStopped{});
         break;
       case GuestEvent::Kind::Suspended:
@@ -900,7 +901,10 @@ class Move {
         source_went_on_.store(true);
         break;
       case GuestEvent::Kind::Stopped:
-        if (event.detail == "shutdown") source_went_on_.store(true);
+        if (event.detail == "shutdown") {
+          source_went_on_.store(true);
+          source_shut_down_.store(true);
+        }
         if (event.detail != "migrated") {
           trouble(Code::Cancelled, "the guest stopped during the move (" + event.detail + ")");
         }
@@ -1455,6 +1459,10 @@ class Move {
       queue_->push(SourceNotGuarded{guarded.error()});
       return {};
     }
+    // The guard tells of a source that runs, not of one that went on and has powered itself off since.
+    if (source_shut_down_.load() && !resume_tried_) {
+      return fail(Code::Held, "the guest went on here after it had stopped for the handover, and has shut down since");
+    }
     resume_tried_ = true;
     marks_.guarded = platform_.now();
     const Instant deadline = marks_.guarded + kCommitPatience;
@@ -1674,11 +1682,7 @@ class Move {
     if (memory_started_ || (kept && target_guest_left_) || (files_.resumed && !partial)) {
       const Status ended = end_target_guest();
       runs_there = !ended && ended.error().code == Code::Held;
-      if (!memory_started_ && partial && !ended && ended.error().code == Code::Unreachable) {
-        log_warning("{}", ended.error().to_string());  // if there is one, the next resume or cancel ends it
-      } else {
-        collect("ending what is left of the guest on the target", ended);
-      }
+      collect("ending what is left of the guest on the target", ended);
     }
     const bool had_autostart = autostart_held_;
     collect("switching the guest's autostart on again", release_autostart());
@@ -1888,6 +1892,7 @@ class Move {
   std::atomic<bool> undoing_{false};  // no receiver is started any more
   std::atomic<bool> user_paused_{false};
   std::atomic<bool> source_went_on_{false};  // since it stopped for the handover
+  std::atomic<bool> source_shut_down_{false};  // the same, and then powered itself off
   std::atomic<Instant> source_stopped_at_{};
   std::atomic<Instant> quiesced_at_{};
   std::atomic<Instant> memory_there_at_{};

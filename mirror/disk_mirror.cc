@@ -76,13 +76,18 @@ void DiskMirror::on_extents(Offset at, Result<std::vector<blockcopy::MappedExten
 }
 
 std::optional<DiskMirror::Cost> DiskMirror::start_copy() {
-  if (!started_ || scanning_ || stopped_ || !arbiter_.wants_copy()) return std::nullopt;
+  if (!started_ || scanning_ || stopped_ || mute_ || !arbiter_.wants_copy()) return std::nullopt;
   if (arbiter_.copying() >= options_.max_copies) return std::nullopt;
   Buffer buffer = copy_buffers_.try_take();
   if (!buffer) return std::nullopt;
   const std::optional<CopyTicket> ticket = arbiter_.start_copy(events_.now());
   if (!ticket) return std::nullopt;
-  if (ticket->touches && events_.touching) events_.touching(*ticket->touches);
+  if (ticket->touches) touch(*ticket->touches);
+  if (mute_) {
+    arbiter_.copy_abandoned(ticket->id, actions_);
+    carry_out();
+    return std::nullopt;
+  }
   const std::uint64_t blocks = (ticket->extent.length + kBlock - Length(1)) / kBlock;
   const Length sent = ticket->compare ? Length(blocks * kHashSize) : ticket->wanted;
   return Cost{.sent = sent, .read = read(*ticket, std::move(buffer)), .compares = ticket->compare};
@@ -229,7 +234,7 @@ void DiskMirror::carry_out() {
       }
       case Action::Kind::Forward: forward(action); break;
       case Action::Kind::Touch:
-        if (events_.touching) events_.touching(action.group);
+        touch(action.group);
         break;
       case Action::Kind::Abandon:
         lanes_.abandon(action.lane, options_.disk, piece_token(action.piece));
@@ -250,7 +255,13 @@ void DiskMirror::acknowledge(WriteId id) {
   events_.acknowledge(id);
 }
 
+void DiskMirror::touch(GroupIndex group) {
+  if (events_.touching && !events_.touching(group)) mute_ = true;
+}
+
+// What is not sent expires, as if the link stood still.
 void DiskMirror::forward(const Action& action) {
+  if (mute_) return;
   const NbdRequest& request = writes_.at(action.write);
   ++counters_.forwarded_writes;
   counters_.forwarded_bytes += action.extent.length;

@@ -47,9 +47,9 @@ class DiskMirror {
     std::function<Instant()> now;
     // Something is about to be sent to chunks of the group to which nothing was sent before:
     // take_record() it and store that before returning. May be empty: without a journal. (Called
-    // once per 64 chunks. If it can't be stored, the driver ends the move, and does not trust its
-    // journal afterwards.)
-    std::function<void(GroupIndex group)> touching;
+    // once per 64 chunks.) False: it can't be stored. Then nothing is sent any more, so that what
+    // the journal says stays right; the driver ends the move.
+    std::function<bool(GroupIndex group)> touching;
     // verify() found that the target's content was not the source's; it is sent again.
     std::function<void(Extent extent)> damaged;
   };
@@ -137,6 +137,7 @@ class DiskMirror {
   void on_read(Read& read);
   void carry_out();
   void acknowledge(WriteId id);
+  void touch(GroupIndex group);
   void forward(const Action& action);
 
   Options options_;
@@ -152,6 +153,7 @@ class DiskMirror {
   bool started_ = false;
   bool scanning_ = false;
   bool stopped_ = false;
+  bool mute_ = false;  // the journal can't be written
   std::size_t reads_ = 0;
   Counters counters_;
 };

@@ -93,8 +93,9 @@ class MirrorEngine {
     // QEMU's mirror job let go of the disk. Another may connect.
     std::function<void(const std::string& disk, const Error&)> mirror_gone;
     // The group's record (mirror/arbiter.h), to be stored before this returns: something is about to be sent to
-    // chunks of it for the first time. May be empty: nothing is resumed later.
-    std::function<void(std::size_t disk, GroupRecord record)> touching;
+    // chunks of it for the first time. False: it can't be stored; then nothing is sent any more. May be empty: nothing
+    // is resumed later.
+    std::function<bool(std::size_t disk, GroupRecord record)> touching;
   };
 
   static Result<std::unique_ptr<MirrorEngine>> create(const Options& options, Events events);

@@ -90,7 +90,7 @@ DiskMirror::Events EngineCore::mirror_events(OneDisk* disk) {
   };
   if (events_.touching) {
     events.touching = [this, disk, index = disks_.size()](GroupIndex group) {
-      events_.touching(index, disk->mirror->take_record(group));
+      return events_.touching(index, disk->mirror->take_record(group));
     };
   }
   return events;

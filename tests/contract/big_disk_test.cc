@@ -139,7 +139,11 @@ TEST_F(BigDisk, CopyingItCostsWhatItsDataCosts) {
                      .failed = [](const Error& error) { FAIL() << error.to_string(); },
                      .changed = [this] { pump_(); },
                      .now = [this] { return loop_->now(); },
-                     .touching = [&](GroupIndex) { ++touched; },
+                     .touching =
+                         [&](GroupIndex) {
+                           ++touched;
+                           return true;
+                         },
                      .damaged = {}});
   lanes.applied = [&](std::uint64_t token) {
     mirror.applied(token);

@@ -593,6 +593,7 @@ void MirrorSim::make_mirror() {
   events.touching = [this](mirror::GroupIndex group) {
     store_all();
     journal_[group] = mirror_->take_record(group).bytes;
+    return true;
   };
   mirror_ = std::make_unique<mirror::DiskMirror>(mirror_options_, *reader_, *lanes_, *copy_buffers_,
                                                  events);

@@ -101,6 +101,8 @@ INSTANTIATE_TEST_SUITE_P(
                          [](MoveSimOptions& o) { o.job.forget_missed = true; }},
                     Rule{"AfterARestartOfQemuTheJournalIsNotBelieved",
                          [](MoveSimOptions& o) { o.job.trust_records = true; }},
+                    Rule{"NothingIsSentThatTheJournalDoesNotKnowOf",
+                         [](MoveSimOptions& o) { o.job.send_unrecorded = true; }, 203'901},
                     Rule{"BesideADamagedJournalNothingIsKnown",
                          [](MoveSimOptions& o) { o.job.believe_empty_journal = true; }},
                     Rule{"WhatIsNotEmptyOnTheTargetIsCompared",
