@@ -890,7 +890,7 @@ class Move {
         stop_flushing_.store(true);
         mirrors_may_go_.store(true);  // QEMU ends them when it goes
         source_went_on_.store(false);
-        source_shut_down_.store(false);
+        source_went_on_and_ended_.store(false);
         queue_->push(SourceStopped{});
         break;
       case GuestEvent::Kind::Suspended:
@@ -901,10 +901,8 @@ class Move {
         source_went_on_.store(true);
         break;
       case GuestEvent::Kind::Stopped:
-        if (event.detail == "shutdown") {
-          source_went_on_.store(true);
-          source_shut_down_.store(true);
-        }
+        if (event.detail == "shutdown") source_went_on_.store(true);
+        if (event.detail != "migrated" && source_went_on_.load()) source_went_on_and_ended_.store(true);
         if (event.detail != "migrated") {
           trouble(Code::Cancelled, "the guest stopped during the move (" + event.detail + ")");
         }
@@ -1459,9 +1457,9 @@ class Move {
       queue_->push(SourceNotGuarded{guarded.error()});
       return {};
     }
-    // The guard tells of a source that runs, not of one that went on and has powered itself off since.
-    if (source_shut_down_.load() && !resume_tried_) {
-      return fail(Code::Held, "the guest went on here after it had stopped for the handover, and has shut down since");
+    // The guard tells of a source that runs, not of one that went on and has ended since.
+    if (source_went_on_and_ended_.load() && !resume_tried_) {
+      return fail(Code::Held, "the guest went on here after it had stopped for the handover, and has ended since");
     }
     resume_tried_ = true;
     marks_.guarded = platform_.now();
@@ -1892,7 +1890,7 @@ class Move {
   std::atomic<bool> undoing_{false};  // no receiver is started any more
   std::atomic<bool> user_paused_{false};
   std::atomic<bool> source_went_on_{false};  // since it stopped for the handover
-  std::atomic<bool> source_shut_down_{false};  // the same, and then powered itself off
+  std::atomic<bool> source_went_on_and_ended_{false};
   std::atomic<Instant> source_stopped_at_{};
   std::atomic<Instant> quiesced_at_{};
   std::atomic<Instant> memory_there_at_{};

@@ -54,6 +54,7 @@ Status RecordStore::write(std::span<const One> records, Journal::Batch also, Jou
 
 Status RecordStore::write_newer(std::span<const One> records, Journal::Batch also) {
   const std::lock_guard lock(mutex_);
+  DROVER_TRY(failed_);
   Journal::Batch batch = std::move(also);
   for (const auto& [disk, record] : records) {
     const auto stored = taken_.find({disk, record.group});
@@ -61,7 +62,8 @@ Status RecordStore::write_newer(std::span<const One> records, Journal::Batch als
     batch.put(record_key(disk, record.group), record.bytes);
   }
   if (batch.changes().empty()) return {};
-  DROVER_TRY(journal_.write(batch, Journal::Sync::No));
+  failed_ = journal_.write(batch, Journal::Sync::No);
+  DROVER_TRY(failed_);
   for (const auto& [disk, record] : records) {
     std::uint64_t& stored = taken_[{disk, record.group}];
     stored = std::max(stored, record.taken);

@@ -9,6 +9,9 @@
 // No guest waits for a disk's flush here: put() is called on the engine's thread, and write() does
 // not hold it up while it syncs.
 //
+// Once something could not be stored nothing is any more: the arbiter does not give again what it has given, so that a
+// later pass would be no whole one, and bitmaps would go that are needed.
+//
 // Lives as long as one engine: its arbiters count what they take from 0. Threads: any.
 #pragma once
 
@@ -48,8 +51,9 @@ class RecordStore {
   Status write_newer(std::span<const One> records, Journal::Batch also);
 
   Journal& journal_;
-  std::mutex mutex_;  // guards the next, and the order of what is written
+  std::mutex mutex_;  // guards the next two, and the order of what is written
   std::map<std::pair<std::size_t, mirror::GroupIndex>, std::uint64_t> taken_;  // of what is stored
+  Status failed_;
 };
 
 }  // namespace drover::job

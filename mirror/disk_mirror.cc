@@ -126,10 +126,10 @@ void DiskMirror::on_read(Read& read) {
   --reads_;
   if (stopped_) events_.changed();  // whatever becomes of it, somebody may be waiting for its end
   const CopyTicket& ticket = read.ticket;
-  if (!read.status) {
+  if (!read.status || mute_) {
     arbiter_.copy_abandoned(ticket.id, actions_);
     carry_out();
-    if (!stopped_) events_.failed(read.status.error());
+    if (!read.status && !stopped_) events_.failed(read.status.error());
     return;
   }
   // The chunk's frame goes first, then what waited for it. Nothing is being carried out here: reads
