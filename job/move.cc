@@ -1458,7 +1458,7 @@ class Move {
       return {};
     }
     // The guard tells of a source that runs, not of one that went on and has ended since.
-    if (source_went_on_and_ended_.load() && !resume_tried_) {
+    if (source_went_on_and_ended_.load() && !resume_tried_ && !files_.mutation.forget_went_on) {
       return fail(Code::Held, "the guest went on here after it had stopped for the handover, and has ended since");
     }
     resume_tried_ = true;

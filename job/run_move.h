@@ -33,6 +33,7 @@ struct MoveMutation {
   bool forget_missed = false;      // what was written without a mirror is not looked up in the bitmaps
   bool trust_records = false;      // the journal is believed although QEMU was restarted
   bool send_unrecorded = false;    // also what the journal could not be told of
+  bool forget_went_on = false;     // the target runs although the source went on and has ended since
   bool believe_empty_journal =
       false;                 // begun beside a damaged one, it is taken for all that is known
   bool skip_verify = false;  // --verify finds everything right at once

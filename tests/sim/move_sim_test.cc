@@ -103,6 +103,8 @@ INSTANTIATE_TEST_SUITE_P(
                          [](MoveSimOptions& o) { o.job.trust_records = true; }},
                     Rule{"NothingIsSentThatTheJournalDoesNotKnowOf",
                          [](MoveSimOptions& o) { o.job.send_unrecorded = true; }, 203'901},
+                    Rule{"ATargetDoesNotRunWhenItsSourceWentOnAndEnded",
+                         [](MoveSimOptions& o) { o.job.forget_went_on = true; }, 899'335},
                     Rule{"BesideADamagedJournalNothingIsKnown",
                          [](MoveSimOptions& o) { o.job.believe_empty_journal = true; }},
                     Rule{"WhatIsNotEmptyOnTheTargetIsCompared",
